@@ -1,0 +1,38 @@
+# `make demo` and `make test` set everything up by themselves; KVSCULPT_CACHE moves the
+# models out of .cache. See `make help`.
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL_NAME := smollm2-135m
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint
+.DELETE_ON_ERROR:
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.installed ## Make .venv with the CPU build of vLLM, and the embedded model
+	@$(BIN)/kvsculpt model $(MODEL_NAME) > /dev/null
+
+demo: setup ## Serve the embedded model and compare an exact with a sculpted answer
+	@$(BIN)/python -m kvsculpt_vllm.demo
+
+test: setup ## Run all tests
+	@$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.installed ## Check style and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+$(VENV)/.vllm: .ci/setup-cpu
+	@.ci/setup-cpu $(PYTHON) $(VENV)
+	@touch $@
+
+# The extra `cpu` is left out: .ci/setup-cpu has installed vLLM, and pip would add torchvision and its like again.
+$(VENV)/.installed: $(VENV)/.vllm setup.py pyproject.toml Makefile
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]' || { \
+	  echo "setup: FAILED: cannot install this package: see pip's error above; check the network, then run 'make setup' again" >&2; \
+	  exit 1; }
+	@touch $@

@@ -1,0 +1,202 @@
+"""The one configuration that flags, `additional_config` and `vllm_xargs` all become, with all of its validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import Any, Literal, NamedTuple, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+KEY = "kv_compression"
+
+# Mutable, so that a test can add a method of its own.
+METHODS = {"none", "select", "select_fit", "sculpt"}
+
+
+class Problem(NamedTuple):
+    """One wrong setting: the option as its user spells it, what was given, and what is allowed."""
+
+    option: str
+    given: Any
+    allowed: str
+
+    def __str__(self) -> str:
+        return f"{self.option}: got {self.given!r}, allowed: {self.allowed}"
+
+
+class ConfigError(ValueError):
+    """Wrong settings, all of them in one message. `option`, `given` and `allowed` are those of the first."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__("; ".join(map(str, problems)))
+        self.problems = tuple(problems)
+        self.option, self.given, self.allowed = problems[0]
+
+    def __reduce__(self) -> tuple:
+        # The default would rebuild it from the message; vLLM passes errors between processes.
+        return type(self), (list(self.problems),)
+
+
+class CompressionConfig(BaseModel):
+    """How a prompt's KV cache is compressed after its prefill. The defaults mean: not at all."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    method: str = Field(
+        "none",
+        description="What takes the place of a prompt's KV cache after its prefill. none: nothing, plain vLLM. "
+        "select: its entries with the highest attention scores. select_fit: the same, values refitted by least "
+        "squares. sculpt: keys and values optimised to give the same attention.",
+    )
+    keep_ratio: float = Field(0.3, gt=0, le=1, description="Fraction of the compressed span's entries that is kept.")
+    budget: Literal["uniform", "adaptive"] = Field(
+        "adaptive",
+        description="uniform: as many entries for every layer and head. adaptive: more where attention needs them, "
+        "the same in total.",
+    )
+    min_tokens: int = Field(512, ge=1, description="Prompts with fewer tokens stay exact.")
+    sink: int = Field(4, ge=0, description="First tokens of a prompt, kept exactly. Fewer than the block size.")
+    window: int = Field(64, ge=1, description="Most recent tokens of a prompt, kept exactly.")
+    effort: Literal["fast", "balanced", "thorough"] = Field(
+        "balanced", description="How much time the optimisation takes for its quality."
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_booleans(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # pydantic would take True for 1
+            raise ValueError("a boolean is no setting")
+        return value
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        if value not in METHODS:
+            raise ValueError("unknown method")
+        return value
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is compressed."""
+        return self.method != "none"
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Any) -> CompressionConfig:
+        """Read the entry `kv_compression` of vLLM's `additional_config`: a method's name, or a dict of the fields.
+
+        An `additional_config` that is not a dict (vLLM allows any hashable object) carries no settings of ours.
+
+        Raises:
+            ConfigError: on unknown settings, wrong values, or settings without a method.
+        """
+        entry = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
+        if entry is None:
+            return cls()
+        settings = as_settings(entry)
+        problems = [
+            Problem(f"{KEY}.{key}", value, f"no such setting, there are {', '.join(cls.model_fields)}")
+            for key, value in settings.items()
+            if key not in cls.model_fields
+        ]
+        config = _build({k: v for k, v in settings.items() if k in cls.model_fields}, flag, problems)
+        if not config.active and (unused := settings.keys() - {"method"}):
+            cure = "nothing while compression is off, add --kv-compression sculpt"
+            raise ConfigError([Problem(flag(key), settings[key], cure) for key in sorted(unused)])
+        return config
+
+    def for_request(self, extra_args: Mapping[str, Any] | None) -> CompressionConfig:
+        """This configuration with a request's own settings, `kv_compression` and `kv_compression_<field>`.
+
+        A request may give settings beside `kv_compression: "none"`, so that a client that compares switches one key.
+
+        Raises:
+            ConfigError: on unknown settings, wrong values, or any setting where the server does not compress.
+        """
+        given = request_settings(extra_args)
+        if not given:
+            return self
+        if not self.active:
+            cure = "nothing, this server does not compress: start it with --kv-compression sculpt"
+            raise ConfigError([Problem(key, value, cure) for key, value in given.items()])
+        fields = {request_key(field): field for field in type(self).model_fields}
+        problems = [
+            Problem(key, value, f"no such setting, did you mean {get_close_matches(key, fields, 1, cutoff=0)[0]}?")
+            for key, value in given.items()
+            if key not in fields
+        ]
+        changes = {fields[key]: value for key, value in given.items() if key in fields}
+        return _build(self.model_dump() | changes, request_key, problems)
+
+    def check_block_size(self, block_size: int, spell: Callable[[str], str]) -> None:
+        """Check what depends on the KV cache's block size; `spell` is `flag` or `request_key`.
+
+        Raises:
+            ConfigError: if the sink does not fit into the first block next to at least one compressed entry.
+        """
+        if self.active and self.sink >= block_size:
+            raise ConfigError([Problem(spell("sink"), self.sink, f"a whole number below the block size {block_size}")])
+
+
+def flag(field: str) -> str:
+    """A field's command-line flag, such as `--kv-compression-keep-ratio`."""
+    return "--" + request_key(field).replace("_", "-")
+
+
+def request_key(field: str) -> str:
+    """A field's key in a request's `vllm_xargs`, such as `kv_compression_keep_ratio`."""
+    return KEY if field == "method" else f"{KEY}_{field}"
+
+
+def request_settings(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The entries of a request's extra arguments that are meant for us, misspelt ones included."""
+    if not extra_args:
+        return {}
+    return {key: value for key, value in extra_args.items() if key.lower().replace("-", "_").startswith(KEY)}
+
+
+def as_settings(entry: Any) -> dict[str, Any]:
+    """The entry `kv_compression` as a dict of fields; what is not a dict names the method."""
+    return dict(entry) if isinstance(entry, Mapping) else {"method": entry}
+
+
+def parse_field(field: str, value: Any) -> Any:
+    """Validate one field on its own.
+
+    Raises:
+        ConfigError: if the value is not allowed.
+    """
+    return getattr(_build({field: value}, flag, []), field)
+
+
+def choices(field: str) -> tuple[str, ...]:
+    """The values of a field that has a fixed set of them, else nothing."""
+    return tuple(sorted(METHODS)) if field == "method" else get_args(CompressionConfig.model_fields[field].annotation)
+
+
+def allowed(field: str) -> str:
+    """What a field may be, in words."""
+    if options := choices(field):
+        return ", ".join(options)
+    info = CompressionConfig.model_fields[field]
+    symbols = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    bounds = [
+        f"{symbol} {getattr(rule, name):g}"
+        for rule in info.metadata
+        for name, symbol in symbols.items()
+        if hasattr(rule, name)
+    ]
+    return f"{'a whole number' if info.annotation is int else 'a number'} {' and '.join(bounds)}"
+
+
+def _build(values: dict[str, Any], spell: Callable[[str], str], problems: list[Problem]) -> CompressionConfig:
+    """Build a configuration; problems found before and those of the values become one error."""
+    try:
+        config = CompressionConfig(**values)
+    except ValidationError as error:
+        wrong = {str(entry["loc"][0]): entry["input"] for entry in error.errors()}
+        problems = problems + [Problem(spell(field), value, allowed(field)) for field, value in wrong.items()]
+        raise ConfigError(problems) from None
+    if problems:
+        raise ConfigError(problems)
+    return config

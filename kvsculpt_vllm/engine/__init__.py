@@ -1,0 +1,1 @@
+"""Everything that touches vLLM. Only `compat` (and `compat_hooks`) may use vLLM's private attributes."""

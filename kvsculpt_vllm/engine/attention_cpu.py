@@ -1,0 +1,189 @@
+"""The CPU attention backend: stock kernels, fed one page list per (layer, row, KV head) where rows are compressed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from vllm import _custom_ops as ops
+from vllm import envs
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from kvsculpt_vllm.engine.capture import CaptureRows
+from kvsculpt_vllm.engine.compat import use_plain_vector_pages
+from kvsculpt_vllm.engine.pages import page_lists
+from kvsculpt_vllm.engine.refusals import UnsupportedFeature
+
+if TYPE_CHECKING:
+    from kvsculpt_vllm.engine.state import CompressionState
+
+READABLE_ISAS = ("vec", "vec16")
+"""Kernel variants whose page content `VectorPages` reads and writes."""
+
+
+@dataclass
+class PackedBatch:
+    """A batch with compressed rows, each (KV head, row) being a sequence with one KV head. Sequence = h · R + r."""
+
+    query_start_loc: Tensor  # (H·R + 1,) int32
+    page_lists: Tensor  # (L, H·R, P) int32
+    lengths: Tensor  # (L, H·R) int32
+    scheduler_metadata: list[Tensor]  # per layer: work split of the stock kernel, which depends on the lengths
+
+
+@dataclass
+class SculptCPUMetadata(CPUAttentionMetadata):
+    """Stock metadata, plus what to sample of this step's queries and how to read packed prefixes."""
+
+    captures: list[CaptureRows] = field(default_factory=list)
+    packed: PackedBatch | None = None  # None: no row is compressed, the stock path runs
+
+
+class SculptCPUBackend(CPUAttentionBackend):
+    """The stock CPU backend with page lists per KV head. It keeps the stock name, which vLLM looks up."""
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Layouts in which a (block, layer, KV head) page is contiguous; the stock one comes first."""
+        return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
+
+    @staticmethod
+    def get_impl_cls() -> type[SculptCPUImpl]:
+        """The attention implementation."""
+        return SculptCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SculptCPUMetadataBuilder]:
+        """The metadata builder."""
+        return SculptCPUMetadataBuilder
+
+
+class SculptCPUMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Adds the packed view of a batch to the stock metadata, once per step for all layers."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        use_plain_vector_pages(self, layer_names)
+        if self.isa not in READABLE_ISAS:
+            raise UnsupportedFeature(
+                f"KV compression reads pages of the CPU kernels {', '.join(READABLE_ISAS)}, "
+                f"but this machine uses {self.isa!r}: run it on an x86 machine, or start without --kv-compression"
+            )
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        self._first_impl: SculptCPUImpl = layers[layer_names[0]].impl
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> SculptCPUMetadata:
+        """Stock metadata, extended."""
+        stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        metadata = SculptCPUMetadata(**vars(stock))
+        state = self._first_impl.state
+        if state is not None:
+            metadata.captures = state.capture_rows(common_attn_metadata)
+            metadata.packed = self._pack(state, metadata)
+        return metadata
+
+    def _pack(self, state: CompressionState, metadata: SculptCPUMetadata) -> PackedBatch | None:
+        if metadata.block_table.shape[0] == 0:
+            return None
+        packed = state.directory.lookup(metadata.block_table[:, 0])
+        if packed is None:
+            return None
+        pages, lengths = page_lists(state.geometry, metadata.block_table, metadata.seq_lens, *packed)
+        num_layers, num_heads, num_rows = lengths.shape
+        tokens_of_head = torch.arange(num_heads, dtype=torch.int32)[:, None] * metadata.num_actual_tokens
+        starts = (tokens_of_head + metadata.query_start_loc[None, :num_rows]).flatten()
+        end = torch.tensor([num_heads * metadata.num_actual_tokens], dtype=torch.int32)
+        query_start_loc = torch.cat([starts, end])
+        lengths = lengths.view(num_layers, num_heads * num_rows)
+        return PackedBatch(
+            query_start_loc=query_start_loc,
+            page_lists=pages.view(num_layers, num_heads * num_rows, -1),
+            lengths=lengths,
+            scheduler_metadata=[
+                ops.cpu_attn_get_scheduler_metadata(
+                    num_reqs=num_heads * num_rows,
+                    num_heads=self.num_heads // num_heads,
+                    num_kv_heads=1,
+                    head_dim=self.head_dim,
+                    seq_lens=lengths[layer],
+                    dtype=self.dtype,
+                    query_start_loc=query_start_loc,
+                    causal=True,
+                    sliding_window_size=-1,
+                    isa=self.isa,
+                    enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+                )
+                for layer in range(num_layers)
+            ],
+        )
+
+
+class SculptCPUImpl(CPUAttentionBackendImpl):
+    """Stock attention; rows with a packed prefix are read through page lists. The worker binds `state` and `layer`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.state: CompressionState | None = None
+        self.layer_index = -1
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,  # (T, heads, D)
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: SculptCPUMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attend, sampling queries on the way; see the stock implementation for shapes."""
+        if attn_metadata is not None:
+            for rows in attn_metadata.captures:
+                rows.store(self.layer_index, query)
+            if attn_metadata.packed is not None:
+                return self._attend_packed(query, attn_metadata.num_actual_tokens, attn_metadata.packed, output)
+        return super().forward(
+            layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+        )
+
+    def _attend_packed(self, query: Tensor, num_tokens: int, batch: PackedBatch, output: Tensor) -> Tensor:
+        """The stock kernel on (KV head, row) sequences: head-major queries, one KV head, any page of the buffer."""
+        group = self.num_queries_per_kv
+        by_head = query[:num_tokens].view(num_tokens, self.num_kv_heads, group, self.head_size)
+        by_head = by_head.transpose(0, 1).reshape(-1, group, self.head_size)
+        result = torch.empty_like(by_head)
+        pages = self.state.page_views
+        ops.cpu_attention_with_kv_cache(
+            query=by_head,
+            key_cache=pages[0],
+            value_cache=pages[1],
+            output=result,
+            query_start_loc=batch.query_start_loc,
+            seq_lens=batch.lengths[self.layer_index],
+            scale=self.scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=batch.page_lists[self.layer_index],
+            softcap=0,
+            scheduler_metadata=batch.scheduler_metadata[self.layer_index],
+            s_aux=None,
+        )
+        result = result.view(self.num_kv_heads, num_tokens, group, self.head_size).transpose(0, 1)
+        output[:num_tokens].view(num_tokens, self.num_kv_heads, group, self.head_size).copy_(result)
+        return output

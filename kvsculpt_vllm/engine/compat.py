@@ -1,0 +1,75 @@
+"""The one place that touches vLLM's private methods and attributes. Each entry says when it can go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.request import Request
+
+
+class SchedulerHooks:
+    """Gives the scheduler mixin public names for three private hooks of vLLM's scheduler.
+
+    Can go when vLLM has a public hook for prefix-cache hits and for a request losing its blocks.
+    """
+
+    def limit_prefix_hit(self, request: Request, blocks: KVCacheBlocks, num_tokens: int) -> tuple[KVCacheBlocks, int]:
+        """The part of a local prefix-cache hit to use."""
+        raise NotImplementedError
+
+    def forget(self, request_id: str) -> None:
+        """The request's blocks are about to go back to the pool."""
+        raise NotImplementedError
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        blocks, num_tokens = self.limit_prefix_hit(request, blocks, num_tokens)
+        return blocks, num_tokens, boundary, diverged
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        self.forget(request.request_id)
+        super()._preempt_request(request, *args, **kwargs)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self.forget(request.request_id)
+        return super()._free_request(request, *args, **kwargs)
+
+
+def replace_block_row(runner: Any, request_id: str, row: list[int]) -> None:
+    """Replace a request's block list in a model runner, V1 or V2, before its next forward pass.
+
+    The V1 way writes the host-side table at once, which is right where steps are synchronous (CPU); with an
+    asynchronous copy in flight it must run inside the runner's own state update. Can go when a scheduler output
+    can say that a running request's block list was replaced.
+    """
+    if hasattr(runner, "req_states"):  # V2
+        runner.block_tables.append_block_ids(runner.req_states.req_id_to_index[request_id], (row,), overwrite=True)
+        return
+    runner.requests[request_id].block_ids[0][:] = row
+    index = runner.input_batch.req_id_to_index.get(request_id)
+    if index is not None:  # else it is not in the batch now and comes back with the list above
+        runner.input_batch.block_table[0].add_row(row, index)
+
+
+def row_request_ids(runner: Any, metadata: CommonAttentionMetadata) -> list[str]:
+    """The request of each row of a batch; empty for a batch that serves no request (warm-up)."""
+    if hasattr(runner, "req_states"):  # V2
+        if metadata.req_idx is None:
+            return []
+        index_to_id = runner.req_states.index_to_req_id
+        return [index_to_id.get(int(index), "") for index in np.asarray(metadata.req_idx)[: metadata.num_reqs]]
+    return list(runner.input_batch.req_ids[: metadata.num_reqs])
+
+
+def use_plain_vector_pages(builder: CPUAttentionMetadataBuilder, layer_names: list[str]) -> None:
+    """Keep pages in the layout of the plain vector kernels: the AMX kernel permutes keys and values inside a page.
+
+    Can go when pages are read and written in the AMX order too.
+    """
+    if builder.isa == "amx":
+        builder.isa = "vec"
+        builder._set_isa_to_layers(layer_names)

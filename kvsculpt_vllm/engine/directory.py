@@ -1,0 +1,60 @@
+"""Which block lists start with a packed prefix, and where each (layer, KV head)'s pages are in it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Packed(NamedTuple):
+    """What `page_lists` needs to know of each row of a batch."""
+
+    starts: Tensor  # (R, L, H)
+    lengths: Tensor  # (R, L, H)
+    span_blocks: Tensor  # (R,)
+
+
+class Directory:
+    """Device-resident, indexed by the first block of a request's list, so that a step needs no host work per row.
+
+    The first block of a packed prefix is never shared (it is fresh and never hashed), and entry 0 stays empty
+    because padded rows point at the null block. A prefix takes a slot; slot 0 says "none".
+    """
+
+    def __init__(self, num_blocks: int, num_slots: int, num_layers: int, num_heads: int, device: torch.device) -> None:
+        shape = (num_slots + 1, num_layers, num_heads)
+        self._slot_of_block = torch.zeros(num_blocks, dtype=torch.int64, device=device)
+        self._starts = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._lengths = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._span_blocks = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
+        self._free_slots = list(range(num_slots, 0, -1))
+        self._entries: dict[str, tuple[int, int]] = {}  # request -> (first block, slot)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def publish(self, request_id: str, first_block: int, starts: Tensor, lengths: Tensor, span_blocks: int) -> None:
+        """Enter a request's packed prefix; starts and lengths are (L, H), in pages."""
+        self.release(request_id)
+        slot = self._free_slots.pop()
+        self._entries[request_id] = (first_block, slot)
+        self._starts[slot], self._lengths[slot], self._span_blocks[slot] = starts, lengths, span_blocks
+        self._slot_of_block[first_block] = slot
+
+    def release(self, request_id: str) -> None:
+        """Forget a request that lost its blocks (finished, aborted, preempted); unknown ones are fine."""
+        if (entry := self._entries.pop(request_id, None)) is not None:
+            first_block, slot = entry
+            self._slot_of_block[first_block] = 0
+            self._free_slots.append(slot)
+
+    def lookup(self, first_blocks: Tensor) -> Packed | None:
+        """The rows' packed prefixes, or None if no row has one. `first_blocks` (R,) is a block table's column 0."""
+        if not self._entries:
+            return None
+        slots = self._slot_of_block[first_blocks.long()]
+        if not slots.any():
+            return None
+        return Packed(self._starts[slots], self._lengths[slots], self._span_blocks[slots])

@@ -1,0 +1,91 @@
+"""Where the plugin enters vLLM: its flags, and the making of the engine's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from kvsculpt_vllm.config import KEY, CompressionConfig, flag
+from kvsculpt_vllm.engine.flags import add_flags
+from kvsculpt_vllm.engine.refusals import (
+    DEFAULT_LAYOUT,
+    KERNEL_BLOCK_SIZE,
+    check_config,
+    check_platform,
+    requested_layout,
+)
+from kvsculpt_vllm.engine.request_checks import install_request_checks
+
+# vLLM sets up handlers for its own loggers only.
+logger = init_logger("vllm.kvsculpt")
+
+WORKER = "kvsculpt_vllm.engine.worker.SculptCPUWorker"
+SCHEDULER = "kvsculpt_vllm.engine.scheduler.SculptScheduler"
+ASYNC_SCHEDULER = "kvsculpt_vllm.engine.scheduler.SculptAsyncScheduler"
+
+
+def install() -> None:
+    """Wrap `EngineArgs.add_cli_args` and `EngineArgs.create_engine_config`, once per process."""
+    if hasattr(EngineArgs.create_engine_config, "kvsculpt_hook"):
+        return
+    EngineArgs.add_cli_args = staticmethod(_with_flags(EngineArgs.add_cli_args))
+    EngineArgs.create_engine_config = _with_compression(EngineArgs.create_engine_config)
+
+
+def _with_flags(stock: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(stock)
+    def add_cli_args(parser: Any) -> Any:
+        parser = stock(parser)
+        add_flags(parser)
+        return parser
+
+    return add_cli_args
+
+
+def _with_compression(stock: Callable[..., VllmConfig]) -> Callable[..., VllmConfig]:
+    @wraps(stock)
+    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        install_request_checks()
+        config = CompressionConfig.from_additional_config(self.additional_config)
+        if not config.active:
+            if KEY in (self.additional_config or {}):
+                logger.info("KV compression: inactive, because --kv-compression is none.")
+            return stock(self, *args, **kwargs)
+        check_platform(current_platform)
+        chosen = self.block_size is None
+        if chosen:
+            self.block_size = KERNEL_BLOCK_SIZE[current_platform.device_type]
+        vllm_config = stock(self, *args, **kwargs)
+        check_config(self, vllm_config)
+        config.check_block_size(vllm_config.cache_config.block_size, flag)
+        _use_our_classes(vllm_config, config)
+        logger.info("%s", _start_up_line(vllm_config, config, chosen))
+        return vllm_config
+
+    create_engine_config.kvsculpt_hook = True
+    return create_engine_config
+
+
+def _use_our_classes(vllm_config: VllmConfig, config: CompressionConfig) -> None:
+    # As strings: each process imports them itself.
+    vllm_config.parallel_config.worker_cls = WORKER
+    scheduler_config = vllm_config.scheduler_config
+    scheduler_config.scheduler_cls = ASYNC_SCHEDULER if scheduler_config.async_scheduling else SCHEDULER
+    # However it was spelled, one configuration is one entry of the compile hash.
+    vllm_config.additional_config = {**vllm_config.additional_config, KEY: config.model_dump()}
+
+
+def _start_up_line(vllm_config: VllmConfig, config: CompressionConfig, block_size_chosen: bool) -> str:
+    return (
+        f"KV compression: active, because --kv-compression is {config.method}. "
+        f"Keep ratio {config.keep_ratio:g}, budget {config.budget}, prompts from {config.min_tokens} tokens, "
+        f"block size {vllm_config.cache_config.block_size}{' (chosen, the smallest)' if block_size_chosen else ''}, "
+        f"layout {requested_layout() or DEFAULT_LAYOUT}, "
+        f"model runner {'V2' if vllm_config.use_v2_model_runner else 'V1'}."
+    )

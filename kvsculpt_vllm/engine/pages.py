@@ -1,0 +1,139 @@
+"""Pages: where they are in the cache's one buffer, what is inside, and how a packed prefix is laid out in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PageGeometry:
+    """Page indices in the buffer that all layers share: ``block * block_stride + cell_pages[cell]``.
+
+    A block has one cell per (layer, KV head), numbered ``layer * num_heads + head``. Strides come from the layers'
+    real views (never from a shape: two KV heads look like K and V), so any layout in which a page is contiguous works.
+    """
+
+    num_layers: int
+    num_heads: int
+    block_size: int
+    block_stride: int
+    cell_pages: Tensor  # (L·H,) int64
+
+    @property
+    def num_cells(self) -> int:
+        """Cells of a block."""
+        return self.num_layers * self.num_heads
+
+    @classmethod
+    def of(cls, layer_views: list[Tensor]) -> tuple[PageGeometry, Tensor]:
+        """The geometry of per-layer views (blocks, heads, block_size, 2D), and the buffer as (pages, 2 · N · D).
+
+        Raises:
+            ValueError: the views are not cells of one buffer with contiguous pages.
+        """
+        first = layer_views[0]
+        _, num_heads, block_size, width = first.shape
+        page = block_size * width
+        storage = first.untyped_storage()
+        block_stride, head_stride = first.stride(0), first.stride(1)
+        for view in layer_views:
+            if (
+                view.untyped_storage().data_ptr() != storage.data_ptr()
+                or view.shape != first.shape
+                or view.stride() != (block_stride, head_stride, width, 1)
+                or any(offset % page for offset in (view.storage_offset(), block_stride, head_stride))
+            ):
+                raise ValueError(
+                    "the KV cache is not one buffer of contiguous (block, layer, KV head) pages: "
+                    f"shape {tuple(view.shape)}, strides {view.stride()}, offset {view.storage_offset()}; "
+                    "use the layout LBHNC or BLHNC"
+                )
+        offsets = torch.tensor([view.storage_offset() // page for view in layer_views], device=first.device)
+        heads = torch.arange(num_heads, device=first.device) * (head_stride // page)
+        num_pages = storage.nbytes() // first.element_size() // page
+        buffer = first.as_strided((num_pages, page), (page, 1), storage_offset=0)
+        geometry = cls(
+            len(layer_views),
+            num_heads,
+            block_size,
+            block_stride // page,
+            (offsets[:, None] + heads[None, :]).flatten(),
+        )
+        return geometry, buffer
+
+    def block_pages(self, blocks: Tensor) -> Tensor:
+        """Pages of `blocks` (n,), in (L, H, n)."""
+        return (self.cell_pages[:, None] + blocks[None, :] * self.block_stride).view(
+            self.num_layers, self.num_heads, -1
+        )
+
+    def packed_pages(self, packed_blocks: Tensor) -> Tensor:
+        """All pages of a packed prefix's blocks (k,), in the order in which `place` counts them: (k · L · H,)."""
+        return (packed_blocks[:, None] * self.block_stride + self.cell_pages[None, :]).flatten()
+
+
+def place(pages: list[int]) -> list[int]:
+    """First cell of each (layer, head)'s pages when they are packed one after the other."""
+    return [0, *accumulate(pages[:-1])]
+
+
+def page_lists(
+    geometry: PageGeometry,
+    block_table: Tensor,  # (R, W) int, rows padded with anything valid
+    seq_lens: Tensor,  # (R,) tokens of each row, as vLLM counts them
+    starts: Tensor,  # (R, L, H) first cell of the packed pages
+    lengths: Tensor,  # (R, L, H) packed pages, 0 for a row without a packed prefix
+    span_blocks: Tensor,  # (R,) blocks of the row that the packed prefix stands for, 0 likewise
+) -> tuple[Tensor, Tensor]:
+    """One page list and length for every (layer, KV head, row): packed pages, then the tail's.
+
+    Page j of the packed prefix of (l, h) is cell ``(starts + j) % (L·H)`` of block
+    ``block_table[row, (starts + j) // (L·H)]``. Prefixes fill whole pages, so prefix and tail are one list.
+
+    Returns:
+        pages (L, H, R, P) int32, padded with page 0 of the null block's kind (never read), and entry counts
+        (L, H, R) int32.
+    """
+    size, cells = geometry.block_size, geometry.num_cells
+    tail_tokens = seq_lens.long() - span_blocks * size
+    tail_pages = (tail_tokens + size - 1) // size
+    total = lengths + tail_pages[:, None, None]
+    column = torch.arange(int(total.max()), device=block_table.device)
+    table = block_table.long()
+    last = table.shape[1] - 1
+    cell = starts.unsqueeze(-1) + column  # (R, L, H, P)
+    row = torch.arange(len(table), device=table.device)[:, None, None, None]
+    packed = table[row, (cell // cells).clamp_max(last)] * geometry.block_stride + geometry.cell_pages[cell % cells]
+    tail_column = (span_blocks[:, None, None, None] + column - lengths.unsqueeze(-1)).clamp(0, last)
+    own_cell = geometry.cell_pages.view(1, geometry.num_layers, geometry.num_heads, 1)
+    tail = table[row, tail_column] * geometry.block_stride + own_cell
+    pages = torch.where(column < lengths.unsqueeze(-1), packed, tail)
+    pages = pages.masked_fill(column >= total.unsqueeze(-1), 0)
+    counts = lengths * size + tail_tokens[:, None, None]
+    return pages.permute(1, 2, 0, 3).to(torch.int32).contiguous(), counts.permute(1, 2, 0).to(torch.int32).contiguous()
+
+
+class VectorPages:
+    """Page content of vLLM's CPU `vec` and `vec16` kernels: keys transposed ``D × N``, then values ``N × D``."""
+
+    def __init__(self, buffer: Tensor, block_size: int) -> None:
+        """`buffer` is (pages, 2 · N · D) in the cache's dtype."""
+        self.buffer, self.block_size = buffer, block_size
+        self.head_size = buffer.shape[1] // (2 * block_size)
+
+    def read(self, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (..., n · N, D) of pages (..., n)."""
+        content = self.buffer[pages].unflatten(-1, (2, self.block_size * self.head_size))
+        keys = content[..., 0, :].unflatten(-1, (self.head_size, self.block_size)).transpose(-1, -2)
+        values = content[..., 1, :].unflatten(-1, (self.block_size, self.head_size))
+        return keys.flatten(-3, -2), values.flatten(-3, -2)
+
+    def write(self, pages: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Fill pages (n,) with keys and values (n · N, D), in the cache's dtype."""
+        keys = keys.unflatten(0, (-1, self.block_size)).transpose(1, 2).flatten(1)
+        values = values.unflatten(0, (-1, self.block_size)).flatten(1)
+        self.buffer[pages] = torch.cat([keys, values], dim=1)

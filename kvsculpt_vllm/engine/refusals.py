@@ -1,0 +1,358 @@
+"""What compression does not support: refused at start-up, each with its cause and cure.
+
+Three moments, because vLLM knows more at each: the configuration (`check_config`), the KV cache's groups
+(`check_kv_cache_config`), the attention layers of the loaded model (`check_attention_layers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import vllm.envs as envs
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+LAYOUTS = ("BLHNC", "LBHNC")
+DEFAULT_LAYOUT = "LBHNC"
+# The smallest block of the attention kernels by platform; larger ones must be multiples of it.
+KERNEL_BLOCK_SIZE = {"cpu": 32, "cuda": 16}
+
+_OTHER_MODEL = "choose a model of plain full attention"
+
+
+class Refusal(NamedTuple):
+    """A feature that was found, why compression cannot work with it, and what to do."""
+
+    feature: str
+    cause: str
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.feature}: {self.cause}; {self.cure}"
+
+
+class UnsupportedFeature(ValueError):
+    """The server cannot compress as it is configured. `refusals` holds every reason."""
+
+    def __init__(self, refusals: list[Refusal]) -> None:
+        reasons = "".join(f"\n- {refusal}" for refusal in refusals)
+        super().__init__(f"--kv-compression cannot be used here (--kv-compression none turns it off):{reasons}")
+        self.refusals = tuple(refusals)
+
+    def __reduce__(self) -> tuple:
+        # The default would rebuild it from the message; vLLM passes errors between processes.
+        return type(self), (list(self.refusals),)
+
+
+class _Rule(NamedTuple):
+    found: Callable[[VllmConfig], Any]
+    refusal: Refusal
+
+
+def requested_layout() -> str | None:
+    """The layout that `VLLM_KV_CACHE_LAYOUT` asks for, older names resolved."""
+    name = envs.VLLM_KV_CACHE_LAYOUT
+    return {"NHD": "LBNHC", "HND": "LBHNC"}.get(name, name)
+
+
+def _text_config(config: VllmConfig, *names: str) -> bool:
+    return any(getattr(config.model_config.hf_text_config, name, None) for name in names)
+
+
+def _sliding_window(config: VllmConfig) -> bool:
+    model = config.model_config
+    layers = getattr(model.hf_text_config, "layer_types", None) or ("sliding_attention",)
+    return bool(model.rswa_window) or (model.get_sliding_window() is not None and "sliding_attention" in layers)
+
+
+def _mixed_layers(config: VllmConfig) -> bool:
+    model = config.model_config
+    types = set(getattr(model.hf_text_config, "layer_types", None) or ())
+    other = types - {"full_attention", "attention", "sliding_attention", "chunked_attention"}  # with their own rules
+    return model.is_hybrid or model.is_attention_free or model.has_inner_state or bool(other)
+
+
+def _attention_sinks(config: VllmConfig) -> bool:
+    return config.model_config.hf_text_config.model_type == "gpt_oss" or _text_config(
+        config,
+        "attention_sinks",
+        "swa_attention_sink_enabled",
+        "add_swa_attention_sink_bias",
+        "add_full_attention_sink_bias",
+        "param_sink_number",
+    )
+
+
+def _block_size(config: VllmConfig) -> bool:
+    return config.cache_config.block_size % KERNEL_BLOCK_SIZE[config.device_config.device_type] != 0
+
+
+def _fine_prefix_match(config: VllmConfig) -> bool:
+    return config.cache_config.prefix_match_unit not in (None, config.cache_config.block_size)
+
+
+# Read after vLLM has made its configuration. Rules about the engine's arguments, which vLLM changes on the way, are
+# in `check_engine_args`.
+_RULES = (
+    _Rule(
+        lambda c: c.speculative_config is not None,
+        Refusal(
+            "speculative decoding",
+            "drafted tokens are verified against the whole cache",
+            "remove --speculative-config and the --spec-* flags",
+        ),
+    ),
+    _Rule(
+        lambda c: c.kv_transfer_config is not None or c.cache_config.kv_offloading_size is not None,
+        Refusal(
+            "KV connectors and KV offloading",
+            "they move blocks whose contents compression replaces",
+            "remove --kv-transfer-config and --kv-offloading-size",
+        ),
+    ),
+    _Rule(
+        lambda c: c.attention_config.hisparse_config is not None,
+        Refusal("HiSparse", "it keeps the KV cache on the host", "remove hisparse_config from --attention-config"),
+    ),
+    _Rule(
+        lambda c: c.parallel_config.decode_context_parallel_size > 1,
+        Refusal(
+            "decode context parallelism",
+            "it spreads one request's tokens over several caches",
+            "remove --decode-context-parallel-size",
+        ),
+    ),
+    _Rule(
+        lambda c: c.parallel_config.prefill_context_parallel_size > 1,
+        Refusal(
+            "prefill context parallelism",
+            "it spreads one request's tokens over several caches",
+            "remove --prefill-context-parallel-size",
+        ),
+    ),
+    _Rule(
+        lambda c: c.parallel_config.use_ubatching,
+        Refusal(
+            "dual batch overlap and micro-batches",
+            "attention sees half a batch at a time",
+            "remove --enable-dbo and --ubatch-size",
+        ),
+    ),
+    _Rule(
+        lambda c: c.model_config.use_mla,
+        Refusal("MLA models", "their cache holds latents, no keys and values", f"{_OTHER_MODEL} or VLLM_MLA_DISABLE=1"),
+    ),
+    _Rule(
+        _sliding_window,
+        Refusal(
+            "sliding-window models",
+            "their cache forgets tokens by position",
+            f"add --disable-sliding-window, which limits the context to the window, or {_OTHER_MODEL}",
+        ),
+    ),
+    _Rule(
+        _mixed_layers,
+        Refusal("hybrid, Mamba and linear-attention models", "not every layer has a KV cache", _OTHER_MODEL),
+    ),
+    _Rule(
+        lambda c: c.model_config.attention_chunk_size is not None,
+        Refusal("models with chunked local attention", "a layer sees one chunk of the context", _OTHER_MODEL),
+    ),
+    _Rule(
+        lambda c: _text_config(c, "num_kv_shared_layers") or c.cache_config.kv_sharing_fast_prefill,
+        Refusal(
+            "models whose layers share a KV cache",
+            "a shared cache would be fitted for one layer's queries only",
+            _OTHER_MODEL,
+        ),
+    ),
+    _Rule(
+        lambda c: c.model_config.is_encoder_decoder,
+        Refusal("encoder-decoder models", "cross-attention has a cache of its own", _OTHER_MODEL),
+    ),
+    _Rule(
+        lambda c: is_quantized_kv_cache(c.cache_config.cache_dtype),
+        Refusal(
+            "a quantised KV cache",
+            "optimised keys and values have no scales to be stored with",
+            "use --kv-cache-dtype bfloat16",
+        ),
+    ),
+    _Rule(
+        _attention_sinks,
+        Refusal("models with learned attention sinks", "the fit does not know their share of attention", _OTHER_MODEL),
+    ),
+    _Rule(
+        lambda c: c.model_config.uses_alibi,
+        Refusal("ALiBi models", "attention depends on positions that packed entries do not have", _OTHER_MODEL),
+    ),
+    _Rule(
+        lambda c: _text_config(c, "attn_logit_softcapping"),
+        Refusal("models with a soft cap on attention", "the fit does not know the cap", _OTHER_MODEL),
+    ),
+    _Rule(
+        lambda c: (
+            c.model_config.is_mm_prefix_lm
+            or c.model_config.is_diffusion
+            or c.diffusion_config is not None
+            or c.attention_config.use_non_causal
+        ),
+        Refusal("models with non-causal attention", "the fit takes attention to be causal", _OTHER_MODEL),
+    ),
+    _Rule(
+        lambda c: c.model_config.runner_type != "generate",
+        Refusal(
+            "pooling and embedding models",
+            "they do not decode, so there is nothing to save",
+            "remove --kv-compression",
+        ),
+    ),
+    _Rule(
+        lambda c: envs.VLLM_USE_RUST_FRONTEND,
+        Refusal(
+            "the Rust frontend",
+            "it does not run Python plugins, so requests would go unchecked",
+            "unset VLLM_USE_RUST_FRONTEND",
+        ),
+    ),
+    _Rule(
+        lambda c: requested_layout() not in (None, *LAYOUTS),
+        Refusal(
+            "the KV cache layout of VLLM_KV_CACHE_LAYOUT",
+            "one head's entries of a block must lie together",
+            f"set it to {' or '.join(LAYOUTS)}, or unset it",
+        ),
+    ),
+    _Rule(
+        _block_size,
+        Refusal(
+            "this block size",
+            "the attention kernel reads whole blocks",
+            "use --block-size with a multiple of 32 on a CPU and of 16 on CUDA, or leave it out",
+        ),
+    ),
+    _Rule(
+        _fine_prefix_match,
+        Refusal("prefix-cache hits inside a block", "only whole blocks are compressed", "remove --prefix-match-unit"),
+    ),
+)
+
+
+def check_platform(platform: Any) -> None:
+    """Refuse a device for which there is no worker yet.
+
+    Raises:
+        UnsupportedFeature: on anything but a CPU.
+    """
+    if not platform.is_cpu():
+        name = platform.device_name.upper() if platform.device_name else "this device"
+        raise UnsupportedFeature(
+            [Refusal(f"{name} devices", "the CUDA path is not there yet", "use --kv-compression none or the CPU build")]
+        )
+
+
+def check_config(args: EngineArgs, config: VllmConfig) -> None:
+    """Refuse every unsupported feature that the configuration shows, all in one error.
+
+    Args:
+        args: what the user gave; vLLM resolves or drops some of it on the way to `config`.
+        config: what vLLM made of it.
+
+    Raises:
+        UnsupportedFeature: naming each feature, why, and what to do.
+    """
+    found = [*_of_args(args), *(rule.refusal for rule in _RULES if rule.found(config))]
+    _refuse(dict.fromkeys(found))
+
+
+def _of_args(args: EngineArgs) -> Iterable[Refusal]:
+    own = "compression runs in its own, which cannot be combined with another"
+    if args.worker_cls != "auto":
+        yield Refusal("a worker class of your own", own, "remove --worker-cls")
+    if args.scheduler_cls is not None:
+        yield Refusal("a scheduler class of your own", own, "remove --scheduler-cls")
+    if args.enable_dbo:  # dropped by vLLM on a CPU, with a warning
+        yield next(rule.refusal for rule in _RULES if rule.refusal.feature.startswith("dual batch"))
+
+
+def check_kv_cache_config(config: KVCacheConfig) -> None:
+    """Refuse a KV cache that is not one group of plain full attention.
+
+    Raises:
+        UnsupportedFeature: as soon as a page is anything but `[block_size, K|V]` of one head.
+    """
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    if len(config.kv_cache_groups) != 1:
+        count = len(config.kv_cache_groups)
+        _refuse([Refusal(f"{count} KV cache groups", "compression rewrites the blocks of one group", _OTHER_MODEL)])
+    spec = config.kv_cache_groups[0].kv_cache_spec
+    if type(spec) is not FullAttentionSpec:
+        _refuse([Refusal(type(spec).__name__, "only plain full attention can be compressed", _OTHER_MODEL)])
+    plain = FullAttentionSpec(
+        block_size=spec.block_size, num_kv_heads=spec.num_kv_heads, head_size=spec.head_size, dtype=spec.dtype
+    )
+    # They say how requests share the cache among ranks and what it is aligned to, not what is in a page.
+    free = {"dcp_sharded", "max_tp_shards", "block_stride_alignment"}
+    odd = [
+        name for name in plain.__dataclass_fields__ if name not in free and getattr(spec, name) != getattr(plain, name)
+    ]
+    if odd:
+        values = ", ".join(f"{name}={getattr(spec, name)}" for name in odd)
+        _refuse([Refusal(f"a KV cache with {values}", "pages must hold plain keys and values", _OTHER_MODEL)])
+    if config.kv_cache_layout not in (None, *LAYOUTS):
+        cure = f"set VLLM_KV_CACHE_LAYOUT to {' or '.join(LAYOUTS)}"
+        _refuse([Refusal(f"layout {config.kv_cache_layout}", "one head's entries of a block must lie together", cure)])
+
+
+def check_attention_layers(layers: dict[str, Attention]) -> None:
+    """Refuse layers whose attention the fit does not model, and layers that do not share one page format.
+
+    Args:
+        layers: the model's attention layers by name, as in `static_forward_context`.
+
+    Raises:
+        UnsupportedFeature: naming the first layer of every kind that was found.
+    """
+    from vllm.model_executor.layers.attention import Attention
+
+    found: dict[str, str] = {}
+    for name, layer in layers.items():
+        for feature in _odd_attention(layer) if type(layer) is Attention else [type(layer).__name__]:
+            found.setdefault(feature, name)
+    shapes = {(layer.head_size, layer.num_kv_heads): name for name, layer in layers.items() if type(layer) is Attention}
+    if len(shapes) > 1:
+        found["several head sizes or numbers of KV heads"] = ", ".join(shapes.values())
+    _refuse([Refusal(f"{what} ({name})", "the fit does not model it", _OTHER_MODEL) for what, name in found.items()])
+
+
+def _odd_attention(layer: Attention) -> Iterable[str]:
+    if layer.attn_type != "decoder":
+        yield f"{layer.attn_type} attention"
+    if layer.sliding_window is not None:
+        yield "sliding-window attention"
+    if layer.has_sink:
+        yield "learned attention sinks"
+    if layer.kv_sharing_target_layer_name is not None:
+        yield "a KV cache shared between layers"
+    if layer.use_mm_prefix:
+        yield "non-causal attention to a prefix"
+    if layer.head_size_v != layer.head_size:
+        yield "values of another size than keys"
+    if is_quantized_kv_cache(layer.kv_cache_dtype):
+        yield "a quantised KV cache"
+    if getattr(layer.impl, "alibi_slopes", None) is not None:
+        yield "ALiBi"
+    if getattr(layer.impl, "logits_soft_cap", None):
+        yield "a soft cap on attention"
+
+
+def _refuse(refusals: Iterable[Refusal]) -> None:
+    if refusals := list(refusals):
+        raise UnsupportedFeature(refusals)

@@ -1,0 +1,112 @@
+"""What one worker knows about compression: the cache's geometry, the directory, and each request's sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from vllm.utils import length_from_prompt_token_ids_or_embeds
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from kvsculpt_vllm.config import CompressionConfig
+from kvsculpt_vllm.engine import spans
+from kvsculpt_vllm.engine.capture import CaptureRows, QuerySample, sample_positions
+from kvsculpt_vllm.engine.compat import row_request_ids
+from kvsculpt_vllm.engine.directory import Directory
+from kvsculpt_vllm.engine.pages import PageGeometry, VectorPages
+from kvsculpt_vllm.sculpt.compress import EFFORTS
+
+
+@dataclass(frozen=True)
+class TrackedRequest:
+    """A request whose prompt is to be compressed."""
+
+    config: CompressionConfig
+    num_prompt_tokens: int
+
+
+class CompressionState:
+    """Shared by the worker, the metadata builder and every attention layer of one rank."""
+
+    def __init__(
+        self,
+        config: CompressionConfig,
+        runner: Any,
+        layer_views: list[Tensor],  # per layer: (blocks, heads, block_size, 2D)
+        num_query_heads: int,
+        max_num_seqs: int,
+    ) -> None:
+        self.config, self.runner = config, runner
+        self.geometry, buffer = PageGeometry.of(layer_views)
+        self.pages = VectorPages(buffer, self.geometry.block_size)
+        self.num_query_heads = num_query_heads
+        num_blocks = layer_views[0].shape[0]
+        self.directory = Directory(
+            num_blocks, max_num_seqs, self.geometry.num_layers, self.geometry.num_heads, buffer.device
+        )
+        self.samples: dict[str, QuerySample] = {}
+        self._tracked: dict[str, TrackedRequest] = {}
+        view = buffer.view(-1, 1, 2 * self.geometry.block_size, self.pages.head_size)
+        self.page_views = view.chunk(2, dim=2)  # keys, values: (pages, 1, N, D), as the stock kernel wants them
+
+    def begin_step(self, output: SchedulerOutput) -> None:
+        """Follow requests coming, going, losing their blocks and coming back, before the step's forward pass."""
+        for request_id in output.finished_req_ids:
+            self.directory.release(request_id)
+            self.samples.pop(request_id, None)
+            self._tracked.pop(request_id, None)
+        for request_id in output.preempted_req_ids or ():
+            self.directory.release(request_id)
+            self.samples.pop(request_id, None)
+        for new in output.scheduled_new_reqs:
+            self.directory.release(new.req_id)
+            if new.sampling_params is None:
+                continue
+            num_prompt = length_from_prompt_token_ids_or_embeds(new.prompt_token_ids, new.prompt_embeds)
+            config = self.config.for_request(new.sampling_params.extra_args)
+            self._track(new.req_id, TrackedRequest(config, num_prompt), new.num_computed_tokens)
+        cached = output.scheduled_cached_reqs
+        for request_id, num_computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            if request_id in cached.resumed_req_ids and request_id in self._tracked:
+                self.directory.release(request_id)
+                self._track(request_id, self._tracked[request_id], num_computed)
+
+    def tracked(self, request_id: str) -> TrackedRequest:
+        """The request's settings and prompt length."""
+        return self._tracked[request_id]
+
+    def capture_rows(self, metadata: CommonAttentionMetadata) -> list[CaptureRows]:
+        """Which rows of this step's queries to copy into samples."""
+        if not self.samples:
+            return []
+        captures = []
+        starts = metadata.query_start_loc_cpu.tolist()
+        ends = metadata.seq_lens.tolist()
+        for row, request_id in enumerate(row_request_ids(self.runner, metadata)):
+            sample = self.samples.get(request_id)
+            if sample is None or sample.complete:
+                continue
+            num_tokens = starts[row + 1] - starts[row]
+            rows = sample.rows(ends[row] - num_tokens, num_tokens, starts[row])
+            if rows is not None:
+                captures.append(rows)
+        return captures
+
+    def _track(self, request_id: str, request: TrackedRequest, num_computed: int) -> None:
+        if spans.plan_span(request.config, request.num_prompt_tokens, self.geometry.block_size) is None:
+            return
+        self._tracked[request_id] = request
+        group = self.num_query_heads // self.geometry.num_heads
+        count = max(8, EFFORTS[request.config.effort].query_rows // group)
+        first = min(num_computed, request.num_prompt_tokens - 1)
+        positions, recent = sample_positions(first, request.num_prompt_tokens, count)
+        self.samples[request_id] = QuerySample(
+            positions,
+            recent,
+            self.geometry.num_layers,
+            self.num_query_heads,
+            self.pages.head_size,
+            like=self.pages.buffer,
+        )

@@ -1,0 +1,78 @@
+"""Worker side: bind compression to the attention layers and run the scheduler's commands before each forward pass."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import asdict
+from typing import Any
+
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from kvsculpt_vllm.config import CompressionConfig
+from kvsculpt_vllm.engine.command import attached
+from kvsculpt_vllm.engine.compat import replace_block_row
+from kvsculpt_vllm.engine.compressor import CompressionRecord, Compressor, log
+from kvsculpt_vllm.engine.refusals import check_attention_layers
+from kvsculpt_vllm.engine.rope import rotary_of_layers
+from kvsculpt_vllm.engine.state import CompressionState
+
+RECORDS_KEPT = 256
+
+
+class SculptCPUWorker(CPUWorker):
+    """vLLM's CPU worker with compression."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Here and not at import, so that the backend is replaced only where compression is on.
+        register_backend(AttentionBackendEnum.CPU_ATTN, "kvsculpt_vllm.engine.attention_cpu.SculptCPUBackend")
+        super().__init__(*args, **kwargs)
+        self.compression_state: CompressionState | None = None
+        self.compressor: Compressor | None = None
+        self._records: deque[CompressionRecord] = deque(maxlen=RECORDS_KEPT)
+        self._totals: Counter[str] = Counter()
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Bind the layers once the KV cache exists."""
+        super().initialize_from_config(kv_cache_config)
+        (group,) = kv_cache_config.kv_cache_groups
+        by_name = get_layers_from_vllm_config(self.vllm_config, Attention, group.layer_names)
+        layers = [by_name[name] for name in group.layer_names]
+        check_attention_layers(by_name)
+        self.compression_state = CompressionState(
+            CompressionConfig.from_additional_config(self.vllm_config.additional_config),
+            self.model_runner,
+            [layer.kv_cache for layer in layers],
+            layers[0].num_heads,
+            self.scheduler_config.max_num_seqs,
+        )
+        for index, layer in enumerate(layers):
+            layer.impl.state, layer.impl.layer_index = self.compression_state, index
+        rotaries = rotary_of_layers(self.model_runner.get_model(), layers, self.model_config.hf_text_config)
+        self.compressor = Compressor(self.compression_state, rotaries, layers[0].impl.scale)
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """Compress what the scheduler asks for, then run the step."""
+        if self.compression_state is not None:
+            self.compression_state.begin_step(scheduler_output)
+            for command in attached(scheduler_output):
+                record = self.compressor.run(command)
+                replace_block_row(self.model_runner, command.request_id, command.row)
+                self._record(record)
+        return super().execute_model(scheduler_output)
+
+    def kv_compression_report(self) -> dict[str, Any]:
+        """Totals since start and the newest compressions, JSON-serialisable; for `collective_rpc`."""
+        return {"totals": dict(self._totals), "requests": [asdict(record) for record in self._records]}
+
+    def _record(self, record: CompressionRecord) -> None:
+        self._records.append(record)
+        self._totals.update(
+            compressions=1, blocks_freed=record.blocks_freed, bytes_freed=record.bytes_freed, seconds=record.seconds
+        )
+        if self.is_driver_worker:
+            log(record)

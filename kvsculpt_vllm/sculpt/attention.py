@@ -1,0 +1,39 @@
+"""Attention with its log-sum-exp, and how the attention over two disjoint sets of keys joins."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attend(
+    q: Tensor,  # (B, Q, D) fp32
+    k: Tensor,  # (B, m, D) fp32
+    v: Tensor,  # (B, m, D) fp32
+    scale: float,
+    visible: Tensor | None = None,  # bool, broadcastable to (B, Q, m); False hides a key from a query
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention, naive on purpose: this is the formula that everything faster is compared with.
+
+    A query that sees no key gets output 0 and log-sum-exp -inf, which `merge` treats as an empty set.
+
+    Returns:
+        out (B, Q, D) and lse (B, Q), lse being ``logsumexp(scale * q kᵀ)`` over the visible keys.
+    """
+    logits = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+    if visible is not None:
+        logits.masked_fill_(~visible, -torch.inf)
+    lse = torch.logsumexp(logits, dim=-1)
+    floor = lse.masked_fill(lse == -torch.inf, 0.0)
+    return torch.bmm(logits.sub_(floor.unsqueeze(-1)).exp_(), v), lse
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """The attention over the union of two disjoint key sets, from the attention over each.
+
+    Shapes (B, Q, D) and (B, Q). At most one of the two sets may be empty for a query.
+    """
+    lse = torch.logaddexp(lse_a, lse_b)
+    weight_a = (lse_a - lse).exp().unsqueeze(-1)
+    weight_b = (lse_b - lse).exp().unsqueeze(-1)
+    return weight_a * out_a + weight_b * out_b, lse

@@ -1,0 +1,73 @@
+"""How many pages each (layer, KV head) gets, from one total."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def uniform_budgets(num_problems: int, total: int, most: int) -> list[int]:
+    """The same number of pages for all; what does not divide goes to the first ones."""
+    _check(num_problems, total, 0, most)
+    each, rest = divmod(total, num_problems)
+    return [each + (i < rest) for i in range(num_problems)]
+
+
+def adaptive_budgets(
+    errors: np.ndarray,  # (B, G) error of problem b with grid[g] pages, absolute
+    grid: Sequence[int],  # (G,) ascending page counts; the first is the least, the last the most a problem may get
+    total: int,
+) -> list[int]:
+    """Pages per problem, summing to `total`, that minimise the summed error of the pilot's curves.
+
+    The greedy marginal gain on the lower convex hull of each curve is the exact minimum of the convexified
+    problem. KVSculpt redistributes one total by each head's pilot error; its formula is not public, and the hull
+    did better in our measurements than weights by error (shared/algorithm.md, 4).
+
+    Raises:
+        ValueError: the total cannot be reached with every problem between the grid's ends.
+    """
+    errors = np.asarray(errors, dtype=np.float64)
+    num_problems = len(errors)
+    least, most = grid[0], grid[-1]
+    _check(num_problems, total, least, most)
+    hulls = [_lower_hull(grid, curve) for curve in errors]
+    pages = [least] * num_problems
+    left = total - least * num_problems
+    # One heap entry a problem: the gain per page of its next hull segment. The index breaks ties, so equal input
+    # gives equal budgets on every rank and run.
+    heap = [(-hull[1][2], b, 1) for b, hull in enumerate(hulls) if len(hull) > 1]
+    heapq.heapify(heap)
+    while left > 0:
+        _, b, segment = heapq.heappop(heap)
+        give = min(hulls[b][segment][0] - pages[b], left)
+        pages[b] += give
+        left -= give
+        if segment + 1 < len(hulls[b]):
+            heapq.heappush(heap, (-hulls[b][segment + 1][2], b, segment + 1))
+    return pages
+
+
+def _lower_hull(grid: Sequence[int], curve: np.ndarray) -> list[tuple[int, float, float]]:
+    """Vertices (pages, error, gain per page of the segment that ends here) of the curve's lower convex hull.
+
+    The first pages are where plain selection is noisiest: a curve that rises is cut down to its running minimum.
+    """
+    curve = np.minimum.accumulate(np.nan_to_num(curve, nan=np.inf, posinf=np.finfo(np.float64).max))
+    hull: list[tuple[int, float, float]] = []
+    for x, y in zip(grid, curve, strict=True):
+        while len(hull) > 1 and (hull[-1][1] - y) / (x - hull[-1][0]) >= hull[-1][2]:
+            hull.pop()
+        gain = (hull[-1][1] - y) / (x - hull[-1][0]) if hull else 0.0
+        hull.append((x, float(y), float(gain)))
+    return hull
+
+
+def _check(num_problems: int, total: int, least: int, most: int) -> None:
+    if not num_problems * least <= total <= num_problems * most:
+        raise ValueError(
+            f"cannot give {total} pages to {num_problems} heads that take {least} to {most} pages each "
+            f"({num_problems * least} to {num_problems * most} in all)"
+        )

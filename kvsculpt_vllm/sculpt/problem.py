@@ -1,0 +1,75 @@
+"""A batch of fits: one problem is one KV head of one layer of one request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvsculpt_vllm.sculpt.attention import attend, merge
+
+
+@dataclass(frozen=True)
+class Problems:
+    """What the compressed entries of B problems must reproduce.
+
+    The softmax of a problem runs over the span's entries *and* the retained ones (sinks, recent window), as in
+    KVSculpt. The retained ones never change, so for each query they act as one more entry with logit
+    `retained_lse` and value `retained_out`; that is all the solver needs to know of them.
+    """
+
+    queries: Tensor  # (B, Q, D)
+    keys: Tensor  # (B, n, D) entries of the span that may be replaced
+    values: Tensor  # (B, n, D)
+    retained_lse: Tensor  # (B, Q) fp32, -inf where a query sees no retained entry
+    retained_out: Tensor  # (B, Q, D) fp32
+    held_out: Tensor  # (Q,) bool, queries that no fit may use
+    scale: float
+
+    @property
+    def num_problems(self) -> int:
+        return self.queries.shape[0]
+
+    @property
+    def num_entries(self) -> int:
+        return self.keys.shape[1]
+
+    def take(self, index: Tensor) -> Problems:
+        """The problems in `index` (LongTensor), with every tensor in fp32."""
+        return Problems(
+            queries=self.queries[index].float(),
+            keys=self.keys[index].float(),
+            values=self.values[index].float(),
+            retained_lse=self.retained_lse[index].float(),
+            retained_out=self.retained_out[index].float(),
+            held_out=self.held_out,
+            scale=self.scale,
+        )
+
+    def teacher(self) -> tuple[Tensor, Tensor]:
+        """Output (B, Q, D) and log-sum-exp (B, Q) of the full cache. Call it on fp32 problems (`take`)."""
+        out, lse = attend(self.queries, self.keys, self.values, self.scale)
+        return merge(out, lse, self.retained_out, self.retained_lse)
+
+
+def retained_attention(
+    queries: Tensor,  # (B, Q, D) fp32
+    query_positions: Tensor,  # (Q,) absolute positions, shared by all problems
+    sink_keys: Tensor,  # (B, s, D)
+    sink_values: Tensor,  # (B, s, D)
+    recent_keys: Tensor,  # (B, w, D) the tail's prompt tokens
+    recent_values: Tensor,  # (B, w, D)
+    recent_positions: Tensor,  # (w,)
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, Q, D) and log-sum-exp (B, Q) over the entries that stay exact.
+
+    Every query sees the sinks; a recent entry is seen by queries at its position or later (causality).
+    """
+    keys = torch.cat([sink_keys, recent_keys], dim=1).float()
+    values = torch.cat([sink_values, recent_values], dim=1).float()
+    num_sinks = sink_keys.shape[1]
+    sees_sinks = torch.ones(len(query_positions), num_sinks, dtype=torch.bool, device=keys.device)
+    sees_recent = query_positions[:, None] >= recent_positions[None, :]
+    return attend(queries, keys, values, scale, torch.cat([sees_sinks, sees_recent], dim=1)[None])

@@ -1,0 +1,146 @@
+"""Fit the entries of one group of problems: select, fit values, sculpt keys, and keep what held-out queries prefer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvsculpt_vllm.sculpt.lbfgs import BatchedLBFGS
+from kvsculpt_vllm.sculpt.objective import Target
+from kvsculpt_vllm.sculpt.problem import Problems
+from kvsculpt_vllm.sculpt.values import fit_values
+
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+"""Ridge strengths tried at the start; held-out queries choose one for each problem."""
+
+REFIT_EVERY = 5
+"""Key steps between two closed-form value fits, as in KVSculpt; held-out queries judge at the same moments."""
+
+PATIENCE = 2
+"""Judgements without improvement after which a problem is taken out of the batch."""
+
+
+@dataclass
+class Fit:
+    """The entries of B problems, padded to the largest, and how held-out queries judged them."""
+
+    keys: Tensor  # (B, m, D)
+    values: Tensor  # (B, m, D)
+    start_error: Tensor  # (B,) held-out loss of plain selection
+    error: Tensor  # (B,) held-out loss of what is returned, never above start_error
+    steps: Tensor  # (B,) key steps after which the returned keys were taken, 0 for the selected keys
+
+
+class _Best:
+    """Per problem, the candidate with the least held-out loss so far; a non-finite candidate never wins."""
+
+    def __init__(self, keys: Tensor, values: Tensor, held_out: Target, valid: Tensor, storage: torch.dtype) -> None:
+        self.keys, self.values = keys, values
+        self.held_out, self.valid, self.storage = held_out, valid, storage
+        self.start_error = held_out.loss(keys, values, valid)
+        self.error = self.start_error.clone()
+        self.steps = torch.zeros(len(keys), dtype=torch.long, device=keys.device)
+
+    def offer(self, keys: Tensor, values: Tensor, step: int, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Judge candidates for the problems in `index` (all if None): who improved (bool), and their losses.
+
+        They are judged as they will be stored: rounding to the cache's dtype is part of the answer.
+        """
+        index = torch.arange(len(self.keys), device=keys.device) if index is None else index
+        keys, values = keys.to(self.storage).float(), values.to(self.storage).float()
+        error = self.held_out.take(index).loss(keys, values, self.valid[index])
+        improved = error < self.error[index]
+        winners = index[improved]
+        self.keys[winners], self.values[winners] = keys[improved], values[improved]
+        self.error[winners], self.steps[winners] = error[improved], step
+        return improved, error
+
+
+def solve(
+    problems: Problems,  # fp32
+    order: Tensor,  # (B, n) from `rank`
+    sizes: Tensor,  # (B,) entries to keep
+    method: str,
+    key_steps: int,
+    storage: torch.dtype,
+) -> Fit:
+    """Fit B problems together. `method` is select, select_fit or sculpt; `key_steps` counts for sculpt only."""
+    largest = int(sizes.max())
+    valid = torch.arange(largest, device=sizes.device)[None, :] < sizes[:, None]
+    chosen = order[:, :largest].unsqueeze(-1).expand(-1, -1, problems.keys.shape[-1])
+    keys, values = problems.keys.gather(1, chosen), problems.values.gather(1, chosen)
+    train, held_out = Target.split(problems)
+    best = _Best(keys.clone(), values.clone(), held_out, valid, storage)
+    if method != "select":
+        ridge = _fit_start(best, train, keys, values, valid)
+        if method == "sculpt":
+            _sculpt_keys(best, train, keys, values, valid, ridge, key_steps)
+    return Fit(best.keys, best.values, best.start_error, best.error, best.steps)
+
+
+def _fit_start(best: _Best, train: Target, keys: Tensor, values: Tensor, valid: Tensor) -> Tensor:
+    """Offer least-squares values for the selected keys; returns the ridge (B,) that held-out queries liked most."""
+    errors = []
+    for strength in RIDGES:
+        ridge = torch.full((len(keys),), strength, device=keys.device)
+        _, error = best.offer(keys, fit_values(train, keys, values, ridge, valid), step=0)
+        errors.append(error.nan_to_num(nan=torch.inf))
+    choice = torch.stack(errors).argmin(0)
+    return torch.tensor(RIDGES, device=keys.device)[choice]
+
+
+def _sculpt_keys(
+    best: _Best, train: Target, keys: Tensor, values: Tensor, valid: Tensor, ridge: Tensor, key_steps: int
+) -> None:
+    """Alternate L-BFGS steps on the keys with closed-form values (KVSculpt), each problem until it stops improving."""
+    shape = keys.shape[1:]
+    to_white, from_white = _whitening(train)
+    originals = values
+    values = fit_values(train, keys, originals, ridge, valid)
+
+    def unpack(x: Tensor) -> Tensor:
+        return torch.bmm(x.view(len(x), *shape), from_white)
+
+    def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
+        loss, grad = train.loss_and_grad(unpack(x), values, valid)
+        return loss, torch.bmm(grad, from_white.transpose(1, 2)).flatten(1)
+
+    x = torch.bmm(keys, to_white).flatten(1)
+    optimizer = BatchedLBFGS(x, *evaluate(x))
+    index = torch.arange(len(keys), device=keys.device)
+    stale = torch.zeros(len(keys), dtype=torch.long, device=keys.device)
+    for step in range(1, key_steps + 1):
+        optimizer.step(evaluate)
+        if step % REFIT_EVERY and step != key_steps:
+            continue
+        current = unpack(optimizer.x)
+        values = fit_values(train, current, originals, ridge, valid)
+        improved, _ = best.offer(current, values, step, index)
+        stale = torch.where(improved, torch.zeros_like(stale), stale + 1)
+        alive = (stale < PATIENCE).nonzero()[:, 0]
+        if len(alive) == 0:
+            return
+        if len(alive) < len(index):
+            index, stale, ridge, valid = index[alive], stale[alive], ridge[alive], valid[alive]
+            values, originals = values[alive], originals[alive]
+            to_white, from_white = to_white[alive], from_white[alive]
+            train = train.take(alive)
+            optimizer.keep(alive)
+        optimizer.restart_at(*evaluate(optimizer.x))
+
+
+def _whitening(train: Target) -> tuple[Tensor, Tensor]:
+    """Matrices (B, D, D) taking keys (as rows) into and out of the space where queries are white.
+
+    With C = E[q qᵀ] = L Lᵀ and x = k L, a logit is (L⁻¹ q)·x: a unit step changes the logits by the same amount in
+    every direction, so L-BFGS does not have to learn the queries' anisotropy first.
+    """
+    covariance = torch.bmm(train.queries.transpose(1, 2), train.queries) / train.queries.shape[1]
+    diagonal = covariance.diagonal(dim1=1, dim2=2)
+    # A hundredth of the mean power as a floor: directions no query looks along must not be blown up.
+    diagonal.add_(1e-2 * diagonal.mean(1, keepdim=True) + 1e-12)
+    factor = torch.linalg.cholesky(covariance)
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor)
+    return factor, torch.linalg.solve_triangular(factor, identity, upper=False)
