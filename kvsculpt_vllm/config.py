@@ -121,7 +121,7 @@ class CompressionConfig(BaseModel):
             raise ConfigError([Problem(key, value, cure) for key, value in given.items()])
         fields = {request_key(field): field for field in type(self).model_fields}
         problems = [
-            Problem(key, value, f"no such setting, did you mean {get_close_matches(key, fields, 1, cutoff=0)[0]}?")
+            Problem(key, value, f"no such setting, did you mean {_nearest_key(key)}?")
             for key, value in given.items()
             if key not in fields
         ]
@@ -153,6 +153,12 @@ def request_settings(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
     if not extra_args:
         return {}
     return {key: value for key, value in extra_args.items() if key.lower().replace("-", "_").startswith(KEY)}
+
+
+def _nearest_key(key: str) -> str:
+    keys = {request_key(field): request_key(field) for field in CompressionConfig.model_fields}
+    keys[f"{KEY}_method"] = KEY  # the field's name, which a request spells without it
+    return keys[get_close_matches(key, keys, 1, cutoff=0)[0]]
 
 
 def as_settings(entry: Any) -> dict[str, Any]:

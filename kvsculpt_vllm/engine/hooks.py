@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from kvsculpt_vllm.config import KEY, CompressionConfig, flag
+from kvsculpt_vllm.engine.compat_hooks import is_extra_api_server
 from kvsculpt_vllm.engine.flags import add_flags
 from kvsculpt_vllm.engine.refusals import (
     DEFAULT_LAYOUT,
@@ -53,8 +54,9 @@ def _with_compression(stock: Callable[..., VllmConfig]) -> Callable[..., VllmCon
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
         install_request_checks()
         config = CompressionConfig.from_additional_config(self.additional_config)
+        quiet = is_extra_api_server(self)
         if not config.active:
-            if KEY in (self.additional_config or {}):
+            if KEY in (self.additional_config or {}) and not quiet:
                 logger.info("KV compression: inactive, because --kv-compression is none.")
             return stock(self, *args, **kwargs)
         check_platform(current_platform)
@@ -65,7 +67,8 @@ def _with_compression(stock: Callable[..., VllmConfig]) -> Callable[..., VllmCon
         check_config(self, vllm_config)
         config.check_block_size(vllm_config.cache_config.block_size, flag)
         _use_our_classes(vllm_config, config)
-        logger.info("%s", _start_up_line(vllm_config, config, chosen))
+        if not quiet:
+            logger.info("%s", _start_up_line(vllm_config, config, chosen))
         return vllm_config
 
     create_engine_config.kvsculpt_hook = True

@@ -90,6 +90,8 @@ def _attention_sinks(config: VllmConfig) -> bool:
 
 
 def _block_size(config: VllmConfig) -> bool:
+    if config.model_config.use_mla:  # refused anyway, and vLLM sets the block size itself
+        return False
     return config.cache_config.block_size % KERNEL_BLOCK_SIZE[config.device_config.device_type] != 0
 
 
@@ -146,7 +148,7 @@ _RULES = (
     ),
     _Rule(
         lambda c: c.model_config.use_mla,
-        Refusal("MLA models", "their cache holds latents, no keys and values", f"{_OTHER_MODEL} or VLLM_MLA_DISABLE=1"),
+        Refusal("MLA models", "their cache holds latents, no keys and values", _OTHER_MODEL),
     ),
     _Rule(
         _sliding_window,
