@@ -34,8 +34,15 @@ READABLE_ISAS = ("vec", "vec16")
 
 @dataclass
 class PackedBatch:
-    """A batch with compressed rows, each (KV head, row) being a sequence with one KV head. Sequence = h · R + r."""
+    """The compressed rows of a batch, each (KV head, row) being a sequence with one KV head. Sequence = h · R + r.
 
+    Rows without a packed prefix go through the stock path beside them, so that they get exactly the tokens that
+    stock vLLM gives: the kernel's tiling, and with it the rounding, depends on the number of heads.
+    """
+
+    tokens: Tensor  # (T,) indices of these rows' tokens in the batch
+    plain: CPUAttentionMetadata | None  # stock metadata of the other rows, if there are any
+    plain_tokens: Tensor  # their tokens
     query_start_loc: Tensor  # (H·R + 1,) int32
     page_lists: Tensor  # (L, H·R, P) int32
     lengths: Tensor  # (L, H·R) int32
@@ -95,39 +102,64 @@ class SculptCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             metadata.packed = self._pack(state, metadata)
         return metadata
 
-    def _pack(self, state: CompressionState, metadata: SculptCPUMetadata) -> PackedBatch | None:
-        if metadata.block_table.shape[0] == 0:
+    def _pack(self, state: CompressionState, batch: SculptCPUMetadata) -> PackedBatch | None:
+        if batch.block_table.shape[0] == 0:
             return None
-        packed = state.directory.lookup(metadata.block_table[:, 0])
-        if packed is None:
+        slots = state.directory.slots(batch.block_table[:, 0])
+        if slots is None:
             return None
-        pages, lengths = page_lists(state.geometry, metadata.block_table, metadata.seq_lens, *packed)
+        row_lengths = batch.query_start_loc.diff()
+        is_packed = slots > 0
+        token_is_packed = is_packed.repeat_interleave(row_lengths)
+        rows, plain_rows = is_packed.nonzero()[:, 0], (~is_packed).nonzero()[:, 0]
+        pages, lengths = page_lists(
+            state.geometry, batch.block_table[rows], batch.seq_lens[rows], *state.directory.entries(slots[rows])
+        )
         num_layers, num_heads, num_rows = lengths.shape
-        tokens_of_head = torch.arange(num_heads, dtype=torch.int32)[:, None] * metadata.num_actual_tokens
-        starts = (tokens_of_head + metadata.query_start_loc[None, :num_rows]).flatten()
-        end = torch.tensor([num_heads * metadata.num_actual_tokens], dtype=torch.int32)
-        query_start_loc = torch.cat([starts, end])
+        query_start_loc = _starts(row_lengths[rows].repeat(num_heads))
         lengths = lengths.view(num_layers, num_heads * num_rows)
         return PackedBatch(
+            tokens=token_is_packed.nonzero()[:, 0],
+            plain=self._rows(batch, plain_rows, row_lengths[plain_rows]) if len(plain_rows) else None,
+            plain_tokens=(~token_is_packed).nonzero()[:, 0],
             query_start_loc=query_start_loc,
             page_lists=pages.view(num_layers, num_heads * num_rows, -1),
             lengths=lengths,
             scheduler_metadata=[
-                ops.cpu_attn_get_scheduler_metadata(
-                    num_reqs=num_heads * num_rows,
-                    num_heads=self.num_heads // num_heads,
-                    num_kv_heads=1,
-                    head_dim=self.head_dim,
-                    seq_lens=lengths[layer],
-                    dtype=self.dtype,
-                    query_start_loc=query_start_loc,
-                    causal=True,
-                    sliding_window_size=-1,
-                    isa=self.isa,
-                    enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-                )
+                self._split_work(self.num_heads // num_heads, 1, lengths[layer], query_start_loc)
                 for layer in range(num_layers)
             ],
+        )
+
+    def _rows(self, batch: SculptCPUMetadata, rows: Tensor, row_lengths: Tensor) -> CPUAttentionMetadata:
+        """Stock metadata of some rows of a batch."""
+        query_start_loc, seq_lens = _starts(row_lengths), batch.seq_lens[rows]
+        return CPUAttentionMetadata(
+            num_actual_tokens=int(query_start_loc[-1]),
+            max_query_len=batch.max_query_len,
+            query_start_loc=query_start_loc,
+            max_seq_len=batch.max_seq_len,
+            seq_lens=seq_lens,
+            block_table=batch.block_table[rows],
+            slot_mapping=batch.slot_mapping,
+            scheduler_metadata=self._split_work(self.num_heads, self.num_kv_heads, seq_lens, query_start_loc),
+            causal=True,
+        )
+
+    def _split_work(self, num_heads: int, num_kv_heads: int, seq_lens: Tensor, query_start_loc: Tensor) -> Tensor:
+        """The stock kernel's division of labour among threads."""
+        return ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(seq_lens),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=self.head_dim,
+            seq_lens=seq_lens,
+            dtype=self.dtype,
+            query_start_loc=query_start_loc,
+            causal=True,
+            sliding_window_size=-1,
+            isa=self.isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
         )
 
 
@@ -155,23 +187,28 @@ class SculptCPUImpl(CPUAttentionBackendImpl):
         if attn_metadata is not None:
             for rows in attn_metadata.captures:
                 rows.store(self.layer_index, query)
-            if attn_metadata.packed is not None:
-                return self._attend_packed(query, attn_metadata.num_actual_tokens, attn_metadata.packed, output)
+            if (packed := attn_metadata.packed) is not None:
+                if packed.plain is not None:
+                    plain_query = query[packed.plain_tokens]
+                    plain_output = torch.empty_like(plain_query)
+                    super().forward(layer, plain_query, key, value, kv_cache, packed.plain, plain_output)
+                    _by_token(output, query)[packed.plain_tokens] = plain_output
+                _by_token(output, query)[packed.tokens] = self._attend_packed(query[packed.tokens], packed)
+                return output
         return super().forward(
             layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
         )
 
-    def _attend_packed(self, query: Tensor, num_tokens: int, batch: PackedBatch, output: Tensor) -> Tensor:
+    def _attend_packed(self, query: Tensor, batch: PackedBatch) -> Tensor:
         """The stock kernel on (KV head, row) sequences: head-major queries, one KV head, any page of the buffer."""
-        group = self.num_queries_per_kv
-        by_head = query[:num_tokens].view(num_tokens, self.num_kv_heads, group, self.head_size)
-        by_head = by_head.transpose(0, 1).reshape(-1, group, self.head_size)
+        shape = (len(query), self.num_kv_heads, self.num_queries_per_kv, self.head_size)
+        by_head = query.view(shape).transpose(0, 1).reshape(-1, *shape[2:])
         result = torch.empty_like(by_head)
-        pages = self.state.page_views
+        keys, values = self.state.page_views
         ops.cpu_attention_with_kv_cache(
             query=by_head,
-            key_cache=pages[0],
-            value_cache=pages[1],
+            key_cache=keys,
+            value_cache=values,
             output=result,
             query_start_loc=batch.query_start_loc,
             seq_lens=batch.lengths[self.layer_index],
@@ -184,6 +221,14 @@ class SculptCPUImpl(CPUAttentionBackendImpl):
             scheduler_metadata=batch.scheduler_metadata[self.layer_index],
             s_aux=None,
         )
-        result = result.view(self.num_kv_heads, num_tokens, group, self.head_size).transpose(0, 1)
-        output[:num_tokens].view(num_tokens, self.num_kv_heads, group, self.head_size).copy_(result)
-        return output
+        return result.view(shape[1], shape[0], *shape[2:]).transpose(0, 1).reshape(query.shape)
+
+
+def _by_token(output: Tensor, query: Tensor) -> Tensor:
+    """`output` with the shape (T, heads, D) of `query`; vLLM may pass it flat."""
+    return output.view(query.shape)
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    """Start offsets (n + 1,) int32 of consecutive pieces of `lengths` (n,)."""
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)

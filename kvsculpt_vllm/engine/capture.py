@@ -21,7 +21,9 @@ def sample_positions(first: int, num_prompt_tokens: int, count: int) -> tuple[Te
     count = min(count, available)
     recent = min(count, max(1, round(RECENT_SHARE * count)))
     spread = count - recent
-    earlier = torch.linspace(first, num_prompt_tokens - recent - 1, spread).round().long() if spread else None
+    end = num_prompt_tokens - recent - 1
+    # In float64: float32 rounds two neighbours to one position where they are many and far from 0.
+    earlier = torch.linspace(first, end, spread, dtype=torch.float64).round().long() if spread else None
     last = torch.arange(num_prompt_tokens - recent, num_prompt_tokens)
     return (last if earlier is None else torch.cat([earlier, last])), recent
 

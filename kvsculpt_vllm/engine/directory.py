@@ -50,11 +50,16 @@ class Directory:
             self._slot_of_block[first_block] = 0
             self._free_slots.append(slot)
 
-    def lookup(self, first_blocks: Tensor) -> Packed | None:
-        """The rows' packed prefixes, or None if no row has one. `first_blocks` (R,) is a block table's column 0."""
+    def slots(self, first_blocks: Tensor) -> Tensor | None:
+        """Each row's slot, 0 for rows without a packed prefix; None if no row has one.
+
+        `first_blocks` (R,) is a block table's column 0.
+        """
         if not self._entries:
             return None
         slots = self._slot_of_block[first_blocks.long()]
-        if not slots.any():
-            return None
+        return slots if slots.any() else None
+
+    def entries(self, slots: Tensor) -> Packed:
+        """The packed prefixes in `slots` (R,)."""
         return Packed(self._starts[slots], self._lengths[slots], self._span_blocks[slots])

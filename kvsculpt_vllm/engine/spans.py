@@ -29,7 +29,8 @@ def plan_span(config: CompressionConfig, num_prompt_tokens: int, block_size: int
     if not config.active or num_prompt_tokens < config.min_tokens:
         return None
     blocks = max(num_prompt_tokens - config.window, 0) // block_size
-    packed_blocks = math.ceil(config.keep_ratio * blocks)
+    # 0.07 * 100 is 7.000000000000001: what a rounding error adds must not cost a block.
+    packed_blocks = max(1, math.ceil(config.keep_ratio * blocks - 1e-9))
     if packed_blocks >= blocks:
         return None
     return Span(blocks * block_size, blocks, packed_blocks)

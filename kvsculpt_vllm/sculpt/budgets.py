@@ -8,9 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def uniform_budgets(num_problems: int, total: int, most: int) -> list[int]:
-    """The same number of pages for all; what does not divide goes to the first ones."""
-    _check(num_problems, total, 0, most)
+def uniform_budgets(num_problems: int, total: int, least: int, most: int) -> list[int]:
+    """The same number of pages for all; what does not divide goes to the first ones.
+
+    Raises:
+        ValueError: the total cannot be reached with every problem between `least` and `most`.
+    """
+    _check(num_problems, total, least, most)
     each, rest = divmod(total, num_problems)
     return [each + (i < rest) for i in range(num_problems)]
 
@@ -54,8 +58,10 @@ def _lower_hull(grid: Sequence[int], curve: np.ndarray) -> list[tuple[int, float
     """Vertices (pages, error, gain per page of the segment that ends here) of the curve's lower convex hull.
 
     The first pages are where plain selection is noisiest: a curve that rises is cut down to its running minimum.
+    What is not finite counts as the largest number: a gain between two infinities would have no order.
     """
-    curve = np.minimum.accumulate(np.nan_to_num(curve, nan=np.inf, posinf=np.finfo(np.float64).max))
+    largest = np.finfo(np.float64).max
+    curve = np.minimum.accumulate(np.nan_to_num(curve, nan=largest, posinf=largest))
     hull: list[tuple[int, float, float]] = []
     for x, y in zip(grid, curve, strict=True):
         while len(hull) > 1 and (hull[-1][1] - y) / (x - hull[-1][0]) >= hull[-1][2]:

@@ -11,13 +11,18 @@ from torch import Tensor
 
 from kvsculpt_vllm.sculpt.budgets import adaptive_budgets, uniform_budgets
 from kvsculpt_vllm.sculpt.problem import Problems
-from kvsculpt_vllm.sculpt.selection import rank
+from kvsculpt_vllm.sculpt.selection import Ranking, rank
 from kvsculpt_vllm.sculpt.solve import solve
 
 METHODS = ("select", "select_fit", "sculpt")
 
 PILOT_FRACTIONS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.65)
 """Fractions of the span at which the pilot measures selection, besides the least and the whole."""
+
+
+MAX_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
+"""Floats in the largest temporary. On a CPU 16 MiB: larger ones glibc maps and unmaps each time, and the page faults
+cost more than the arithmetic (measured: 4 to 10 times). On a GPU 1 GiB: enough to fill it."""
 
 
 @dataclass(frozen=True)
@@ -68,31 +73,38 @@ def compress(
     method: str,
     budget: str,
     key_steps: int,
-    max_elements: int = 1 << 26,
+    max_elements: int | None = None,
 ) -> Compressed:
     """Give out the pages and fit every problem.
 
-    All problems go through the solver in as few batches as `max_elements` (the largest score matrix, in floats)
-    allows, sorted by size so that little padding is computed.
+    All problems go through the solver in as few batches as `max_elements` (the largest matrix of weights, in
+    floats) allows, sorted by size so that little padding is computed.
 
     Raises:
-        ValueError: an unknown method or budget rule.
+        ValueError: an unknown method or budget rule, a total that cannot be given out, or no query to fit or judge on.
     """
     if method not in METHODS:
         raise ValueError(f"method: {method!r} given, allowed are {', '.join(METHODS)}")
+    if problems.held_out.all() or not problems.held_out.any():
+        raise ValueError(
+            f"{int(problems.held_out.sum())} of {len(problems.held_out)} queries are held out: "
+            "at least one must be, and one must not"
+        )
     num_problems, num_queries = problems.queries.shape[:2]
+    if max_elements is None:
+        max_elements = MAX_ELEMENTS[problems.keys.device.type]
     grid = _pilot_grid(plan)
     sizes = [min(pages * plan.block_size - plan.sinks, problems.num_entries) for pages in grid]
-    order = torch.empty(num_problems, problems.num_entries, dtype=torch.long, device=problems.keys.device)
-    errors = torch.empty(num_problems, len(grid), device=problems.keys.device)
+    device = problems.keys.device
     per_batch = max(1, max_elements // (num_queries * problems.num_entries))
-    for index in torch.arange(num_problems, device=problems.keys.device).split(per_batch):
-        ranking = rank(problems.take(index), sizes)
-        order[index], errors[index] = ranking.order, ranking.errors
+    batches = [
+        rank(problems.take(index), sizes) for index in torch.arange(num_problems, device=device).split(per_batch)
+    ]
+    ranking = Ranking.join(batches)
     if budget == "adaptive":
-        pages = adaptive_budgets(errors.cpu().numpy(), grid, plan.total)
+        pages = adaptive_budgets(ranking.errors.cpu().numpy(), grid, plan.total)
     elif budget == "uniform":
-        pages = uniform_budgets(num_problems, plan.total, plan.span_pages)
+        pages = uniform_budgets(num_problems, plan.total, plan.least, plan.span_pages)
     else:
         raise ValueError(f"budget: {budget!r} given, allowed are uniform, adaptive")
 
@@ -100,19 +112,19 @@ def compress(
         pages=pages,
         keys=[problems.keys[0]] * num_problems,
         values=[problems.values[0]] * num_problems,
-        start_error=errors.new_zeros(num_problems),
-        error=errors.new_zeros(num_problems),
-        steps=torch.zeros(num_problems, dtype=torch.long, device=errors.device),
+        start_error=torch.zeros(num_problems, device=device),
+        error=torch.zeros(num_problems, device=device),
+        steps=torch.zeros(num_problems, dtype=torch.long, device=device),
     )
     kept = [min(p * plan.block_size - plan.sinks, problems.num_entries) for p in pages]
-    for group in _groups(kept, problems.num_entries, per_batch):
+    for group in _groups(kept, problems.num_entries, max_elements // num_queries):
         if kept[group[0]] == problems.num_entries:  # everything fits: copied, nothing to fit
             for b in group:
                 result.keys[b], result.values[b] = problems.keys[b], problems.values[b]
             continue
-        index = torch.tensor(group, device=errors.device)
-        group_sizes = torch.tensor([kept[b] for b in group], device=errors.device)
-        fit = solve(problems.take(index), order[index], group_sizes, method, key_steps, problems.keys.dtype)
+        index = torch.tensor(group, device=device)
+        group_sizes = torch.tensor([kept[b] for b in group], device=device)
+        fit = solve(problems.take(index), ranking.take(index), group_sizes, method, key_steps, problems.keys.dtype)
         for row, b in enumerate(group):
             result.keys[b] = fit.keys[row, : kept[b]].to(problems.keys.dtype)
             result.values[b] = fit.values[row, : kept[b]].to(problems.values.dtype)
@@ -125,12 +137,17 @@ def _pilot_grid(plan: PagePlan) -> list[int]:
     return sorted({plan.least, plan.span_pages} | {p for p in inner if plan.least < p < plan.span_pages})
 
 
-def _groups(sizes: list[int], whole: int, most: int) -> Iterator[list[int]]:
-    """Problem indices in groups of similar size (padding at most a quarter), whole spans apart, `most` a group."""
+def _groups(sizes: list[int], whole: int, max_entries: int) -> Iterator[list[int]]:
+    """Problem indices in groups of similar size (padding at most a quarter), whole spans apart.
+
+    `max_entries` bounds a group's entries, padding included, except that one problem always fits.
+    """
     group: list[int] = []
     for b in sorted(range(len(sizes)), key=lambda i: (sizes[i], i)):
         if group and (
-            len(group) == most or sizes[b] > 1.25 * sizes[group[0]] or (sizes[b] == whole) != (sizes[group[0]] == whole)
+            (len(group) + 1) * sizes[b] > max_entries
+            or sizes[b] > 1.25 * sizes[group[0]]
+            or (sizes[b] == whole) != (sizes[group[0]] == whole)
         ):
             yield group
             group = []

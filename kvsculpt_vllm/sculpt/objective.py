@@ -12,6 +12,9 @@ from kvsculpt_vllm.sculpt.problem import Problems
 LSE_WEIGHT = 1.0
 """Weight of the log-sum-exp term. Both terms are relative (a squared logit error is a squared relative mass error)."""
 
+MASKED_LOGIT = -1e30
+"""Logit of padding; finite, so that it can go through a matrix product."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -20,79 +23,92 @@ class Target:
     The loss of a problem is, averaged over its queries,
     ``|o - o*|² / mean|o*|² + LSE_WEIGHT (z - z*)²`` (KVSculpt: output MSE + log-sum-exp MSE), o and z being the
     softmax over compressed and retained entries together.
+
+    Weights are taken relative to the teacher's own mass e^z*, so their sum's logarithm *is* z - z*, and no maximum
+    has to be found. The shift, the padding mask and the sum each ride along in a matrix product as one more column:
+    evaluating costs two products and one exponential, the gradient two more products and one multiplication.
     """
 
-    queries: Tensor  # (B, Q, D)
+    probes: Tensor  # (B, Q, D + 2): scaled queries, -z*, 1
     out: Tensor  # (B, Q, D) o*
-    lse: Tensor  # (B, Q) z*
-    retained_lse: Tensor  # (B, Q)
-    retained_out: Tensor  # (B, Q, D)
+    retained_mass: Tensor  # (B, Q, 1) e^(z_r - z*)
+    retained_sum: Tensor  # (B, Q, D) retained mass times retained output
     out_norm: Tensor  # (B,) mean |o*|²
-    scale: float
 
     @classmethod
-    def split(cls, problems: Problems) -> tuple[Target, Target]:
-        """The training target and the held-out target of fp32 `problems`."""
-        out, lse = problems.teacher()
+    def split(cls, problems: Problems, out: Tensor, lse: Tensor) -> tuple[Target, Target]:
+        """The training target and the held-out target of fp32 `problems` with teacher `out` (B, Q, D), `lse` (B, Q)."""
         # One norm for both parts, so that training and held-out losses are on one scale.
         out_norm = out.square().sum(-1).mean(-1).clamp_min(torch.finfo(out.dtype).tiny)
-        train, held_out = (~problems.held_out).nonzero()[:, 0], problems.held_out.nonzero()[:, 0]
 
-        def part(rows: Tensor) -> Target:
+        def part(mask: Tensor) -> Target:
+            rows = mask.nonzero()[:, 0]
+            shift = lse[:, rows].unsqueeze(-1)
+            mass = (problems.retained_lse[:, rows].unsqueeze(-1) - shift).exp()
             return cls(
-                problems.queries[:, rows],
-                out[:, rows],
-                lse[:, rows],
-                problems.retained_lse[:, rows],
-                problems.retained_out[:, rows],
-                out_norm,
-                problems.scale,
+                probes=torch.cat([problems.queries[:, rows] * problems.scale, -shift, torch.ones_like(shift)], dim=-1),
+                out=out[:, rows],
+                retained_mass=mass,
+                retained_sum=mass * problems.retained_out[:, rows],
+                out_norm=out_norm,
             )
 
-        return part(train), part(held_out)
+        return part(~problems.held_out), part(problems.held_out)
+
+    @property
+    def scaled_queries(self) -> Tensor:
+        """Queries times the softmax scale (B, Q, D)."""
+        return self.probes[..., :-2]
 
     def take(self, index: Tensor) -> Target:
         """The target of the problems in `index`."""
-        return Target(
-            self.queries[index],
-            self.out[index],
-            self.lse[index],
-            self.retained_lse[index],
-            self.retained_out[index],
-            self.out_norm[index],
-            self.scale,
-        )
+        return Target(**{name: tensor[index] for name, tensor in vars(self).items()})
 
-    def weights(self, keys: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Softmax weights (B, Q, m) of compressed keys (B, m, D), of the retained entries (B, Q), and z (B, Q).
+    def weights(self, keys: Tensor, valid: Tensor | None) -> Tensor:
+        """Unnormalised weights e^(logit - z*) (B, Q, m) of keys (B, m, D); 0 for padding (`valid` (B, m) False)."""
+        ones = torch.ones_like(keys[..., :1])
+        mask = torch.zeros_like(ones) if valid is None else (~valid).unsqueeze(-1) * MASKED_LOGIT
+        return torch.bmm(self.probes, torch.cat([keys, ones, mask], dim=-1).transpose(1, 2)).exp_()
 
-        `valid` (B, m) is False for padding, which gets weight 0.
-        """
-        logits = torch.bmm(self.queries, keys.transpose(1, 2)).mul_(self.scale)
-        if valid is not None:
-            logits.masked_fill_(~valid[:, None, :], -torch.inf)
-        lse = torch.logaddexp(torch.logsumexp(logits, dim=-1), self.retained_lse)
-        weights = logits.sub_(lse.unsqueeze(-1)).exp_()
-        return weights, (self.retained_lse - lse).exp(), lse
+    def normalised_weights(self, keys: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Softmax weights (B, Q, m) of the compressed entries, and what the retained ones add to the output."""
+        weights = self.weights(keys, valid)
+        mass = self._mass(weights.sum(-1, keepdim=True))
+        return weights.div_(mass), self.retained_sum / mass
 
     def loss(self, keys: Tensor, values: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Loss (B,) of compressed pairs (B, m, D)."""
-        weights, retained, lse = self.weights(keys, valid)
-        out = torch.baddbmm(retained.unsqueeze(-1) * self.retained_out, weights, values)
-        return self._loss(out - self.out, lse - self.lse)
+        """Loss (B,) of compressed pairs (B, m, D); a non-finite one means that the pairs are unusable."""
+        out, mass = self._attend(self.weights(keys, valid), _with_ones(values))
+        return self._loss(out - self.out, mass.log())
 
     def loss_and_grad(self, keys: Tensor, values: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Loss (B,) and its gradient (B, m, D) with respect to the keys, the values being held fixed."""
-        num_queries = self.queries.shape[1]
-        weights, retained, lse = self.weights(keys, valid)
-        out = torch.baddbmm(retained.unsqueeze(-1) * self.retained_out, weights, values)
-        out_error, lse_error = out - self.out, lse - self.lse
+        num_queries = self.probes.shape[1]
+        weights, values = self.weights(keys, valid), _with_ones(values)
+        out, mass = self._attend(weights, values)
+        out_error, lse_error = out - self.out, mass.log()
         d_out = out_error * (2.0 / num_queries / self.out_norm)[:, None, None]
         d_lse = lse_error * (2.0 * LSE_WEIGHT / num_queries)
         # d loss / d logit_j = p_j (g·v_j - g·o + d_lse), the softmax with the retained entry in its denominator
-        d_logits = torch.bmm(d_out, values.transpose(1, 2))
-        d_logits.add_((d_lse - (d_out * out).sum(-1)).unsqueeze(-1)).mul_(weights)
-        return self._loss(out_error, lse_error), torch.bmm(d_logits.transpose(1, 2), self.queries).mul_(self.scale)
+        pull = torch.cat([d_out, d_lse - (d_out * out).sum(-1, keepdim=True)], dim=-1) / mass
+        d_logits = weights.mul_(torch.bmm(pull, values.transpose(1, 2)))
+        return self._loss(out_error, lse_error), torch.bmm(d_logits.transpose(1, 2), self.scaled_queries)
+
+    def _attend(self, weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Output (B, Q, D) and mass e^(z - z*) (B, Q, 1), from values with their column of ones."""
+        both = torch.bmm(weights, values)
+        mass = self._mass(both[..., -1:])
+        return (both[..., :-1] + self.retained_sum) / mass, mass
+
+    def _mass(self, compressed: Tensor) -> Tensor:
+        mass = compressed + self.retained_mass
+        # A query whose every weight underflows gets a huge but finite log-sum-exp error.
+        return mass.clamp_min(torch.finfo(mass.dtype).tiny)
 
     def _loss(self, out_error: Tensor, lse_error: Tensor) -> Tensor:
-        return out_error.square().sum(-1).mean(-1) / self.out_norm + LSE_WEIGHT * lse_error.square().mean(-1)
+        output = out_error.square().sum(-1).mean(-1) / self.out_norm
+        return output + LSE_WEIGHT * lse_error.squeeze(-1).square().mean(-1)
+
+
+def _with_ones(values: Tensor) -> Tensor:
+    return torch.cat([values, torch.ones_like(values[..., :1])], dim=-1)

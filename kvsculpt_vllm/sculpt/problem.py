@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvsculpt_vllm.sculpt.attention import attend, merge
+from kvsculpt_vllm.sculpt.attention import attend
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,6 @@ class Problems:
             held_out=self.held_out,
             scale=self.scale,
         )
-
-    def teacher(self) -> tuple[Tensor, Tensor]:
-        """Output (B, Q, D) and log-sum-exp (B, Q) of the full cache. Call it on fp32 problems (`take`)."""
-        out, lse = attend(self.queries, self.keys, self.values, self.scale)
-        return merge(out, lse, self.retained_out, self.retained_lse)
 
 
 def retained_attention(

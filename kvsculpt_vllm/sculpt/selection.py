@@ -7,44 +7,61 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvsculpt_vllm.sculpt.attention import merge
 from kvsculpt_vllm.sculpt.problem import Problems
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The entries of each problem in the order in which selection keeps them, and the pilot's error curve."""
+    """The entries of each problem in the order in which selection keeps them, and what was measured on the way."""
 
     order: Tensor  # (B, n) entry indices, most attended first
     errors: Tensor  # (B, G) mean squared output error of plain selection, absolute, at each of G sizes
+    teacher_out: Tensor  # (B, Q, D)
+    teacher_lse: Tensor  # (B, Q)
+
+    @classmethod
+    def join(cls, parts: list[Ranking]) -> Ranking:
+        """The rankings of consecutive problems as one."""
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+
+    def take(self, index: Tensor) -> Ranking:
+        """The rankings of the problems in `index`."""
+        return Ranking(**{name: tensor[index] for name, tensor in vars(self).items()})
 
 
 def rank(problems: Problems, sizes: list[int]) -> Ranking:
     """Order entries by the attention they receive, summed over the training queries of the head's group.
 
     This is the SnapKV-style score on our query mixture, and the start of KVSculpt. `sizes` (ascending, at most n)
-    are the numbers of kept entries at which the pilot measures; all are had from one pass over the sorted entries.
-    Call it on fp32 problems.
+    are the numbers of kept entries at which the pilot measures. Everything comes from one matrix of weights, laid
+    out by entry (B, n, Q) so that sorting entries moves whole rows. Call it on fp32 problems.
     """
+    ones = torch.ones_like(problems.values[..., :1])
+    values = torch.cat([problems.values, ones], dim=-1)  # the column of ones sums the weights
+    weights = torch.bmm(problems.keys, problems.queries.transpose(1, 2) * problems.scale)
+    peak = weights.amax(1, keepdim=True)
+    weights = weights.sub_(peak).exp_()
+    both = torch.bmm(weights.transpose(1, 2), values)
+    span_mass = both[..., -1]
+    teacher_out, teacher_lse = merge(
+        both[..., :-1] / both[..., -1:], span_mass.log() + peak[:, 0], problems.retained_out, problems.retained_lse
+    )
+
     rows = (~problems.held_out).nonzero()[:, 0]
-    queries = problems.queries[:, rows]
-    out, lse = problems.teacher()
-    out, lse = out[:, rows], lse[:, rows].unsqueeze(-1)
-    retained = (problems.retained_lse[:, rows].unsqueeze(-1) - lse).exp()
-
-    def weights(keys: Tensor) -> Tensor:
-        return torch.bmm(queries, keys.transpose(1, 2)).mul_(problems.scale).sub_(lse).exp_()
-
-    order = weights(problems.keys).sum(1).argsort(dim=1, descending=True)
-    by_rank = order.unsqueeze(-1).expand_as(problems.keys)
-    sorted_weights = weights(problems.keys.gather(1, by_rank))
-    sorted_values = problems.values.gather(1, by_rank)
-    numerator, mass = retained * problems.retained_out[:, rows], retained.clone()
+    to_share = (peak[:, 0] - teacher_lse).exp()  # from weights relative to the peak to shares of the softmax
+    retained = (problems.retained_lse - teacher_lse).exp().unsqueeze(-1)[:, rows]
+    scored = (to_share * ~problems.held_out).unsqueeze(-1)
+    order = torch.bmm(weights, scored).squeeze(-1).argsort(dim=1, descending=True)
+    summed = torch.cat([retained * problems.retained_out[:, rows], retained], dim=-1)
     errors, done = [], 0
     for size in sizes:
-        numerator = torch.baddbmm(numerator, sorted_weights[:, :, done:size], sorted_values[:, done:size])
-        mass = mass + sorted_weights[:, :, done:size].sum(-1, keepdim=True)
+        kept = order[:, done:size].unsqueeze(-1)
+        segment = weights.take_along_dim(kept, dim=1).transpose(1, 2)
+        added = torch.bmm(segment, values.take_along_dim(kept, dim=1)) * to_share.unsqueeze(-1)
+        summed = summed + added[:, rows]
         # A query whose weights on everything kept underflow is answered with 0, an error of its full output.
-        kept_out = numerator / mass.clamp_min(torch.finfo(mass.dtype).tiny)
-        errors.append((kept_out - out).square().sum(-1).mean(-1))
+        kept_out = summed[..., :-1] / summed[..., -1:].clamp_min(torch.finfo(summed.dtype).tiny)
+        errors.append((kept_out - teacher_out[:, rows]).square().sum(-1).mean(-1))
         done = size
-    return Ranking(order, torch.stack(errors, dim=1))
+    return Ranking(order, torch.stack(errors, dim=1), teacher_out, teacher_lse)

@@ -10,7 +10,8 @@ from torch import Tensor
 from kvsculpt_vllm.sculpt.lbfgs import BatchedLBFGS
 from kvsculpt_vllm.sculpt.objective import Target
 from kvsculpt_vllm.sculpt.problem import Problems
-from kvsculpt_vllm.sculpt.values import fit_values
+from kvsculpt_vllm.sculpt.selection import Ranking
+from kvsculpt_vllm.sculpt.values import ValueFit, fit_values
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 """Ridge strengths tried at the start; held-out queries choose one for each problem."""
@@ -60,7 +61,7 @@ class _Best:
 
 def solve(
     problems: Problems,  # fp32
-    order: Tensor,  # (B, n) from `rank`
+    ranking: Ranking,
     sizes: Tensor,  # (B,) entries to keep
     method: str,
     key_steps: int,
@@ -69,9 +70,9 @@ def solve(
     """Fit B problems together. `method` is select, select_fit or sculpt; `key_steps` counts for sculpt only."""
     largest = int(sizes.max())
     valid = torch.arange(largest, device=sizes.device)[None, :] < sizes[:, None]
-    chosen = order[:, :largest].unsqueeze(-1).expand(-1, -1, problems.keys.shape[-1])
+    chosen = ranking.order[:, :largest].unsqueeze(-1).expand(-1, -1, problems.keys.shape[-1])
     keys, values = problems.keys.gather(1, chosen), problems.values.gather(1, chosen)
-    train, held_out = Target.split(problems)
+    train, held_out = Target.split(problems, ranking.teacher_out, ranking.teacher_lse)
     best = _Best(keys.clone(), values.clone(), held_out, valid, storage)
     if method != "select":
         ridge = _fit_start(best, train, keys, values, valid)
@@ -82,10 +83,9 @@ def solve(
 
 def _fit_start(best: _Best, train: Target, keys: Tensor, values: Tensor, valid: Tensor) -> Tensor:
     """Offer least-squares values for the selected keys; returns the ridge (B,) that held-out queries liked most."""
-    errors = []
+    fit, errors = ValueFit(train, keys, values, valid), []
     for strength in RIDGES:
-        ridge = torch.full((len(keys),), strength, device=keys.device)
-        _, error = best.offer(keys, fit_values(train, keys, values, ridge, valid), step=0)
+        _, error = best.offer(keys, fit.solve(torch.full((len(keys),), strength, device=keys.device)), step=0)
         errors.append(error.nan_to_num(nan=torch.inf))
     choice = torch.stack(errors).argmin(0)
     return torch.tensor(RIDGES, device=keys.device)[choice]
@@ -137,10 +137,13 @@ def _whitening(train: Target) -> tuple[Tensor, Tensor]:
     With C = E[q qᵀ] = L Lᵀ and x = k L, a logit is (L⁻¹ q)·x: a unit step changes the logits by the same amount in
     every direction, so L-BFGS does not have to learn the queries' anisotropy first.
     """
-    covariance = torch.bmm(train.queries.transpose(1, 2), train.queries) / train.queries.shape[1]
+    queries = train.scaled_queries
+    covariance = torch.bmm(queries.transpose(1, 2), queries) / queries.shape[1]
     diagonal = covariance.diagonal(dim1=1, dim2=2)
     # A hundredth of the mean power as a floor: directions no query looks along must not be blown up.
     diagonal.add_(1e-2 * diagonal.mean(1, keepdim=True) + 1e-12)
-    factor = torch.linalg.cholesky(covariance)
+    factor, info = torch.linalg.cholesky_ex(covariance)
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor)
+    # Only queries that are not finite fail; their problem ends at its start and must not take the others with it.
+    factor = torch.where((info == 0)[:, None, None], factor, identity)
     return factor, torch.linalg.solve_triangular(factor, identity, upper=False)

@@ -1,0 +1,109 @@
+"""Run one vLLM engine in a process of its own: `python engine_job.py < job.json > result.json`.
+
+A process per engine, because the attention backend is chosen per process. Not a test module: `conftest.py` calls it.
+
+A job has `engine` (arguments of `LLM`), `batches` (lists of requests that run together, one list after the other; a
+request is `start`, `length` and `max_tokens` plus optionally `extra_args`, `priority` and the step it arrives after),
+and `identity`/`poison`.
+"""
+
+import json
+import os
+import random
+import sys
+
+RESULT = sys.stdout
+sys.stdout = sys.stderr  # vLLM and its libraries print; the result must stay alone
+
+# In this process, so that the test-only method below is the one that runs.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+# The stock kernel splits a row's keys among threads depending on the rest of the batch; without that split equal rows
+# give equal bits, so that a difference in tokens is a difference in what was attended to.
+os.environ["VLLM_CPU_ATTN_SPLIT_KV"] = "0"
+
+POISON = 3.0e4
+
+
+def install_identity(poison: bool) -> None:
+    """Replace the method by one that keeps every entry, in page runs of shuffled order, and spoils the old blocks."""
+    import torch
+
+    from kvsculpt_vllm.engine import compressor, pages, spans
+    from kvsculpt_vllm.sculpt.compress import Compressed
+
+    stock_plan, stock_run, shuffle = spans.plan_span, compressor.Compressor.run, random.Random(0)
+
+    def plan_span(config, num_prompt_tokens, block_size):
+        span = stock_plan(config, num_prompt_tokens, block_size)
+        return span and spans.Span(span.tokens, span.blocks, span.blocks)
+
+    def keep_all(problems, plan, *args):
+        zeros = torch.zeros(problems.num_problems)
+        pages_each = [plan.span_pages] * problems.num_problems
+        return Compressed(pages_each, list(problems.keys), list(problems.values), zeros, zeros, zeros)
+
+    def place(page_counts):
+        starts, cell = [0] * len(page_counts), 0
+        for b in shuffle.sample(range(len(page_counts)), len(page_counts)):
+            starts[b], cell = cell, cell + page_counts[b]
+        return starts
+
+    def run(self, command):
+        record = stock_run(self, command)
+        if poison:
+            blocks = torch.tensor(command.prompt_blocks[: command.span_tokens // self.state.geometry.block_size])
+            self.state.pages.buffer[self.state.geometry.block_pages(blocks)] = POISON
+        return record
+
+    spans.plan_span, compressor.compress, pages.place, compressor.Compressor.run = plan_span, keep_all, place, run
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    import pydoc_data.topics
+    from vllm import LLM, SamplingParams
+
+    if job.get("identity"):
+        install_identity(job.get("poison", False))
+    llm = LLM(enforce_eager=True, kv_cache_memory_bytes=1 << 28, disable_log_stats=False, **job["engine"])
+    text = " ".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    tokens = llm.get_tokenizer().encode(text[:60000])
+    engine = llm.llm_engine
+    scheduler = engine.engine_core.engine_core.scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    result = {"tokens": [], "free": [], "cached": [], "free_at_start": pool.get_num_free_blocks()}
+    for b, batch in enumerate(job["batches"]):
+        ids, final, free = [f"{b}-{r}" for r in range(len(batch))], {}, []
+        waiting = dict(zip(ids, batch, strict=True))
+        while waiting or engine.has_unfinished_requests():
+            for request_id, request in list(waiting.items()):
+                if len(free) < request.get("after", 0):
+                    continue
+                del waiting[request_id]
+                prompt = tokens[request["start"] : request["start"] + request["length"]]
+                params = SamplingParams(
+                    temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, extra_args=request["extra_args"]
+                )
+                engine.add_request(
+                    request_id, {"prompt_token_ids": prompt}, params, priority=request.get("priority", 0)
+                )
+            for output in engine.step():
+                final[output.request_id] = output
+            free.append(pool.get_num_free_blocks())
+            if len(free) == job.get("abort_after"):
+                engine.abort_request(ids)
+        result["tokens"].append([list(final[i].outputs[0].token_ids) for i in ids])
+        result["cached"].append([final[i].num_cached_tokens for i in ids])
+        engine.step()  # the workers hear of what finished
+        result["free"].append([*free, pool.get_num_free_blocks()])
+    worker = engine.engine_core.engine_core.model_executor.driver_worker
+    report = getattr(worker.worker, "kv_compression_report", None)
+    result["report"] = report() if report else None
+    result["waits"] = getattr(scheduler, "compression_waits", None)
+    result["published"] = len(worker.worker.compression_state.directory) if report else None
+    result["preemptions"] = next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+    json.dump(result, RESULT)
+
+
+if __name__ == "__main__":
+    main()

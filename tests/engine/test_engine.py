@@ -1,0 +1,135 @@
+"""The engine on the real model, compared with stock vLLM's greedy tokens."""
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+ON = {"kv_compression": {"method": "select", "keep_ratio": 0.3}}
+
+
+def request(start, length, max_tokens=24, **extra_args):
+    return {"start": start, "length": length, "max_tokens": max_tokens, "extra_args": extra_args or None}
+
+
+# A long and a short prompt together, then the long one again beside another long one.
+MIXED = [[request(0, 1200), request(5000, 300)], [request(0, 1200), request(2000, 900)]]
+
+IDENTITY_CASES = {
+    "chunked prefill, prefix cache on": {
+        "engine": {"max_num_batched_tokens": 256, "enable_prefix_caching": True},
+        "batches": MIXED,
+    },
+    "one chunk, no cache, old blocks poisoned": {
+        "engine": {"enable_prefix_caching": False},
+        "batches": MIXED,
+        "poison": True,
+    },
+    # The late, important request leaves no block to grow into: a compressed one has to go, and comes back.
+    "forced preemption": {
+        "engine": {
+            "enable_prefix_caching": False,
+            "num_gpu_blocks_override": 64,
+            "max_model_len": 1024,
+            "scheduling_policy": "priority",
+        },
+        "batches": [
+            [
+                {**request(0, 620, 80), "priority": 9},
+                {**request(2000, 600, 80), "priority": 9},
+                {**request(4000, 700, 50), "after": 6},
+            ]
+        ],
+        "poison": True,
+    },
+}
+
+
+@pytest.mark.parametrize("case", IDENTITY_CASES)
+def test_every_entry_in_shuffled_packed_pages_gives_the_tokens_of_stock_vllm(run_engine, case):
+    """Whatever pages the packed prefix lies in, attention must find exactly the same entries."""
+    job = {"poison": False, **IDENTITY_CASES[case]}
+    stock = run_engine(engine=job["engine"], batches=job["batches"])
+    ours = run_engine(
+        engine={**job["engine"], "additional_config": ON},
+        batches=job["batches"],
+        identity=True,
+        poison=job["poison"],
+    )
+    assert ours["tokens"] == stock["tokens"]
+    compressed = [record["request_id"] for record in ours["report"]["requests"]]
+    assert ours["free"][-1][-1] == ours["free_at_start"]
+    assert ours["published"] == 0
+    if case == "forced preemption":
+        assert stock["preemptions"] > 0 and ours["preemptions"] > 0
+        assert len(compressed) > len(set(compressed)) >= 2  # one was compressed, preempted and compressed again
+    else:
+        assert len(compressed) == sum(r["length"] >= 512 for batch in job["batches"] for r in batch)
+    if job["engine"]["enable_prefix_caching"]:
+        # The same prompt again hits its exact blocks, all but what is computed anew for its queries.
+        assert ours["cached"][1][0] == (1200 - 512) // 32 * 32
+        assert stock["cached"][1][0] > ours["cached"][1][0]
+
+
+def test_requests_that_stay_exact_give_the_tokens_of_stock_vllm(run_engine):
+    """Off for the request, too short, nothing to free: untouched, also beside a compressed request."""
+    exact = [
+        request(0, 800, kv_compression="none"),
+        request(3000, 400),
+        request(6000, 700, kv_compression_keep_ratio=1.0),
+    ]
+    compressed = request(1000, 1100)
+    plain = [{**r, "extra_args": None} for r in (*exact, compressed)]
+    engine = {"enable_prefix_caching": False}
+    stock = run_engine(engine=engine, batches=[plain])
+    ours = run_engine(engine={**engine, "additional_config": ON}, batches=[[*exact, compressed]])
+    assert ours["tokens"][0][:3] == stock["tokens"][0][:3]
+    assert ours["report"]["totals"]["compressions"] == 1
+
+
+@pytest.mark.parametrize("method", ["select", "select_fit", "sculpt"])
+def test_freed_blocks_are_free_while_the_request_decodes(run_engine, method):
+    settings = {"kv_compression": method, "kv_compression_keep_ratio": 0.25, "kv_compression_effort": "fast"}
+    lone = request(0, 1100, 20, **settings)
+    result = run_engine(
+        engine={"additional_config": ON, "enable_prefix_caching": False},
+        batches=[
+            [{**lone, "extra_args": {**settings, "kv_compression": m}}] for m in ("select", "select_fit", "sculpt")
+        ],
+    )
+    index = ("select", "select_fit", "sculpt").index(method)
+    prompt_blocks, span_blocks, packed = 35, 32, 8  # 1100 tokens, of which 64 and the broken block stay exact
+    free, start = result["free"][index], result["free_at_start"]
+    record = result["report"]["requests"][index]
+    assert start - free[0] == prompt_blocks
+    assert record["blocks_freed"] == span_blocks - packed
+    assert start - free[3] == prompt_blocks - span_blocks + packed
+    assert free[-1] == start
+    assert record["method"] == method
+    assert record["entries_kept"] == pytest.approx(packed * 32)
+    assert 0 <= record["error_after"] <= record["error_before"]
+    if method != "select":
+        assert record["error_after"] < record["error_before"]
+
+
+def test_an_aborted_request_returns_its_packed_blocks(run_engine):
+    result = run_engine(
+        engine={"additional_config": ON, "enable_prefix_caching": False},
+        batches=[[request(0, 1000, 200), request(2000, 900, 200)]],
+        abort_after=6,
+    )
+    assert result["report"]["totals"]["compressions"] == 2
+    assert result["free_at_start"] - result["free"][0][4] < 40
+    assert result["free"][0][-1] == result["free_at_start"]
+    assert result["published"] == 0
+
+
+def test_without_free_blocks_a_request_goes_on_uncompressed_and_is_counted(run_engine):
+    """The pool holds the prompt and hardly more, so that no packed prefix fits beside it."""
+    engine = {"enable_prefix_caching": False, "num_gpu_blocks_override": 37, "max_model_len": 1056}
+    batch = [[request(0, 1000, 20)]]
+    stock = run_engine(engine=engine, batches=batch)
+    ours = run_engine(engine={**engine, "additional_config": ON}, batches=batch)
+    assert ours["tokens"] == stock["tokens"]
+    assert ours["waits"] > 0
+    assert ours["report"]["totals"] == {}
+    assert ours["free"][0][-1] == ours["free_at_start"]

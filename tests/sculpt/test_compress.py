@@ -1,0 +1,188 @@
+"""From problems to returned entries, judged in float64 by the formula and not by the solver's own numbers."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from kvsculpt_vllm.sculpt.compress import METHODS, PagePlan, compress
+from kvsculpt_vllm.sculpt.selection import rank
+from kvsculpt_vllm.sculpt.values import ValueFit
+
+BLOCK, SINKS, SPAN_PAGES, HEADS = 4, 3, 14, 5
+# Uniform budgets of 6 and 5 pages: 21 and 17 entries, which the solver pads to one group.
+PLAN = PagePlan(block_size=BLOCK, span_pages=SPAN_PAGES, total=5 * HEADS + 3, sinks=SINKS)
+STEPS, QUERIES = 30, 450
+
+
+@pytest.fixture(scope="module")
+def case(make_case):
+    """Five heads of 14 pages in the cache's dtype, the last ones with the sharpest attention."""
+    entries = SPAN_PAGES * BLOCK - SINKS
+    return make_case(HEADS, QUERIES, entries, head_size=16, dtype=torch.bfloat16, seed=2)
+
+
+@pytest.fixture(scope="module")
+def results(case):
+    """What every method returns with every budget rule."""
+    return {
+        (method, budget): compress(case.problems, PLAN, method, budget, STEPS)
+        for method in METHODS
+        for budget in ("uniform", "adaptive")
+    }
+
+
+def losses(case, result):
+    """Float64 held-out losses of what was returned and of selecting as many entries."""
+    held_out, returned, start = case.problems.held_out, [], []
+    for b, (keys, values) in enumerate(zip(result.keys, result.values, strict=True)):
+        kept = case.selected(b, len(keys))
+        returned.append(case.loss(keys, values, b, held_out))
+        start.append(case.loss(case.problems.keys[b, kept], case.problems.values[b, kept], b, held_out))
+    return torch.stack(returned), torch.stack(start)
+
+
+@pytest.mark.parametrize("budget", ["uniform", "adaptive"])
+@pytest.mark.parametrize("method", METHODS)
+def test_entries_fill_the_pages_and_are_never_worse_than_selection(case, results, method, budget):
+    result = results[method, budget]
+    assert sum(result.pages) == PLAN.total
+    assert [len(k) + SINKS for k in result.keys] == [p * BLOCK for p in result.pages]
+    assert all(k.dtype == v.dtype == torch.bfloat16 for k, v in zip(result.keys, result.values, strict=True))
+    returned, start = losses(case, result)
+    torch.testing.assert_close(result.error.double(), returned, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(result.start_error.double(), start, rtol=1e-3, atol=1e-9)
+    assert (returned <= start * (1 + 1e-5)).all()
+
+
+def test_each_method_and_the_adaptive_budget_improve_on_the_one_before(results):
+    def error(method, budget):
+        return float(results[method, budget].error.sum())
+
+    for budget in ("uniform", "adaptive"):
+        assert error("sculpt", budget) < error("select_fit", budget) < error("select", budget)
+    sculpted, fitted = results["sculpt", "uniform"], results["select_fit", "uniform"]
+    # Not by luck: with the key steps in a wrong metric two of the five heads still improve.
+    assert (sculpted.error < 0.95 * fitted.error).sum() >= 4 and (sculpted.steps > 0).sum() >= 4
+    assert results["select", "adaptive"].pages != results["select", "uniform"].pages
+
+
+@pytest.mark.parametrize("budget", ["uniform", "adaptive"])
+def test_selection_keeps_the_most_attended_entries(case, results, budget):
+    for b, (keys, values) in enumerate(
+        zip(*(getattr(results["select", budget], x) for x in ("keys", "values")), strict=True)
+    ):
+        kept = case.selected(b, len(keys))
+        assert torch.equal(keys, case.problems.keys[b, kept])
+        assert torch.equal(values, case.problems.values[b, kept])
+
+
+def test_the_pilot_measures_what_selection_of_that_size_loses(case):
+    sizes = [1, 5, 21, 53]
+    ranking = rank(case.problems.take(torch.arange(HEADS)), sizes)
+    rows = ~case.problems.held_out
+    for b in range(HEADS):
+        keys, values = case.problems.keys[b], case.problems.values[b]
+        true_out, true_lse = case.attention(keys, values, b)
+        torch.testing.assert_close(ranking.teacher_out[b].double(), true_out, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ranking.teacher_lse[b].double(), true_lse, rtol=1e-5, atol=1e-5)
+        for g, size in enumerate(sizes):
+            kept = case.selected(b, size)
+            assert set(ranking.order[b, :size].tolist()) == set(kept.tolist())
+            out, _ = case.attention(keys[kept], values[kept], b)
+            expected = (out - true_out)[rows].square().sum(-1).mean()
+            torch.testing.assert_close(ranking.errors[b, g].double(), expected, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_budgets_for_the_whole_span_return_it(case, method):
+    everything = dataclasses.replace(PLAN, total=HEADS * SPAN_PAGES)
+    result = compress(case.problems, everything, method, "adaptive", STEPS)
+    for b in range(HEADS):
+        assert torch.equal(result.keys[b], case.problems.keys[b])
+        assert torch.equal(result.values[b], case.problems.values[b])
+    assert (result.error == 0).all()
+
+
+@pytest.mark.parametrize("budget", ["uniform", "adaptive"])
+@pytest.mark.parametrize("method", METHODS)
+def test_batching_changes_nothing(case, results, method, budget):
+    one_by_one = compress(case.problems, PLAN, method, budget, STEPS, max_elements=1)
+    together = results[method, budget]
+    assert one_by_one.pages == together.pages
+    # Rounding differs with the shape of a product, and key steps amplify it.
+    tolerance = 1e-2 if method == "sculpt" else 1e-3
+    torch.testing.assert_close(one_by_one.error, together.error, rtol=tolerance, atol=1e-8)
+    if method != "sculpt":
+        for mine, theirs in zip(one_by_one.values, together.values, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_extreme_keys_in_one_head_stay_there(case, results, method):
+    keys = case.problems.keys.clone()
+    keys[1, :2], keys[1, 2] = 1e4, -1e4
+    wild = dataclasses.replace(case, problems=dataclasses.replace(case.problems, keys=keys))
+    result = compress(wild.problems, PLAN, method, "uniform", STEPS)
+    assert all(x.isfinite().all() for x in (*result.keys, *result.values, result.error, result.start_error))
+    returned, start = losses(wild, result)
+    assert (returned <= start * (1 + 1e-3)).all()
+    others = [0, 2, 3, 4]
+    torch.testing.assert_close(result.error[others], results[method, "uniform"].error[others], rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("budget", ["uniform", "adaptive"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_head_whose_queries_are_not_numbers_does_not_stop_the_others(case, method, budget):
+    queries = case.problems.queries.clone()
+    queries[1, 4] = torch.nan
+    broken = dataclasses.replace(case, problems=dataclasses.replace(case.problems, queries=queries))
+    result = compress(broken.problems, PLAN, method, budget, STEPS)
+    assert sum(result.pages) == PLAN.total
+    assert all(x.isfinite().all() for x in (*result.keys, *result.values))
+    returned, start = losses(case, result)
+    others = [0, 2, 3, 4]
+    assert (returned[others] <= start[others] * (1 + 1e-5)).all()
+    torch.testing.assert_close(result.error[others].double(), returned[others], rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, 1e3])
+@pytest.mark.parametrize("method", ["select_fit", "sculpt"])
+def test_values_that_come_out_broken_are_not_returned(case, results, monkeypatch, method, broken):
+    solve = ValueFit.solve
+    monkeypatch.setattr(ValueFit, "solve", lambda fit, ridge: torch.full_like(solve(fit, ridge), broken))
+    result, selected = compress(case.problems, PLAN, method, "uniform", STEPS), results["select", "uniform"]
+    assert all(map(torch.equal, result.keys + result.values, selected.keys + selected.values))
+    assert torch.equal(result.error, selected.error) and not result.steps.any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_retained_and_no_sinks(make_case, method):
+    case = make_case(2, num_queries=60, num_entries=8 * BLOCK, num_retained=0, dtype=torch.bfloat16)
+    plan = PagePlan(block_size=BLOCK, span_pages=8, total=5, sinks=0)
+    result = compress(case.problems, plan, method, "adaptive", STEPS)
+    assert [len(k) for k in result.keys] == [p * BLOCK for p in result.pages]
+    returned, start = losses(case, result)
+    torch.testing.assert_close(result.error.double(), returned, rtol=1e-3, atol=1e-9)
+    assert (returned <= start * (1 + 1e-5)).all()
+
+
+def test_sinks_that_fill_a_page_need_a_second_one(case):
+    plan = dataclasses.replace(PLAN, sinks=BLOCK, total=HEADS)
+    for budget in ("uniform", "adaptive"):
+        with pytest.raises(ValueError, match=r"cannot give 5 pages to 5 heads that take 2 to 14 pages each"):
+            compress(case.problems, plan, "select", budget, STEPS)
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_queries_must_be_there_to_fit_and_to_judge_on(case, held_out):
+    problems = dataclasses.replace(case.problems, held_out=torch.full((QUERIES,), held_out))
+    with pytest.raises(ValueError, match=f"{QUERIES * held_out} of {QUERIES} queries are held out"):
+        compress(problems, PLAN, "sculpt", "uniform", STEPS)
+
+
+def test_unknown_choices_are_named(case):
+    with pytest.raises(ValueError, match="'prune' given, allowed are select, select_fit, sculpt"):
+        compress(case.problems, PLAN, "prune", "uniform", STEPS)
+    with pytest.raises(ValueError, match="'greedy' given, allowed are uniform, adaptive"):
+        compress(case.problems, PLAN, "select", "greedy", STEPS)

@@ -1,0 +1,125 @@
+"""The loss and its gradient against the formula of one softmax over compressed and retained entries, in float64."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from kvsculpt_vllm.sculpt.attention import attend, merge
+from kvsculpt_vllm.sculpt.objective import Target
+from kvsculpt_vllm.sculpt.problem import retained_attention
+
+
+@pytest.fixture
+def compressed(make_case):
+    """A case with both its targets and some pairs that are off: 9 of 40 entries, displaced."""
+    case = make_case()
+    generator = torch.Generator().manual_seed(7)
+    keys, values = (x[:, :9] + 0.3 * torch.randn(3, 9, 8, generator=generator).double() for x in case.entries)
+    return case, *Target.split(case.problems, *case.teacher()), keys, values
+
+
+def test_loss_is_the_formula_written_out_per_query(compressed):
+    case, train, held_out, keys, values = compressed
+    problems = case.problems
+    for b in range(3):
+        true_out, true_lse = case.attention(problems.keys[b], problems.values[b], b)
+        rows = {False: [], True: []}
+        for i, query in enumerate(problems.queries[b].tolist()):
+            pairs = [(k, v) for ks, vs in [(keys, values), (case.retained_keys, case.retained_values)]
+                     for k, v in zip(ks[b].tolist(), vs[b].tolist(), strict=True)]  # fmt: skip
+            powers = [math.exp(problems.scale * sum(x * y for x, y in zip(query, k, strict=True))) for k, _ in pairs]
+            out = [sum(p * v[d] for p, (_, v) in zip(powers, pairs, strict=True)) / sum(powers) for d in range(8)]
+            distance = sum((x - y) ** 2 for x, y in zip(out, true_out[i].tolist(), strict=True))
+            error = math.log(sum(powers)) - float(true_lse[i])
+            rows[bool(problems.held_out[i])].append((distance, error**2))
+        norm = float(true_out.square().sum() / len(true_out))
+        for target, errors in ((train, rows[False]), (held_out, rows[True])):
+            expected = sum(d / norm + e for d, e in errors) / len(errors)
+            assert target.loss(keys, values)[b].item() == pytest.approx(expected, rel=1e-11)
+
+
+@pytest.mark.parametrize("num_retained", [5, 0])
+def test_gradient_is_that_of_autograd_and_of_finite_differences(make_case, num_retained):
+    case = make_case(num_retained=num_retained)
+    train, _ = Target.split(case.problems, *case.teacher())
+    keys, values = (x[:, 3:10].clone() for x in case.entries)
+    keys += 0.1
+    loss, grad = train.loss_and_grad(keys, values)
+    torch.testing.assert_close(loss, train.loss(keys, values), rtol=1e-12, atol=0)
+    leaf = keys.clone().requires_grad_()
+    naive = torch.stack([case.loss(leaf[b], values[b], b, ~case.problems.held_out) for b in range(3)])
+    torch.testing.assert_close(loss, naive.detach(), rtol=1e-11, atol=0)
+    torch.testing.assert_close(grad, torch.autograd.grad(naive.sum(), leaf)[0], rtol=1e-9, atol=1e-12)
+    for i, d in ((0, 0), (2, 5), (6, 7)):
+        step = torch.zeros_like(keys)
+        step[:, i, d] = 1e-5
+        difference = (train.loss(keys + step, values) - train.loss(keys - step, values)) / 2e-5
+        torch.testing.assert_close(grad[:, i, d], difference, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("padding", [1e4, -1e4])
+def test_padding_has_neither_weight_nor_gradient(compressed, padding):
+    _, train, _, keys, values = compressed
+    valid = torch.arange(9)[None] < torch.tensor([9, 5, 1])[:, None]
+    padded_keys, padded_values = (x.masked_fill(~valid[..., None], padding) for x in (keys, values))
+    loss, grad = train.loss_and_grad(padded_keys, padded_values, valid)
+    assert torch.equal(train.loss(padded_keys, padded_values, valid), loss)
+    for b, size in enumerate([9, 5, 1]):
+        one = train.take(torch.tensor([b]))
+        short_loss, short_grad = one.loss_and_grad(keys[b : b + 1, :size], values[b : b + 1, :size])
+        torch.testing.assert_close(loss[b], short_loss[0], rtol=1e-12, atol=0)
+        torch.testing.assert_close(grad[b, :size], short_grad[0], rtol=1e-12, atol=1e-15)
+        assert (grad[b, size:] == 0).all()
+
+
+def test_a_query_that_all_kept_entries_miss_costs_much_but_stays_finite(make_case):
+    case = make_case(num_retained=0, dtype=torch.float32)
+    train, _ = Target.split(case.problems, *(x.float() for x in case.teacher()))
+    far = -200 * case.problems.queries.mean(1, keepdim=True)
+    loss = train.loss(far, torch.ones_like(far))
+    assert loss.isfinite().all() and (loss > 1000).all()
+
+
+def test_attention_over_two_sets_joins_to_one_softmax(make_case):
+    case = make_case()
+    keys, values = case.entries
+    visible = torch.rand(21, 40, generator=torch.Generator().manual_seed(3)) < 0.5
+    visible[4], visible[5, :15], visible[6, 15:] = False, False, False  # nothing, only the right, only the left
+    visible[4, 0] = True
+    args = case.problems.queries, keys, values, case.problems.scale
+    parts = [
+        attend(args[0], keys[:, part], values[:, part], args[3], visible[None, :, part])
+        for part in (slice(0, 15), slice(15, 40))
+    ]
+    logits = (args[0] @ keys.transpose(1, 2) * args[3]).masked_fill(~visible, -torch.inf)
+    out, lse = merge(*parts[0], *parts[1])
+    torch.testing.assert_close(out, torch.softmax(logits, -1) @ values, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(lse, torch.logsumexp(logits, -1), rtol=1e-13, atol=1e-13)
+    assert (parts[0][0][:, 5] == 0).all() and (parts[0][1][:, 5] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("num_sinks", [0, 3])
+def test_retained_attention_sees_sinks_always_and_recent_entries_causally(num_sinks):
+    torch.manual_seed(0)
+    sinks, recent, queries = torch.randn(2, num_sinks, 4), torch.randn(2, 6, 4), torch.randn(2, 4, 4)
+    positions = torch.tensor([5, 12, 14, 99])  # the recent entries are at 10 to 15
+    out, lse = retained_attention(queries, positions, sinks, -sinks, recent, -recent, torch.arange(10, 16), 0.5)
+    for i, seen in enumerate([0, 3, 5, 6]):
+        keys = torch.cat([sinks, recent[:, :seen]], 1).double()
+        logits = queries[:, i : i + 1].double() @ keys.transpose(1, 2) * 0.5
+        expected = torch.softmax(logits, -1) @ -keys
+        torch.testing.assert_close(out[:, i], expected[:, 0].float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(lse[:, i], torch.logsumexp(logits, -1)[:, 0].float(), rtol=1e-5, atol=1e-6)
+
+
+def test_take_takes_every_tensor(make_case):
+    case = make_case()
+    part = case.problems.take(torch.tensor([2, 0]))
+    for field in dataclasses.fields(part):
+        whole, some = getattr(case.problems, field.name), getattr(part, field.name)
+        if field.name in ("held_out", "scale"):
+            assert some is whole
+        else:
+            assert torch.equal(some, whole[[2, 0]].float())
