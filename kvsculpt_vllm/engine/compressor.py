@@ -91,7 +91,7 @@ class Compressor:
             seconds=time.perf_counter() - begin,
             error_before=float(fitted.start_error.mean()),
             error_after=float(fitted.error.mean()),
-            heads_at_start=int((fitted.error >= fitted.start_error).sum()),
+            heads_at_start=int(((fitted.error >= fitted.start_error) & (fitted.start_error > 0)).sum()),
         )
         return record
 
@@ -99,58 +99,71 @@ class Compressor:
         self, command: CompressCommand, sinks: int, sample: QuerySample, keys: Tensor, values: Tensor
     ) -> Problems:
         """One problem per (layer, KV head); keys and values are (L·H, prompt tokens, D)."""
-        geometry, span = self.state.geometry, command.span_tokens
-        queries, positions = self._queries(sample, command.num_prompt_tokens)  # (L, P, heads, D), (P,)
-        num_layers, num_positions, num_query_heads, head_size = queries.shape
-        group = num_query_heads // geometry.num_heads
-        # (L, P, H, G, D) -> (L·H, P·G, D): the queries of a head's group are one problem's queries
-        queries = queries.unflatten(2, (geometry.num_heads, group)).permute(0, 2, 1, 3, 4)
-        queries = queries.reshape(num_layers * geometry.num_heads, num_positions * group, head_size)
-        row_positions = positions.repeat_interleave(group)
+        if not sample.complete:
+            raise RuntimeError(f"request {command.request_id}: some sampled queries of its prompt were never computed")
+        heads, span = self.state.geometry.num_heads, command.span_tokens
+        group = self.state.num_query_heads // heads
         recent_positions = torch.arange(span, command.num_prompt_tokens, device=keys.device)
-        retained_out, retained_lse = retained_attention(
-            queries,
-            row_positions,
-            keys[:, :sinks],
-            values[:, :sinks],
-            keys[:, span:],
-            values[:, span:],
-            recent_positions,
-            self.softmax_scale,
-        )
-        held_out = (
-            torch.arange(num_positions, device=keys.device) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-        ).repeat_interleave(group)
+        origin, target = self._positions(sample, command.num_prompt_tokens)
+        # A head's problem has the queries of all its group, so a position gives `group` rows.
+        row_positions = target.repeat_interleave(group)
+        queries, retained = [], []
+        for layer in range(self.state.geometry.num_layers):
+            rows = self._queries(sample, layer, origin, target)  # (P, heads, D)
+            rows = rows.unflatten(1, (heads, group)).transpose(0, 1).flatten(1, 2)  # (H, P·G, D)
+            own = slice(layer * heads, (layer + 1) * heads)
+            queries.append(rows)
+            retained.append(
+                retained_attention(
+                    rows,
+                    row_positions,
+                    keys[own, :sinks],
+                    values[own, :sinks],
+                    keys[own, span:],
+                    values[own, span:],
+                    recent_positions,
+                    self.softmax_scale,
+                )
+            )
+        held_out = torch.arange(len(target), device=keys.device) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         return Problems(
-            queries=queries,
+            queries=torch.cat(queries),
             keys=keys[:, sinks:span],
             values=values[:, sinks:span],
-            retained_lse=retained_lse,
-            retained_out=retained_out,
-            held_out=held_out,
+            retained_out=torch.cat([out for out, _ in retained]),
+            retained_lse=torch.cat([lse for _, lse in retained]),
+            held_out=held_out.repeat_interleave(group),
             scale=self.softmax_scale,
         )
 
-    def _queries(self, sample: QuerySample, num_prompt_tokens: int) -> tuple[Tensor, Tensor]:
-        """Queries (L, P, heads, D) fp32 and the positions (P,) they ask from: synthetic future ones, then real ones.
+    def _positions(self, sample: QuerySample, num_prompt_tokens: int) -> tuple[Tensor, Tensor]:
+        """Where the sampled queries (P,) were asked from, and from where the problems shall ask them.
+
+        All but the recent ones move behind the prompt's end, as far as the model's rotary embedding goes.
+        """
+        device = self.state.pages.buffer.device
+        origin = sample.positions.to(device)
+        num_future = len(origin) - sample.recent
+        covered = [rotary.num_positions for rotary in self.rotaries if rotary is not None]
+        last = min(covered, default=num_prompt_tokens + FUTURE_TOKENS) - 1
+        # A fixed pseudo-random spread, so that neighbouring origins ask from unrelated distances.
+        offsets = torch.arange(num_future, device=device) * 193 % FUTURE_TOKENS
+        return origin, torch.cat([(num_prompt_tokens + offsets).clamp_max(last), origin[num_future:]])
+
+    def _queries(self, sample: QuerySample, layer: int, origin: Tensor, target: Tensor) -> Tensor:
+        """One layer's queries (P, heads, D) fp32 at the positions `target`.
 
         A layer without a rotary embedding we understand has no way to ask from elsewhere: there the recent real
         queries are repeated in the places of the synthetic ones.
         """
-        num_future = len(sample.positions) - sample.recent
-        origin = sample.positions[:num_future]
-        covered = [rotary.num_positions for rotary in self.rotaries if rotary is not None]
-        last = min(covered, default=num_prompt_tokens + FUTURE_TOKENS) - 1
-        # A fixed pseudo-random spread, so that neighbouring origins ask from unrelated distances.
-        offsets = torch.arange(num_future) * 193 % FUTURE_TOKENS
-        target = (num_prompt_tokens + offsets).clamp_max(last)
-        repeated = num_future + torch.arange(num_future) % sample.recent
-        layers = []
-        for layer, rotary in enumerate(self.rotaries):
-            real = sample.queries[layer].float()
-            future = rotary.move(real[:num_future], origin, target) if rotary is not None else real[repeated]
-            layers.append(torch.cat([future, real[num_future:]]))
-        return torch.stack(layers), torch.cat([target, sample.positions[num_future:]])
+        real = sample.queries[layer].float()
+        num_future = len(origin) - sample.recent
+        rotary = self.rotaries[layer]
+        if rotary is not None:
+            future = rotary.move(real[:num_future], origin[:num_future], target[:num_future])
+        else:
+            future = real[num_future + torch.arange(num_future, device=real.device) % sample.recent]
+        return torch.cat([future, real[num_future:]])
 
     def _write(self, command: CompressCommand, fitted: Compressed, sink_keys: Tensor, sink_values: Tensor) -> None:
         """Write every head's entries, sinks first, into its cells of the packed blocks, and publish where they are."""

@@ -61,6 +61,7 @@ def install_identity(poison: bool) -> None:
 def main() -> None:
     job = json.load(sys.stdin)
     import pydoc_data.topics
+
     from vllm import LLM, SamplingParams
 
     if job.get("identity"):

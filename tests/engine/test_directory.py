@@ -31,26 +31,26 @@ def test_every_block_leads_to_the_prefix_published_last_and_not_released(steps):
             published[request] = block, number
         assert len(directory) == len(published)
         blocks = torch.tensor([0, *reversed(range(NUM_BLOCKS)), 0], dtype=torch.int32)
-        packed = directory.lookup(blocks)
+        slots = directory.slots(blocks)
         if not published:
-            assert packed is None
+            assert slots is None
             continue
+        packed = directory.entries(slots)
         by_block = dict(published.values())
         for row, block in enumerate(blocks.tolist()):
+            assert (slots[row] > 0) == (block in by_block)
             if block in by_block:
                 starts, lengths, span_blocks = entry(by_block[block])
                 assert torch.equal(packed.starts[row], starts)
                 assert torch.equal(packed.lengths[row], lengths)
                 assert packed.span_blocks[row] == span_blocks
-            else:
-                assert not packed.lengths[row].any() and packed.span_blocks[row] == 0
 
 
 def test_a_batch_without_packed_rows_takes_the_stock_path():
     directory = Directory(NUM_BLOCKS, NUM_SLOTS, *SHAPE, torch.device("cpu"))
     directory.publish("a", 5, *entry(0))
-    assert directory.lookup(torch.tensor([1, 0, 4])) is None
-    assert directory.lookup(torch.tensor([1, 5])) is not None
+    assert directory.slots(torch.tensor([1, 0, 4])) is None
+    assert directory.slots(torch.tensor([1, 5, 0])).bool().tolist() == [False, True, False]
 
 
 def test_there_are_as_many_slots_as_requests_at_once():
