@@ -7,26 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RECENT_SHARE = 0.25
-"""Share of a sample that are the prompt's last queries as they are; the rest become synthetic future queries."""
-
-
-def sample_positions(first: int, num_prompt_tokens: int, count: int) -> tuple[Tensor, int]:
-    """Positions to keep queries of, ascending, and how many of the last ones are recent.
-
-    The last quarter of `count` is the end of the prompt, the rest is spread evenly over what is computed before
-    it, from `first` on (what a prefix-cache hit covers is never computed).
-    """
-    available = num_prompt_tokens - first
-    count = min(count, available)
-    recent = min(count, max(1, round(RECENT_SHARE * count)))
-    spread = count - recent
-    end = num_prompt_tokens - recent - 1
-    # In float64: float32 rounds two neighbours to one position where they are many and far from 0.
-    earlier = torch.linspace(first, end, spread, dtype=torch.float64).round().long() if spread else None
-    last = torch.arange(num_prompt_tokens - recent, num_prompt_tokens)
-    return (last if earlier is None else torch.cat([earlier, last])), recent
-
 
 @dataclass(frozen=True)
 class CaptureRows:

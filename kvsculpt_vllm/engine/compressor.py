@@ -12,18 +12,13 @@ from vllm.logger import init_logger
 from kvsculpt_vllm.engine import pages as page_layout
 from kvsculpt_vllm.engine.capture import QuerySample
 from kvsculpt_vllm.engine.command import CompressCommand
-from kvsculpt_vllm.engine.rope import Rotary
 from kvsculpt_vllm.engine.state import CompressionState
 from kvsculpt_vllm.sculpt.compress import EFFORTS, Compressed, PagePlan, compress
-from kvsculpt_vllm.sculpt.problem import Problems, retained_attention
+from kvsculpt_vllm.sculpt.problem import Problems
+from kvsculpt_vllm.sculpt.queries import build_problems
+from kvsculpt_vllm.sculpt.rotary import Rotary
 
 logger = init_logger("vllm.kvsculpt")
-
-FUTURE_TOKENS = 512
-"""Synthetic queries ask from this many positions after the prompt's end."""
-
-HELD_OUT_EVERY = 7
-"""One sampled position in so many is never fitted to, only judged on."""
 
 
 @dataclass(frozen=True)
@@ -98,72 +93,19 @@ class Compressor:
     def _problems(
         self, command: CompressCommand, sinks: int, sample: QuerySample, keys: Tensor, values: Tensor
     ) -> Problems:
-        """One problem per (layer, KV head); keys and values are (L·H, prompt tokens, D)."""
         if not sample.complete:
             raise RuntimeError(f"request {command.request_id}: some sampled queries of its prompt were never computed")
-        heads, span = self.state.geometry.num_heads, command.span_tokens
-        group = self.state.num_query_heads // heads
-        recent_positions = torch.arange(span, command.num_prompt_tokens, device=keys.device)
-        origin, target = self._positions(sample, command.num_prompt_tokens)
-        # A head's problem has the queries of all its group, so a position gives `group` rows.
-        row_positions = target.repeat_interleave(group)
-        queries, retained = [], []
-        for layer in range(self.state.geometry.num_layers):
-            rows = self._queries(sample, layer, origin, target)  # (P, heads, D)
-            rows = rows.unflatten(1, (heads, group)).transpose(0, 1).flatten(1, 2)  # (H, P·G, D)
-            own = slice(layer * heads, (layer + 1) * heads)
-            queries.append(rows)
-            retained.append(
-                retained_attention(
-                    rows,
-                    row_positions,
-                    keys[own, :sinks],
-                    values[own, :sinks],
-                    keys[own, span:],
-                    values[own, span:],
-                    recent_positions,
-                    self.softmax_scale,
-                )
-            )
-        held_out = torch.arange(len(target), device=keys.device) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-        return Problems(
-            queries=torch.cat(queries),
-            keys=keys[:, sinks:span],
-            values=values[:, sinks:span],
-            retained_out=torch.cat([out for out, _ in retained]),
-            retained_lse=torch.cat([lse for _, lse in retained]),
-            held_out=held_out.repeat_interleave(group),
+        return build_problems(
+            queries=sample.queries,
+            positions=sample.positions.to(keys.device),
+            recent=sample.recent,
+            keys=keys,
+            values=values,
+            span=command.span_tokens,
+            sinks=sinks,
+            rotaries=self.rotaries,
             scale=self.softmax_scale,
         )
-
-    def _positions(self, sample: QuerySample, num_prompt_tokens: int) -> tuple[Tensor, Tensor]:
-        """Where the sampled queries (P,) were asked from, and from where the problems shall ask them.
-
-        All but the recent ones move behind the prompt's end, as far as the model's rotary embedding goes.
-        """
-        device = self.state.pages.buffer.device
-        origin = sample.positions.to(device)
-        num_future = len(origin) - sample.recent
-        covered = [rotary.num_positions for rotary in self.rotaries if rotary is not None]
-        last = min(covered, default=num_prompt_tokens + FUTURE_TOKENS) - 1
-        # A fixed pseudo-random spread, so that neighbouring origins ask from unrelated distances.
-        offsets = torch.arange(num_future, device=device) * 193 % FUTURE_TOKENS
-        return origin, torch.cat([(num_prompt_tokens + offsets).clamp_max(last), origin[num_future:]])
-
-    def _queries(self, sample: QuerySample, layer: int, origin: Tensor, target: Tensor) -> Tensor:
-        """One layer's queries (P, heads, D) fp32 at the positions `target`.
-
-        A layer without a rotary embedding we understand has no way to ask from elsewhere: there the recent real
-        queries are repeated in the places of the synthetic ones.
-        """
-        real = sample.queries[layer].float()
-        num_future = len(origin) - sample.recent
-        rotary = self.rotaries[layer]
-        if rotary is not None:
-            future = rotary.move(real[:num_future], origin[:num_future], target[:num_future])
-        else:
-            future = real[num_future + torch.arange(num_future, device=real.device) % sample.recent]
-        return torch.cat([future, real[num_future:]])
 
     def _write(self, command: CompressCommand, fitted: Compressed, sink_keys: Tensor, sink_values: Tensor) -> None:
         """Write every head's entries, sinks first, into its cells of the packed blocks, and publish where they are."""

@@ -12,11 +12,12 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine import spans
-from kvsculpt_vllm.engine.capture import CaptureRows, QuerySample, sample_positions
+from kvsculpt_vllm.engine.capture import CaptureRows, QuerySample
 from kvsculpt_vllm.engine.compat import row_request_ids
 from kvsculpt_vllm.engine.directory import Directory
 from kvsculpt_vllm.engine.pages import PageGeometry, VectorPages
 from kvsculpt_vllm.sculpt.compress import EFFORTS
+from kvsculpt_vllm.sculpt.queries import sample_positions
 
 
 @dataclass(frozen=True)

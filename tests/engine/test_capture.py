@@ -4,7 +4,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kvsculpt_vllm.engine.capture import RECENT_SHARE, QuerySample, sample_positions
+from kvsculpt_vllm.engine.capture import QuerySample
+from kvsculpt_vllm.sculpt.queries import RECENT_SHARE, sample_positions
 
 LAYERS, HEADS, HEAD_SIZE = 2, 3, 4
 

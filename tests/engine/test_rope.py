@@ -8,7 +8,8 @@ from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from kvsculpt_vllm.engine.rope import Rotary, rotary_of_layers
+from kvsculpt_vllm.engine.rope import rotary_of_layers
+from kvsculpt_vllm.sculpt.rotary import Rotary
 
 HEADS, HEAD_SIZE, POSITIONS = 3, 32, 256
 

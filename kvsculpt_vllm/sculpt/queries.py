@@ -1,0 +1,114 @@
+"""Which queries the problems of a prompt are fitted to, and the problems themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvsculpt_vllm.sculpt.problem import Problems, retained_attention
+from kvsculpt_vllm.sculpt.rotary import Rotary
+
+FUTURE_TOKENS = 512
+"""Synthetic queries ask from this many positions after the prompt's end."""
+
+HELD_OUT_EVERY = 7
+"""One sampled position in so many is never fitted to, only judged on."""
+
+RECENT_SHARE = 0.25
+"""Share of a sample that are the prompt's last queries as they are; the rest become synthetic future queries."""
+
+
+def sample_positions(first: int, num_prompt_tokens: int, count: int) -> tuple[Tensor, int]:
+    """Positions to keep queries of, ascending, and how many of the last ones are recent.
+
+    The last quarter of `count` is the end of the prompt, the rest is spread evenly over what is computed before
+    it, from `first` on (what a prefix-cache hit covers is never computed).
+    """
+    available = num_prompt_tokens - first
+    count = min(count, available)
+    recent = min(count, max(1, round(RECENT_SHARE * count)))
+    spread = count - recent
+    end = num_prompt_tokens - recent - 1
+    # In float64: float32 rounds two neighbours to one position where they are many and far from 0.
+    earlier = torch.linspace(first, end, spread, dtype=torch.float64).round().long() if spread else None
+    last = torch.arange(num_prompt_tokens - recent, num_prompt_tokens)
+    return (last if earlier is None else torch.cat([earlier, last])), recent
+
+
+def future_positions(origin: Tensor, recent: int, num_prompt_tokens: int, num_positions: int) -> Tensor:
+    """From where sampled queries, asked at `origin` (P,), shall ask: all but the `recent` last ones after the prompt.
+
+    They spread over `FUTURE_TOKENS` positions, as far as the model's rotary embedding (`num_positions`) goes.
+    """
+    num_future = len(origin) - recent
+    # A fixed pseudo-random spread, so that neighbouring origins ask from unrelated distances.
+    offsets = torch.arange(num_future, device=origin.device) * 193 % FUTURE_TOKENS
+    return torch.cat([(num_prompt_tokens + offsets).clamp_max(num_positions - 1), origin[num_future:]])
+
+
+def build_problems(
+    queries: Tensor,  # (L, P, heads, D) sampled queries, with their rotary embedding, in any dtype
+    positions: Tensor,  # (P,) where they were asked, ascending
+    recent: int,  # how many of the last ones stay as they are
+    keys: Tensor,  # (L·H, n, D) all keys of the prompt
+    values: Tensor,  # (L·H, n, D)
+    span: int,  # the first so many tokens are compressed, the others are the exact recent window
+    sinks: int,  # the first so many tokens of the span stay exact
+    rotaries: Sequence[Rotary | None],  # per layer
+    scale: float,
+) -> Problems:
+    """One problem per (layer, KV head), layers outermost, with the queries of all heads of its group."""
+    num_layers, _, num_query_heads, _ = queries.shape
+    heads = len(keys) // num_layers
+    group = num_query_heads // heads
+    num_prompt_tokens = keys.shape[1]
+    covered = [rotary.num_positions for rotary in rotaries if rotary is not None]
+    target = future_positions(
+        positions, recent, num_prompt_tokens, min(covered, default=num_prompt_tokens + FUTURE_TOKENS)
+    )
+    row_positions = target.repeat_interleave(group)
+    recent_positions = torch.arange(span, num_prompt_tokens, device=keys.device)
+    rows, retained = [], []
+    for layer, rotary in enumerate(rotaries):
+        moved = _ask_from(queries[layer].float(), recent, positions, target, rotary)  # (P, heads, D)
+        rows.append(moved.unflatten(1, (heads, group)).transpose(0, 1).flatten(1, 2))  # (H, P·G, D)
+        own = slice(layer * heads, (layer + 1) * heads)
+        # A layer at a time: for the whole model at once the scores of a wide window would take gigabytes.
+        retained.append(
+            retained_attention(
+                rows[-1],
+                row_positions,
+                keys[own, :sinks],
+                values[own, :sinks],
+                keys[own, span:],
+                values[own, span:],
+                recent_positions,
+                scale,
+            )
+        )
+    held_out = torch.arange(len(positions), device=keys.device) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    return Problems(
+        queries=torch.cat(rows),
+        keys=keys[:, sinks:span],
+        values=values[:, sinks:span],
+        retained_out=torch.cat([out for out, _ in retained]),
+        retained_lse=torch.cat([lse for _, lse in retained]),
+        held_out=held_out.repeat_interleave(group),
+        scale=scale,
+    )
+
+
+def _ask_from(real: Tensor, recent: int, origin: Tensor, target: Tensor, rotary: Rotary | None) -> Tensor:
+    """One layer's queries (P, heads, D) at `target`.
+
+    A layer without a rotary embedding we understand has no way to ask from elsewhere: there the recent real queries
+    are repeated in the places of the synthetic ones.
+    """
+    num_future = len(origin) - recent
+    if rotary is not None:
+        future = rotary.move(real[:num_future], origin[:num_future], target[:num_future])
+    else:
+        future = real[num_future + torch.arange(num_future, device=real.device) % recent]
+    return torch.cat([future, real[num_future:]])
