@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 from openai import OpenAI
@@ -23,13 +17,15 @@ from rich.console import Console
 from rich.table import Table
 
 from kvsculpt_vllm.models import prepare
+from kvsculpt_vllm.serving.launch import Server, serve
 
 MODEL = "smollm2-135m"
 KEEP_RATIO = 0.3
-START_UP_SECONDS = 180
-READ_BLOCKS_AT = 4  # pieces of the answer: the prompt is compressed after the first token, and the answer goes on
+COMPRESSED_BY = 3  # pieces of the answer; the prompt is compressed after the first token
 
-QUESTION = "In one or two sentences: why did the town build the lighthouse, and who looked after it?"
+QUESTION = (
+    "What was the name of the merchant ship from which the bell was bought, and which fish made the village rich?"
+)
 
 console = Console()
 
@@ -50,56 +46,6 @@ def document() -> str:
     return path.read_text(encoding="utf-8")
 
 
-@contextmanager
-def server(model: Path) -> Iterator[str]:
-    """`vllm serve` with compression on a free port; yields its address. Shows the log's end if it does not start."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--served-model-name", MODEL]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "4096"]
-    command += ["--kv-cache-memory-bytes", str(1 << 29), "--no-enable-prefix-caching", "--enforce-eager"]
-    command += ["--kv-compression", "sculpt", "--kv-compression-keep-ratio", str(KEEP_RATIO)]
-    command += ["--kv-compression-effort", "fast"]
-    console.print("[dim]$ " + " ".join(["vllm", *command[1:]]) + "[/dim]")
-    environment = {**os.environ, "VLLM_PLUGINS": "kvsculpt"}  # endpoint plugins load only if they are named
-    with NamedTemporaryFile("w+", prefix="kvsculpt-demo-", suffix=".log", delete=False) as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        try:
-            address = f"http://127.0.0.1:{port}"
-            with console.status("starting the server"):
-                _wait_until_ready(process, address, Path(log.name))
-            for line in Path(log.name).read_text().splitlines():
-                if "KV compression:" in line:
-                    console.print("[dim]" + line[line.index("KV compression:") :] + "[/dim]")
-            yield address
-            for line in Path(log.name).read_text().splitlines():
-                if "kvsculpt: request" in line:
-                    console.print("[dim]" + line[line.index("kvsculpt: request") :] + "[/dim]")
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def _wait_until_ready(process: subprocess.Popen, address: str, log: Path) -> None:
-    deadline = time.monotonic() + START_UP_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        try:
-            urllib.request.urlopen(f"{address}/health", timeout=2).close()
-            return
-        except OSError:
-            time.sleep(0.5)
-    console.print(log.read_text()[-4000:], markup=False)
-    raise SystemExit(f"demo: the server did not start within {START_UP_SECONDS} s; its whole log is {log}")
-
-
 def ask(address: str, **compression: Any) -> Answer:
     """Stream one answer; `compression` goes into `vllm_xargs`."""
     client = OpenAI(base_url=f"{address}/v1", api_key="unused")
@@ -113,29 +59,55 @@ def ask(address: str, **compression: Any) -> Answer:
         stream_options={"include_usage": True},
         extra_body={"vllm_xargs": compression},
     )
-    text, prompt_tokens, num_pieces, blocks = "", 0, 0, 0
-    for chunk in stream:
-        if chunk.usage:
-            prompt_tokens = chunk.usage.prompt_tokens
-        for choice in chunk.choices:
-            if piece := choice.delta.content:
-                console.print(piece, end="", markup=False, highlight=False)
-                text += piece
-                num_pieces += 1
-                if num_pieces == READ_BLOCKS_AT:
-                    blocks = blocks_in_use(address)
+    text, prompt_tokens, arrivals = "", 0, []
+    with BlockWatch(address) as watch:
+        for chunk in stream:
+            if chunk.usage:
+                prompt_tokens = chunk.usage.prompt_tokens
+            for choice in chunk.choices:
+                if piece := choice.delta.content:
+                    console.print(piece, end="", markup=False, highlight=False)
+                    text += piece
+                    arrivals.append(time.monotonic())
     console.print()
+    if len(arrivals) <= COMPRESSED_BY:
+        raise SystemExit(f"demo: the answer has only {len(arrivals)} pieces: {text!r}")
+    blocks = watch.median(arrivals[COMPRESSED_BY], arrivals[-1])
     return Answer(text, prompt_tokens, blocks, time.monotonic() - begin)
 
 
-def blocks_in_use(address: str) -> int:
-    """KV blocks that requests hold now, from vLLM's own `/metrics`."""
-    with urllib.request.urlopen(f"{address}/metrics", timeout=30) as response:
-        families = text_string_to_metric_families(response.read().decode())
-    samples = {sample.name: sample for family in families for sample in family.samples}
-    # One block is the null block, which vLLM leaves out of the fraction.
-    total = int(samples["vllm:cache_config_info"].labels["num_gpu_blocks"]) - 1
-    return round(samples["vllm:kv_cache_usage_perc"].value * total)
+class BlockWatch:
+    """Beside a stream, reads from vLLM's own `/metrics` how many KV blocks requests hold."""
+
+    def __init__(self, address: str) -> None:
+        self._address, self._stop = address, threading.Event()
+        self._readings: list[tuple[float, int]] = []
+        self._thread = threading.Thread(target=self._read)
+
+    def __enter__(self) -> BlockWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def median(self, begin: float, end: float) -> int:
+        """Of the readings between two moments."""
+        blocks = sorted(blocks for moment, blocks in self._readings if begin <= moment <= end)
+        if not blocks:
+            raise SystemExit("demo: the answer was over before the server could be asked for its blocks")
+        return blocks[len(blocks) // 2]
+
+    def _read(self) -> None:
+        while not self._stop.wait(0.02):
+            with urllib.request.urlopen(f"{self._address}/metrics", timeout=60) as response:
+                families = text_string_to_metric_families(response.read().decode())
+            samples = {sample.name: sample for family in families for sample in family.samples}
+            # One block is the null block, which vLLM leaves out of the fraction.
+            total = int(samples["vllm:cache_config_info"].labels["num_gpu_blocks"]) - 1
+            blocks = round(samples["vllm:kv_cache_usage_perc"].value * total)
+            self._readings.append((time.monotonic(), blocks))
 
 
 def show(exact: Answer, sculpted: Answer, record: dict[str, Any]) -> None:
@@ -151,16 +123,35 @@ def show(exact: Answer, sculpted: Answer, record: dict[str, Any]) -> None:
     console.print(table)
 
 
+def log_lines(server: Server, marker: str) -> None:
+    """Show the lines of the server's log that say `marker`."""
+    for line in server.log.read_text().splitlines():
+        if marker in line:
+            console.print(f"[dim]{line[line.index(marker) :]}[/dim]")
+
+
 def main() -> None:
     """Run the demo; exits non-zero if anything failed."""
-    with server(prepare(MODEL)) as address:
+    flags = ["--max-model-len", "4096", "--kv-cache-memory-bytes", str(1 << 29), "--enforce-eager"]
+    # Each request shall compute its own prompt, so that the two are alike but for compression.
+    flags += ["--no-enable-prefix-caching", "--served-model-name", MODEL]
+    flags += ["--kv-compression", "sculpt", "--kv-compression-keep-ratio", str(KEEP_RATIO)]
+    flags += ["--kv-compression-effort", "fast"]
+    model = prepare(MODEL)
+    console.print(f"[dim]$ vllm serve {model} {' '.join(flags)}[/dim]")
+    with console.status("starting the server"):
+        stack = ExitStack()
+        server = stack.enter_context(serve(model, *flags))
+    with stack:
+        log_lines(server, "KV compression:")
         console.print(f"\n[bold]{QUESTION}[/bold]\n")
         console.print("[bold]exact:[/bold] ", end="")
-        exact = ask(address, kv_compression="none")
+        exact = ask(server.address, kv_compression="none")
         console.print("[bold]sculpted:[/bold] ", end="")
-        sculpted = ask(address)
-        with urllib.request.urlopen(f"{address}/kv_compression", timeout=10) as response:
+        sculpted = ask(server.address)
+        with urllib.request.urlopen(f"{server.address}/kv_compression", timeout=10) as response:
             records = json.load(response)["requests"]
+        log_lines(server, "kvsculpt: request")
     if len(records) != 1:
         raise SystemExit(f"demo: exactly the second request should have been compressed, the server reports {records}")
     console.print()

@@ -1,1 +1,1 @@
-"""Everything that touches vLLM. Only `compat` (and `compat_hooks`) may use vLLM's private attributes."""
+"""Everything that touches vLLM. Only `compat` may use vLLM's private attributes."""

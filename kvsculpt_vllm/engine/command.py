@@ -19,6 +19,7 @@ class CompressCommand:
     row: list[int]  # the request's new block list: packed, then null (0) up to the span's length, then the tail
     packed_blocks: int
     blocks_freed: int  # by how much the pool's free count rose
+    steps_waited: int  # scheduler steps in which the pool had too few free blocks for the packed prefix
 
     @property
     def first_block(self) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
-from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-from vllm.v1.request import Request
+
+if TYPE_CHECKING:  # the start-up hooks import this file in every vLLM process: it must stay light
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.request import Request
 
 
 class SchedulerHooks:
@@ -73,3 +76,11 @@ def use_plain_vector_pages(builder: CPUAttentionMetadataBuilder, layer_names: li
     if builder.isa == "amx":
         builder.isa = "vec"
         builder._set_isa_to_layers(layer_names)
+
+
+def is_extra_api_server(args: EngineArgs) -> bool:
+    """Whether these engine arguments are those of one of several API servers, after their parent's.
+
+    Can go when vLLM's configuration says so publicly.
+    """
+    return args._api_process_count > 1 and args._api_process_rank >= 0

@@ -35,6 +35,7 @@ class CompressionRecord:
     blocks_after: int  # that it holds now: packed and tail
     blocks_freed: int  # by which the pool's free count rose (shared blocks stay in use)
     bytes_freed: int
+    steps_waited: int  # scheduler steps spent uncompressed because the pool was full
     seconds: float
     error_before: float  # held-out loss of plain selection, mean over heads
     error_after: float  # held-out loss of what was written
@@ -83,6 +84,7 @@ class Compressor:
             blocks_after=len(command.prompt_blocks) - span_blocks + command.packed_blocks,
             blocks_freed=command.blocks_freed,
             bytes_freed=command.blocks_freed * block_bytes,
+            steps_waited=command.steps_waited,
             seconds=time.perf_counter() - begin,
             error_before=float(fitted.start_error.mean()),
             error_after=float(fitted.error.mean()),

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 from kvsculpt_vllm.config import KEY, CompressionConfig, ConfigError, as_settings, choices, flag, parse_field
-from kvsculpt_vllm.engine.compat_hooks import find_option
 
 GROUP = "KV-Compression"
 
@@ -87,3 +86,8 @@ def _merged(earlier: dict[str, Any], later: dict[str, Any], keep_others: bool) -
     if settings:
         result[KEY] = {key: value for entry in settings for key, value in entry.items()}
     return result
+
+
+def find_option(parser: argparse.ArgumentParser, option: str) -> argparse.Action:
+    """The parser's action of an option such as `--additional-config`; argparse has no public way to find it."""
+    return parser._option_string_actions[option]

@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from kvsculpt_vllm.config import KEY, CompressionConfig, flag
-from kvsculpt_vllm.engine.compat_hooks import is_extra_api_server
+from kvsculpt_vllm.engine.compat import is_extra_api_server
 from kvsculpt_vllm.engine.flags import add_flags
 from kvsculpt_vllm.engine.refusals import (
     DEFAULT_LAYOUT,

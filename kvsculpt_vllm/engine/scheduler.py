@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from vllm.logger import init_logger
@@ -37,7 +38,7 @@ class SculptSchedulerMixin(SchedulerHooks):
         self.compression = CompressionConfig.from_additional_config(self.vllm_config.additional_config)
         self.compression_waits = 0
         self._settled: set[str] = set()  # compressed, or to stay exact
-        self._waiting_for_blocks: set[str] = set()
+        self._steps_waited: Counter[str] = Counter()
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         commands = self._swap_finished_prompts()
@@ -68,7 +69,7 @@ class SculptSchedulerMixin(SchedulerHooks):
     def forget(self, request_id: str) -> None:
         """The request lost its blocks (finished, aborted or preempted)."""
         self._settled.discard(request_id)
-        self._waiting_for_blocks.discard(request_id)
+        self._steps_waited.pop(request_id, None)
 
     def _span(self, request: Request) -> spans.Span | None:
         params = request.sampling_params
@@ -101,17 +102,16 @@ class SculptSchedulerMixin(SchedulerHooks):
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers
         free_before = pool.get_num_free_blocks()
         if free_before < span.packed_blocks:
-            if request.request_id not in self._waiting_for_blocks:
-                self._waiting_for_blocks.add(request.request_id)
+            if request.request_id not in self._steps_waited:
                 logger.info(
                     "kvsculpt: request %s waits uncompressed: %d free blocks needed, %d there",
                     request.request_id,
                     span.packed_blocks,
                     free_before,
                 )
+            self._steps_waited[request.request_id] += 1
             self.compression_waits += 1
             return None
-        self._waiting_for_blocks.discard(request.request_id)
         blocks = manager.req_to_blocks[request.request_id]
         prompt_blocks = [block.block_id for block in blocks[: -(-request.num_prompt_tokens // self.block_size)]]
         old = blocks[: span.blocks]
@@ -129,6 +129,7 @@ class SculptSchedulerMixin(SchedulerHooks):
             row=[block.block_id for block in blocks],
             packed_blocks=span.packed_blocks,
             blocks_freed=pool.get_num_free_blocks() - free_before,
+            steps_waited=self._steps_waited.pop(request.request_id, 0),
         )
 
 

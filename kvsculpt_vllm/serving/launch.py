@@ -1,0 +1,77 @@
+"""Start `vllm serve` on a free port and stop it again: for the demo, benchmarks and tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+START_UP_SECONDS = 300
+STOP_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    address: str  # http://host:port
+    log: Path  # what it prints
+
+
+@contextmanager
+def serve(model: Path, *flags: str) -> Iterator[Server]:
+    """`vllm serve MODEL FLAGS…` on a free local port, with our HTTP routes.
+
+    Raises:
+        RuntimeError: it does not get ready; the message has the end of its log.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    vllm = Path(sys.executable).with_name("vllm")
+    command = [str(vllm), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *flags]
+    # Endpoint plugins load only where they are named.
+    environment = {**os.environ, "VLLM_PLUGINS": "kvsculpt"}
+    with NamedTemporaryFile(prefix="kvsculpt-serve-", suffix=".log", delete=False) as log:
+        # A session of its own: vLLM's worker processes must stop with it.
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    server = Server(f"http://127.0.0.1:{port}", Path(log.name))
+    try:
+        _wait_until_ready(process, server)
+        yield server
+    finally:
+        _stop(process)
+
+
+def _wait_until_ready(process: subprocess.Popen, server: Server) -> None:
+    deadline = time.monotonic() + START_UP_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            urllib.request.urlopen(f"{server.address}/health", timeout=2).close()
+            return
+        except OSError:  # nobody listens yet
+            time.sleep(0.5)
+    why = "ended" if process.poll() is not None else f"was not ready after {START_UP_SECONDS} s"
+    raise RuntimeError(f"vllm serve {why}; the end of its log, {server.log}:\n{server.log.read_text()[-4000:]}")
+
+
+def _stop(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(STOP_SECONDS)
+            return
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
