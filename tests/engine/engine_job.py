@@ -4,7 +4,7 @@ A process per engine, because the attention backend is chosen per process. Not a
 
 A job has `engine` (arguments of `LLM`), `batches` (lists of requests that run together, one list after the other; a
 request is `start`, `length` and `max_tokens` plus optionally `extra_args`, `priority` and the step it arrives after),
-and `identity`/`poison`.
+and `identity`/`poison`/`v2`.
 """
 
 import json
@@ -17,6 +17,8 @@ sys.stdout = sys.stderr  # vLLM and its libraries print; the result must stay al
 
 # In this process, so that the test-only method below is the one that runs.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+# Idle threads must not spin: on a busy machine with two cores that makes every step many times slower.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 # The stock kernel splits a row's keys among threads depending on the rest of the batch; without that split equal rows
 # give equal bits, so that a difference in tokens is a difference in what was attended to.
 os.environ["VLLM_CPU_ATTN_SPLIT_KV"] = "0"
@@ -58,8 +60,31 @@ def install_identity(poison: bool) -> None:
     spans.plan_span, compressor.compress, pages.place, compressor.Compressor.run = plan_span, keep_all, place, run
 
 
+def use_v2_model_runner() -> None:
+    """Run vLLM's V2 model runner on a CPU: its Triton kernels interpreted, with a stub where Triton wants a driver."""
+    os.environ.update(TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1")
+    from triton import backends
+    from triton.backends.driver import DriverBase
+
+    class Driver(DriverBase):
+        def __init__(self):
+            pass
+
+        def _missing(self, *args):
+            raise NotImplementedError("the interpreter needs no driver")
+
+        is_active = staticmethod(lambda: True)
+        get_current_target = map_python_to_cpp_type = get_benchmarker = get_active_torch_device = _missing
+        instance = get_device_interface = _missing
+
+    Driver.__abstractmethods__ = frozenset()
+    backends.backends["cpu"] = backends.Backend(compiler=None, driver=Driver)
+
+
 def main() -> None:
     job = json.load(sys.stdin)
+    if job.get("v2"):
+        use_v2_model_runner()
     import pydoc_data.topics
 
     from vllm import LLM, SamplingParams

@@ -44,6 +44,16 @@ IDENTITY_CASES = {
 }
 
 
+def test_the_v2_model_runner_gives_the_same_tokens(run_engine):
+    job = {"batches": [[request(0, 600, 3), request(5000, 64, 3)]], "v2": True}
+    engine = {"enable_prefix_caching": False}
+    stock = run_engine(engine=engine, **job)
+    ours = run_engine(engine={**engine, "additional_config": ON}, identity=True, poison=True, **job)
+    assert ours["tokens"] == stock["tokens"]
+    assert ours["report"]["totals"]["compressions"] == 1
+    assert ours["free"][0][-1] == ours["free_at_start"]
+
+
 @pytest.mark.parametrize("case", IDENTITY_CASES)
 def test_every_entry_in_shuffled_packed_pages_gives_the_tokens_of_stock_vllm(run_engine, case):
     """Whatever pages the packed prefix lies in, attention must find exactly the same entries."""
