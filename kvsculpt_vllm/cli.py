@@ -1,8 +1,10 @@
 """The command line ``kvsculpt``. Commands import what is heavy when they run, so that ``--help`` is quick."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from kvsculpt_vllm import models
 
@@ -25,6 +27,107 @@ def model(name: Annotated[str, typer.Argument(help=f"One of: {', '.join(models.M
         typer.echo(f"kvsculpt model: {error}", err=True)
         raise typer.Exit(1) from error
     typer.echo(directory)
+
+
+class _SeveralRatios(TyperCommand):
+    """Lets ``--keep-ratio 0.1 0.3`` mean ``--keep-ratio 0.1 --keep-ratio 0.3``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        spelt_out, in_ratios = [], False
+        for arg in args:
+            if arg.startswith("-"):
+                in_ratios = arg == "--keep-ratio"
+            elif in_ratios and spelt_out[-1] != "--keep-ratio":
+                spelt_out.append("--keep-ratio")
+            spelt_out.append(arg)
+        return super().parse_args(ctx, spelt_out)
+
+
+@app.command("eval", cls=_SeveralRatios)
+def evaluate(
+    model: Annotated[
+        str, typer.Option(help=f"A model's directory, or one of: {', '.join(models.MODELS)}.")
+    ] = "smollm2-135m",
+    text: Annotated[str, typer.Option(help="A UTF-8 file, or pydoc: the help topics that come with Python.")] = "pydoc",
+    context: Annotated[int, typer.Option(min=1, help="Tokens whose cache is compressed.")] = 2048,
+    continuation: Annotated[int, typer.Option(min=1, help="Tokens scored after each context.")] = 256,
+    num_contexts: Annotated[int, typer.Option(min=1, help="Contexts, spread evenly over the text.")] = 8,
+    keep_ratio: Annotated[
+        list[float], typer.Option(help="Fraction of the span's entries that is kept; several may follow.")
+    ] = [0.3],  # noqa: B006
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Separated by commas: ours are select, select_fit, sculpt; peers are attention_matching, keydiff; "
+            "random shows how bad it can be."
+        ),
+    ] = "select,select_fit,sculpt",
+    budget: Annotated[
+        str, typer.Option(help="Separated by commas: uniform (every head the same), adaptive (by each head's error).")
+    ] = "uniform,adaptive",
+    effort: Annotated[
+        str, typer.Option(help="Queries and steps a fit may take: fast, balanced, thorough.")
+    ] = "balanced",
+    block_size: Annotated[
+        int, typer.Option(min=1, help="Entries in a page, as vLLM's --block-size: spans and budgets are whole pages.")
+    ] = 32,
+    seed: Annotated[int, typer.Option(help="Moves the contexts along the text.")] = 0,
+    device: Annotated[str, typer.Option(help="Where torch computes: cpu, cuda.")] = "cpu",
+    json: Annotated[Path | None, typer.Option(metavar="OUT", help="The file that rows are added to.")] = None,
+) -> None:
+    """Measure what compressing the KV cache changes in a model's answers.
+
+    The model reads a context, its KV cache is compressed by each method, and the text that really follows is then fed
+    to it token by token. What it expects next is compared with what it expects from the full cache. Models run in
+    transformers in float32, keys and values are rounded to bfloat16 as vLLM stores them; vLLM is not needed.
+
+    kept fraction: entries of the cache after compression over those before, exact sink tokens and recent window
+    included; the same for all methods of one keep ratio.
+
+    kl mean: mean over all tokens of KL(full || compressed) of the next-token distributions, in nats; 0 is perfect.
+
+    kl median, kl p99: half, and 99 %, of the tokens are below; a few tokens that copy something carry most of the mean.
+
+    top1 agreement: share of tokens for which both caches find the same next token the most likely.
+
+    ppl full, ppl: perplexity of the true text, from the full and from the compressed cache.
+
+    held out error before, after: the fit's own loss (relative squared output error plus squared log-sum-exp error, mean
+    over heads) on queries that no fit uses, for attention selection at the same budgets and for the method.
+
+    seconds: mean time to compress one context.
+
+    Every (method, budget, keep ratio) becomes one row of the file given by --json, with kl_per_context, the mean KL of
+    each context, besides. After an interruption the same command goes on; what is in the file is not measured again,
+    unless the code of the algorithm or of this harness has changed since.
+    """
+    from rich.console import Console
+
+    from kvsculpt_vllm.evaluation.run import Request, run
+
+    request = Request(
+        model=model,
+        text=text,
+        context=context,
+        continuation=continuation,
+        num_contexts=num_contexts,
+        keep_ratios=keep_ratio,
+        methods=_names(methods),
+        budgets=_names(budget),
+        effort=effort,
+        block_size=block_size,
+        seed=seed,
+        device=device,
+    )
+    try:
+        run(request, json, Console())
+    except (ValueError, OSError, NotImplementedError, models.ModelError) as error:
+        typer.echo(f"kvsculpt eval: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _names(given: str) -> list[str]:
+    return [name.strip() for name in given.split(",") if name.strip()]
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvsculpt_vllm.sculpt.attention import merge
+from kvsculpt_vllm.sculpt.objective import LSE_WEIGHT
 from kvsculpt_vllm.sculpt.problem import Problems
 
 
@@ -16,7 +17,7 @@ class Ranking:
     """The entries of each problem in the order in which selection keeps them, and what was measured on the way."""
 
     order: Tensor  # (B, n) entry indices, most attended first
-    errors: Tensor  # (B, G) mean squared output error of plain selection, absolute, at each of G sizes
+    errors: Tensor  # (B, G) loss of plain selection at each of G sizes, in absolute units (see `rank`)
     teacher_out: Tensor  # (B, Q, D)
     teacher_lse: Tensor  # (B, Q)
 
@@ -34,7 +35,9 @@ def rank(problems: Problems, sizes: list[int]) -> Ranking:
     """Order entries by the attention they receive, summed over the training queries of the head's group.
 
     This is the SnapKV-style score on our query mixture, and the start of KVSculpt. `sizes` (ascending, at most n)
-    are the numbers of kept entries at which the pilot measures. Everything comes from one matrix of weights, laid
+    are the numbers of kept entries at which the pilot measures the solver's loss, times the output's mean power: what
+    a head adds to the residual stream counts, not how well it does by its own standards, and a head that loses mass
+    answers wrongly once the tail has grown. Everything comes from one matrix of weights, laid
     out by entry (B, n, Q) so that sorting entries moves whole rows. Call it on fp32 problems.
     """
     ones = torch.ones_like(problems.values[..., :1])
@@ -54,6 +57,7 @@ def rank(problems: Problems, sizes: list[int]) -> Ranking:
     scored = (to_share * ~problems.held_out).unsqueeze(-1)
     order = torch.bmm(weights, scored).squeeze(-1).argsort(dim=1, descending=True)
     summed = torch.cat([retained * problems.retained_out[:, rows], retained], dim=-1)
+    norm = teacher_out.square().sum(-1).mean(-1)
     errors, done = [], 0
     for size in sizes:
         kept = order[:, done:size].unsqueeze(-1)
@@ -61,7 +65,8 @@ def rank(problems: Problems, sizes: list[int]) -> Ranking:
         added = torch.bmm(segment, values.take_along_dim(kept, dim=1)) * to_share.unsqueeze(-1)
         summed = summed + added[:, rows]
         # A query whose weights on everything kept underflow is answered with 0, an error of its full output.
-        kept_out = summed[..., :-1] / summed[..., -1:].clamp_min(torch.finfo(summed.dtype).tiny)
-        errors.append((kept_out - teacher_out[:, rows]).square().sum(-1).mean(-1))
+        mass = summed[..., -1:].clamp_min(torch.finfo(summed.dtype).tiny)
+        output_error = (summed[..., :-1] / mass - teacher_out[:, rows]).square().sum(-1).mean(-1)
+        errors.append(output_error + LSE_WEIGHT * norm * mass.log().square().mean((1, 2)))
         done = size
     return Ranking(order, torch.stack(errors, dim=1), teacher_out, teacher_lse)

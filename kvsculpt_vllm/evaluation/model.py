@@ -1,0 +1,99 @@
+"""A transformers model whose contexts can be recorded and continued from any cache."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from kvsculpt_vllm.evaluation.attention import NAME, Cache, RaggedCache, Recorder
+from kvsculpt_vllm.sculpt.rotary import Rotary
+
+
+class EvaluationModel:
+    """Computes in float32, keeps keys and values in `storage` (the engine's cache dtype).
+
+    Raises:
+        NotImplementedError: an architecture that cannot be evaluated faithfully; the message says why.
+    """
+
+    def __init__(self, model: PreTrainedModel, storage: torch.dtype = torch.bfloat16) -> None:
+        if model.dtype != torch.float32:
+            raise ValueError(f"the model is to compute in float32, it has {model.dtype}")
+        model.eval().set_attn_implementation(NAME)
+        self._model, self.storage = model, storage
+        config = model.config.get_text_config()
+        self.num_positions: int = config.max_position_embeddings
+        self.num_layers: int = config.num_hidden_layers
+        self.num_heads: int = config.num_attention_heads
+        self.num_kv_heads: int = config.num_key_value_heads
+        self.rotary = _rotary(model, self.num_positions)
+
+    @classmethod
+    def load(cls, directory: Path, device: str) -> EvaluationModel:
+        """The model in `directory` on `device`, its weights exactly those on disk."""
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+        return cls(model.to(device))
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
+
+    @torch.no_grad()
+    def record(self, tokens: Sequence[int], positions: Tensor) -> Recorder:
+        """Compute a context (n,) and keep its keys, values and the queries at `positions`."""
+        recorder = Recorder(positions.to(self.device), self.storage)
+        self._forward(tokens, 0, recorder, last_only=True)
+        return recorder
+
+    @torch.no_grad()
+    def continue_from(self, cache: RaggedCache, tokens: Sequence[int], first_position: int) -> Tensor:
+        """Logits (T, vocabulary) after each of `tokens`, which follow the cached context at `first_position`."""
+        return self._forward(tokens, first_position, cache, last_only=False)
+
+    def _forward(self, tokens: Sequence[int], first_position: int, cache: Cache, last_only: bool) -> Tensor:
+        positions = torch.arange(first_position, first_position + len(tokens), device=self.device)
+        return self._model(
+            input_ids=torch.tensor([tokens], device=self.device),
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=1 if last_only else 0,
+            evaluation_cache=cache,
+        ).logits[0]
+
+
+def load_tokenizer(directory: Path) -> tuple[AutoTokenizer, list[int]]:
+    """The tokenizer in `directory`, and the tokens that it puts before every text."""
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    bos = tokenizer.bos_token_id
+    return tokenizer, [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+
+
+def _rotary(model: PreTrainedModel, num_positions: int) -> Rotary:
+    """The model's rotary embedding as vLLM would cache it, checked against the model's own rotation of queries."""
+    modules = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "rotary_emb"]
+    apply = getattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", None)
+    if len(modules) != 1 or apply is None:
+        raise NotImplementedError(f"{type(model).__name__} has no single rotary embedding, so it cannot be evaluated")
+    positions = torch.arange(num_positions, device=model.device)[None]
+    cos, sin = modules[0](torch.zeros((), device=model.device), positions)  # (1, positions, rotary_dim), halves equal
+    half = cos.shape[-1] // 2
+    cache = torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1)
+    rotary = Rotary(cache, cos.shape[-1], is_neox_style=True)
+    _check_rotation(rotary, apply, cos, sin)
+    return rotary
+
+
+def _check_rotation(rotary: Rotary, apply: nn.Module, cos: Tensor, sin: Tensor) -> None:
+    """Refuse an architecture that rotates pairs of other elements than ours does."""
+    origin, target = torch.tensor([0, 1], device=cos.device), torch.tensor([3, cos.shape[1] - 1], device=cos.device)
+    query = torch.randn(1, 1, 2, rotary.rotary_dim, generator=torch.Generator().manual_seed(0)).to(cos.device)
+    there, here = (apply(query, query, cos[:, at], sin[:, at])[0][0].transpose(0, 1) for at in (target, origin))
+    if not torch.allclose(rotary.move(here, origin, target), there, atol=1e-3):
+        raise NotImplementedError(
+            "the model rotates queries in a way that is not understood, so it cannot be evaluated"
+        )

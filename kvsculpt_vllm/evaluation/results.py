@@ -1,0 +1,133 @@
+"""The result file: one row per (method, budget, keep ratio), and what an interrupted run had measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import kvsculpt_vllm
+from kvsculpt_vllm.evaluation.harness import Measurement
+from kvsculpt_vllm.evaluation.metrics import TokenScores
+
+Row = dict[str, Any]
+Key = tuple[str, str, float]  # method, budget, keep ratio
+
+
+class Results:
+    """Rows in a JSON file (a list, one row a line), written again after every row that is complete.
+
+    Single measurements wait in `<file>.parts` until a row has all its contexts, so that a killed run goes on where
+    it stopped. A row counts as done only if its `settings` are the ones asked for; they name the code that measured
+    it (`code_version`), so that a changed method is measured anew. Rows of other settings stay in the file; rows of
+    the same settings but other code are replaced.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any], num_contexts: int) -> None:
+        """With `path` None nothing is read or written.
+
+        Raises:
+            ValueError: the file is there and is not a result file.
+        """
+        self._path, self._settings, self._num_contexts = path, settings, num_contexts
+        self._rows: list[Row] = []
+        self._measured: dict[Key, dict[int, Measurement]] = {}
+        if path is None:
+            return
+        if path.exists():
+            self._rows = _read_rows(path)
+        if self._parts.exists():
+            self._read_parts()
+
+    def row(self, key: Key) -> Row | None:
+        """The finished row of these settings, if there is one."""
+        return next((row for row in self._rows if row["settings"] == self._settings and _key(row) == key), None)
+
+    def missing(self, key: Key) -> list[int]:
+        """Contexts that are still to be measured for a row."""
+        if self.row(key) is not None:
+            return []
+        return [i for i in range(self._num_contexts) if i not in self._measured.get(key, {})]
+
+    def add(self, key: Key, context: int, measurement: Measurement, summary: Any) -> None:
+        """Keep one measurement; `summary` makes the row's numbers of a list of them once there are all."""
+        measured = self._measured.setdefault(key, {})
+        measured[context] = measurement
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            part = {"settings": self._settings, "key": key, "context": context, "measurement": _to_json(measurement)}
+            with self._parts.open("a") as file:
+                file.write(json.dumps(part) + "\n")
+        if len(measured) == self._num_contexts:
+            self._finish(key, summary([measured[i] for i in range(self._num_contexts)]))
+
+    def close(self, keys: list[Key]) -> None:
+        """Drop the single measurements if every row that was asked for is complete."""
+        if self._path is not None and not any(self.missing(key) for key in keys):
+            self._parts.unlink(missing_ok=True)
+
+    @property
+    def _parts(self) -> Path:
+        return self._path.with_name(self._path.name + ".parts")
+
+    def _finish(self, key: Key, numbers: Row) -> None:
+        row = dict(zip(("method", "budget", "keep_ratio"), key, strict=True)) | numbers | {"settings": self._settings}
+        same = [_but_code(self._settings), key]
+        self._rows = [old for old in self._rows if [_but_code(old["settings"]), _key(old)] != same] + [row]
+        if self._path is None:
+            return
+        partial = self._path.with_name(self._path.name + ".partial")
+        partial.write_text("[\n" + ",\n".join(json.dumps(row) for row in self._rows) + "\n]\n")
+        os.replace(partial, self._path)
+
+    def _read_parts(self) -> None:
+        for line in self._parts.read_text().splitlines():
+            try:
+                part = json.loads(line)
+            except json.JSONDecodeError:  # a killed process left half a line
+                continue
+            if part["settings"] == self._settings:
+                measured = self._measured.setdefault(tuple(part["key"]), {})
+                measured[part["context"]] = _from_json(part["measurement"])
+
+
+def code_version() -> str:
+    """A hash of everything that decides the numbers: the algorithm, the methods and this harness."""
+    root = Path(kvsculpt_vllm.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted([*root.glob("sculpt/**/*.py"), *root.glob("evaluation/**/*.py")]):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _read_rows(path: Path) -> list[Row]:
+    try:
+        rows = json.loads(path.read_text())
+        if all({"method", "budget", "keep_ratio", "settings"} <= row.keys() for row in rows):
+            return rows
+    except (ValueError, AttributeError, TypeError):
+        pass
+    raise ValueError(f"{path} is there and is not a result file of `kvsculpt eval`: give another name or remove it")
+
+
+def _key(row: Row) -> Key:
+    return row["method"], row["budget"], row["keep_ratio"]
+
+
+def _but_code(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != "code"}
+
+
+def _to_json(measurement: Measurement) -> dict[str, Any]:
+    plain = {name: value for name, value in vars(measurement).items() if name != "scores"}
+    return plain | {"scores": {name: scores.tolist() for name, scores in asdict(measurement.scores).items()}}
+
+
+def _from_json(plain: dict[str, Any]) -> Measurement:
+    scores = TokenScores(**{field.name: np.array(plain["scores"][field.name]) for field in fields(TokenScores)})
+    return Measurement(**(plain | {"scores": scores}))

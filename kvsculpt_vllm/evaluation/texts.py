@@ -1,0 +1,72 @@
+"""Texts to evaluate on, and the passages taken from them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PYDOC = "pydoc"
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Consecutive tokens: what becomes the cache, what is scored, and one token more to score the last one by."""
+
+    start: int  # index of its first token in the text
+    context: list[int]
+    continuation: list[int]
+    following: list[int]  # the token after each of the continuation's
+
+
+def read_text(name: str) -> str:
+    """The text of a UTF-8 file, or ``pydoc``: Python's own help topics, joined in the order of their names.
+
+    Raises:
+        OSError: the file cannot be read.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    if name != PYDOC:
+        return Path(name).read_text(encoding="utf-8")
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[topic] for topic in sorted(topics))
+
+
+def passages(
+    tokens: Sequence[int],
+    context: int,
+    continuation: int,
+    count: int,
+    seed: int,
+    prefix: Sequence[int] = (),
+) -> list[Passage]:
+    """`count` passages spread evenly over the text; the seed shifts all of them by the same part of their distance.
+
+    `prefix` is what the tokenizer puts before every text (a BOS token, say); it is part of the context's length.
+
+    Raises:
+        ValueError: the passages would overlap, so that they would not be independent measurements.
+    """
+    length = context - len(prefix) + continuation + 1
+    room = len(tokens) // count
+    if room < length:
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, {count} contexts of {length} tokens each do not fit: "
+            "give a longer text, fewer contexts or shorter ones"
+        )
+    shift = random.Random(seed).random()
+    result = []
+    for i in range(count):
+        start = i * room + int(shift * (room - length + 1))
+        middle = start + context - len(prefix)
+        result.append(
+            Passage(
+                start=start,
+                context=[*prefix, *tokens[start:middle]],
+                continuation=list(tokens[middle : middle + continuation]),
+                following=list(tokens[middle + 1 : middle + continuation + 1]),
+            )
+        )
+    return result

@@ -1,0 +1,46 @@
+"""Give selected keys the mass of the entries they stand for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvsculpt_vllm.sculpt.objective import Target
+
+ITERATIONS = 40
+MOST = 50.0
+"""An entry stands for at most so many: beyond it the bias is noise of a few queries."""
+
+
+def match_mass(target: Target, keys: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Keys (B, m, D) moved so that, for each query, their mass comes closer to that of the whole span.
+
+    Selection drops entries and with them their part of the softmax's denominator. Attention Matching (arXiv
+    2602.16284) restores it by a bias β per entry, fitted by non-negative least squares on the mass,
+    ``min_x≥0 Σ_q (Σ_j x_j e^logit_qj - (e^z* - e^z_r))²`` with β = log x; here by multiplicative updates (Lee &
+    Seung), which keep x positive and batch well. A page has no place for β, so it goes into the key: with u the
+    ridge solution of ``q·u ≈ 1`` over the queries, the key k + β u has the logit k·q + β, nearly
+    (shared/algorithm.md, 6).
+    """
+    weights = target.weights(keys, valid)  # (B, Q, m), in parts of the teacher's mass
+    missing = (1.0 - target.retained_mass).clamp_min(0.0)  # (B, Q, 1) the span's share
+    transposed = weights.transpose(1, 2)
+    wanted = torch.bmm(transposed, missing)
+    tiny = torch.finfo(weights.dtype).tiny
+    x = torch.ones_like(wanted)
+    for _ in range(ITERATIONS):
+        x = x * wanted / torch.bmm(transposed, torch.bmm(weights, x)).clamp_min(tiny)
+    # 0/0 for padding and for entries that no query sees: no bias.
+    bias = x.clamp(1.0 / MOST, MOST).log().nan_to_num(nan=0.0)
+    if valid is not None:
+        bias = bias * valid.unsqueeze(-1)
+    return keys + bias * _constant_logit(target)
+
+
+def _constant_logit(target: Target) -> Tensor:
+    """A direction u (B, 1, D) whose logit is as near to 1 as can be for every query."""
+    queries = target.scaled_queries
+    gram = torch.bmm(queries.transpose(1, 2), queries)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal.add_(1e-3 * diagonal.mean(1, keepdim=True) + 1e-12)
+    return torch.linalg.solve(gram, queries.sum(1, keepdim=True).transpose(1, 2)).transpose(1, 2)

@@ -1,0 +1,251 @@
+"""The harness cannot flatter: on a tiny model with random weights, against transformers' own attention and caches."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from kvsculpt_vllm.evaluation.attention import RaggedCache
+from kvsculpt_vllm.evaluation.harness import Trial, full_cache
+from kvsculpt_vllm.evaluation.methods import METHODS
+from kvsculpt_vllm.evaluation.methods.scored import order_errors
+from kvsculpt_vllm.evaluation.metrics import compare, summarise
+from kvsculpt_vllm.evaluation.model import EvaluationModel
+from kvsculpt_vllm.evaluation.results import Results
+from kvsculpt_vllm.evaluation.texts import passages
+from kvsculpt_vllm.sculpt.compress import Effort
+from kvsculpt_vllm.sculpt.selection import rank
+
+LAYERS, HEADS, KV_HEADS, VOCABULARY = 2, 4, 2, 97
+CONTEXT, CONTINUATION, CONTEXTS, BLOCK, WINDOW, SINKS = 200, 24, 3, 8, 16, 4
+SPAN_BLOCKS = (CONTEXT - WINDOW) // BLOCK
+EFFORT = Effort(query_rows=160, key_steps=10)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On a busy machine two threads that wait for each other make these tiny products ten times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=1024,
+        initializer_range=0.3,  # attention that is far from even, so that it matters what is kept
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The model as transformers runs it."""
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def chosen():
+    tokens = torch.randint(VOCABULARY, (900,), generator=torch.Generator().manual_seed(1)).tolist()
+    return passages(tokens, CONTEXT, CONTINUATION, CONTEXTS, seed=0)
+
+
+@pytest.fixture(scope="module")
+def trials(chosen):
+    model = EvaluationModel(make_model())
+    return [Trial(model, passage, EFFORT, BLOCK, WINDOW, SINKS) for passage in chosen]
+
+
+def measure(trials, method, budget, keep_ratio):
+    return [trial.measure(METHODS[method], budget, keep_ratio) for trial in trials]
+
+
+def kl(measurements):
+    return summarise([measurement.scores for measurement in measurements])["kl_mean"]
+
+
+@torch.no_grad()
+def test_the_full_cache_gives_the_logits_of_the_plain_model(plain, chosen):
+    passage = chosen[0]
+    expected = plain(torch.tensor([passage.context + passage.continuation])).logits[0, CONTEXT:]
+    model = EvaluationModel(make_model(), storage=torch.float32)
+    cache = full_cache(model.record(passage.context, torch.tensor([0])))
+    torch.testing.assert_close(model.continue_from(cache, passage.continuation, CONTEXT), expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_heads_with_different_entries_give_the_logits_of_the_plain_model_that_masks_the_others(plain, chosen):
+    passage = chosen[1]
+    generator = torch.Generator().manual_seed(2)
+    kept = [torch.randperm(CONTEXT, generator=generator)[:size] for size in (150, 37)]  # by KV head, in any order
+    hidden = torch.ones(HEADS, CONTINUATION, CONTEXT + CONTINUATION, dtype=torch.bool).triu_(CONTEXT + 1)
+    for head in range(HEADS):
+        hidden[head, :, :CONTEXT] = True
+        hidden[head, :, kept[head // (HEADS // KV_HEADS)]] = False
+    past = DynamicCache()
+    plain(torch.tensor([passage.context]), past_key_values=past)
+    expected = plain(
+        torch.tensor([passage.continuation]),
+        attention_mask=torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[None],
+        position_ids=torch.arange(CONTEXT, CONTEXT + CONTINUATION)[None],
+        past_key_values=past,
+    ).logits[0]
+
+    model = EvaluationModel(make_model(), storage=torch.float32)
+    recording = model.record(passage.context, torch.tensor([0]))
+    index = [kept[b % KV_HEADS] for b in range(LAYERS * KV_HEADS)]
+    cache = RaggedCache(
+        [keys[chosen] for keys, chosen in zip(recording.keys, index, strict=True)],
+        [values[chosen] for values, chosen in zip(recording.values, index, strict=True)],
+        torch.float32,
+    )
+    torch.testing.assert_close(model.continue_from(cache, passage.continuation, CONTEXT), expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_recorded_queries_are_those_the_model_asks_and_move_with_its_rotary_embedding(chosen):
+    model = EvaluationModel(make_model(), storage=torch.float32)
+    tokens = [chosen[0].context[0]] * CONTEXT  # one token everywhere: layer 0 asks the same at every position
+    recording = model.record(tokens, torch.tensor([3, 50, 199]))
+    queries = recording.queries[0]
+    moved = model.rotary.move(queries[:1].expand(3, -1, -1), torch.tensor([3, 3, 3]), torch.tensor([3, 50, 199]))
+    torch.testing.assert_close(moved, queries, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_keeping_everything_changes_nothing(trials, method):
+    measurements = measure(trials[:1], method, "uniform", 1.0)
+    assert measurements[0].kept_fraction == 1
+    assert abs(kl(measurements)) < 1e-6
+    assert measurements[0].scores.agree.all()
+
+
+@pytest.mark.parametrize("budget", ["uniform", "adaptive"])
+def test_kept_fraction_is_what_was_asked_and_the_same_for_all_methods(trials, budget):
+    pages = -(-3 * SPAN_BLOCKS // 10)
+    asked = (pages * BLOCK + CONTEXT - SPAN_BLOCKS * BLOCK) / CONTEXT
+    for method in METHODS:
+        assert measure(trials[:1], method, budget, 0.3)[0].kept_fraction == pytest.approx(asked)
+
+
+def test_random_selection_is_the_worst_and_another_contexts_cache_is_far_worse_than_any_method(trials):
+    results = {method: kl(measure(trials, method, "adaptive", 0.5)) for method in METHODS}
+    by_chance = results.pop("random")
+    keydiff = results.pop("keydiff")  # random keys are all alike: it has nothing to go by
+    assert keydiff > max(results.values())
+    assert by_chance > 1.5 * max(results.values())
+    swapped = [
+        trial.score(full_cache(other.recording)) for trial, other in zip(trials, trials[1:] + trials[:1], strict=True)
+    ]
+    assert summarise(swapped)["kl_mean"] > max(by_chance, 3 * max(results.values()))
+
+
+def test_a_bias_of_log_2_counts_a_key_twice(trials):
+    recording = trials[0].recording
+    twice = RaggedCache(
+        [torch.cat([keys, keys[50:90]]) for keys in recording.keys],
+        [torch.cat([values, values[50:90]]) for values in recording.values],
+        torch.bfloat16,
+    )
+    biases = torch.zeros(CONTEXT)
+    biases[50:90] = torch.tensor(2.0).log()
+    biased = dataclasses.replace(full_cache(recording), biases=[biases] * len(recording.keys))
+    exact, other = trials[0].score(twice), trials[0].score(biased)
+    assert exact.kl.mean() > 1e-3
+    np.testing.assert_allclose(other.kl, exact.kl, rtol=1e-3)
+
+
+def test_attention_matching_finds_the_masses_that_no_other_weights_come_closer_to(trials):
+    problems = trials[0].problems
+    fitted = METHODS["attention_matching"](problems, trials[0].plan(0.3), "uniform", EFFORT)
+    train = ~problems.held_out
+    for b, bias in enumerate(fitted.biases):
+        queries = problems.queries[b, train].double() * problems.scale
+        mass = (queries @ problems.keys[b].double().T).exp().sum(-1)
+        total = mass + problems.retained_lse[b, train].double().exp()
+        features = (queries @ fitted.keys[b].double().T).exp() / total[:, None]
+        weights = bias.double().exp()
+        miss = features @ weights - mass / total
+        before = features.sum(-1) - mass / total
+        assert miss.square().sum() < before.square().sum()
+        # Karush-Kuhn-Tucker: more of an entry never helps, and less only where there is none.
+        gradient = features.T @ miss / (features.T @ (mass / total)).max()
+        assert gradient.min() > -2e-3 and gradient[weights > 1e-3].max() < 2e-3
+    assert fitted.error.mean() < fitted.start_error.mean()
+
+
+def test_errors_of_an_order_are_those_that_selection_reports_for_its_own(trials):
+    problems = trials[0].problems.take(torch.arange(LAYERS * KV_HEADS))
+    ranking = rank(problems, [5, 60, problems.num_entries])
+    errors = order_errors(problems, ranking, ranking.order, [5, 60, problems.num_entries])
+    torch.testing.assert_close(errors, ranking.errors, rtol=1e-3, atol=1e-6)
+
+
+def test_scores_are_the_formulas_written_out():
+    full, other = torch.randn(2, 70, 5, generator=torch.Generator().manual_seed(3))
+    following = [i % 5 for i in range(70)]
+    scores = compare(full, other, following)
+    p, q = full.double().softmax(-1), other.double().softmax(-1)
+    rows = torch.arange(70)
+    np.testing.assert_allclose(scores.kl, (p * (p / q).log()).sum(-1))
+    np.testing.assert_allclose(scores.nll_full, -p[rows, following].log())
+    np.testing.assert_allclose(scores.nll, -q[rows, following].log())
+    np.testing.assert_array_equal(scores.agree, p.argmax(-1) == q.argmax(-1))
+
+
+def test_passages_do_not_overlap_and_depend_on_the_seed_only():
+    tokens = list(range(1000))
+    first = passages(tokens, 100, 20, 4, seed=0, prefix=[7777])
+    assert (
+        first
+        == passages(tokens, 100, 20, 4, seed=0, prefix=[7777])
+        != passages(tokens, 100, 20, 4, seed=1, prefix=[7777])
+    )
+    for passage in first:
+        assert len(passage.context) == 100 and len(passage.continuation) == len(passage.following) == 20
+        text = [*passage.context[1:], *passage.continuation, passage.following[-1]]
+        assert passage.context[0] == 7777 and text == list(range(passage.start, passage.start + 120))
+        assert passage.following[:-1] == passage.continuation[1:]
+    assert [passage.start // 250 for passage in first] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="do not fit"):
+        passages(tokens, 300, 40, 3, seed=0)
+
+
+def test_an_interrupted_run_goes_on_and_changed_code_is_measured_again(trials, tmp_path):
+    path, key = tmp_path / "out.json", ("select", "uniform", 0.3)
+    one, two = measure(trials[:2], *key)
+
+    def numbers(measurements):
+        return summarise([measurement.scores for measurement in measurements])
+
+    Results(path, {"seed": 0, "code": "a"}, 2).add(key, 1, two, numbers)
+    with (tmp_path / "out.json.parts").open("a") as file:
+        file.write('{"settings": {"se')  # killed while writing
+    again = Results(path, {"seed": 0, "code": "a"}, 2)
+    assert again.missing(key) == [0]
+    again.add(key, 0, one, numbers)
+    again.close([key])
+    assert again.missing(key) == []
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.json"]
+    (row,) = json.loads(path.read_text())
+    assert row["kl_mean"] == pytest.approx(kl([one, two])) and row["kl_per_context"] == [kl([one]), kl([two])]
+
+    changed = Results(path, {"seed": 0, "code": "b"}, 2)
+    assert changed.missing(key) == [0, 1]
+    for context, measurement in enumerate([two, one]):
+        changed.add(key, context, measurement, numbers)
+    (row,) = json.loads(path.read_text())
+    assert row["settings"]["code"] == "b" and row["kl_per_context"] == [kl([two]), kl([one])]
