@@ -69,7 +69,8 @@ class Compressor:
             total=command.packed_blocks * geometry.num_cells,
             sinks=config.sink,
         )
-        fitted = compress(problems, plan, config.method, config.budget, EFFORTS[config.effort].key_steps)
+        effort = EFFORTS[config.effort]
+        fitted = compress(problems, plan, config.method, config.budget, effort.key_steps, effort.fit_rows)
         self._write(command, fitted, keys[:, : config.sink], values[:, : config.sink])
         kept = torch.tensor([len(k) for k in fitted.keys], dtype=torch.float32) + config.sink
         span_blocks = command.span_tokens // geometry.block_size

@@ -27,16 +27,21 @@ cost more than the arithmetic (measured: 4 to 10 times). On a GPU 1 GiB: enough 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much work a request's compression may be."""
+    """How much work a request's compression may be.
 
-    query_rows: int  # queries a problem is fitted and judged on (positions times query heads of the group)
+    Ranking entries and giving out budgets is one pass over the queries, and gains most from many of them (measured:
+    see benchmarks/LOG.md); a fit passes over its queries many times and gets by with fewer.
+    """
+
+    query_rows: int  # queries a problem is ranked and piloted with (positions times query heads of the group)
+    fit_rows: int  # those of them that values and keys are fitted to and judged on
     key_steps: int  # L-BFGS steps at most
 
 
 EFFORTS = {
-    "fast": Effort(query_rows=512, key_steps=10),
-    "balanced": Effort(query_rows=1024, key_steps=30),
-    "thorough": Effort(query_rows=3072, key_steps=100),
+    "fast": Effort(query_rows=1536, fit_rows=512, key_steps=10),
+    "balanced": Effort(query_rows=3072, fit_rows=1024, key_steps=30),
+    "thorough": Effort(query_rows=3072, fit_rows=3072, key_steps=100),
 }
 
 
@@ -73,9 +78,10 @@ def compress(
     method: str,
     budget: str,
     key_steps: int,
+    fit_rows: int | None = None,
     max_elements: int | None = None,
 ) -> Compressed:
-    """Give out the pages and fit every problem.
+    """Give out the pages and fit every problem, on about `fit_rows` of its queries (all if None).
 
     All problems go through the solver in as few batches as `max_elements` (the largest matrix of weights, in
     floats) allows, sorted by size so that little padding is computed.
@@ -117,14 +123,16 @@ def compress(
         steps=torch.zeros(num_problems, dtype=torch.long, device=device),
     )
     kept = [min(p * plan.block_size - plan.sinks, problems.num_entries) for p in pages]
-    for group in _groups(kept, problems.num_entries, max_elements // num_queries):
+    rows = problems.thin_rows(num_queries if fit_rows is None else fit_rows)
+    fitted_on, ranking = problems.with_rows(rows), ranking.with_rows(rows)
+    for group in _groups(kept, problems.num_entries, max_elements // len(rows)):
         if kept[group[0]] == problems.num_entries:  # everything fits: copied, nothing to fit
             for b in group:
                 result.keys[b], result.values[b] = problems.keys[b], problems.values[b]
             continue
         index = torch.tensor(group, device=device)
         group_sizes = torch.tensor([kept[b] for b in group], device=device)
-        fit = solve(problems.take(index), ranking.take(index), group_sizes, method, key_steps, problems.keys.dtype)
+        fit = solve(fitted_on.take(index), ranking.take(index), group_sizes, method, key_steps, problems.keys.dtype)
         for row, b in enumerate(group):
             result.keys[b] = fit.keys[row, : kept[b]].to(problems.keys.dtype)
             result.values[b] = fit.values[row, : kept[b]].to(problems.values.dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvsculpt_vllm.sculpt.objective import Target
 
-ITERATIONS = 40
+ITERATIONS = 20
 MOST = 50.0
 """An entry stands for at most so many: beyond it the bias is noise of a few queries."""
 

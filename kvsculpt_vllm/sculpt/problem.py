@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class Problems:
     retained_out: Tensor  # (B, Q, D) fp32
     held_out: Tensor  # (Q,) bool, queries that no fit may use
     scale: float
+    group: int = 1  # consecutive query rows that share a position: the query heads of the KV head's group
 
     @property
     def num_problems(self) -> int:
@@ -37,14 +38,36 @@ class Problems:
 
     def take(self, index: Tensor) -> Problems:
         """The problems in `index` (LongTensor), with every tensor in fp32."""
-        return Problems(
+        return replace(
+            self,
             queries=self.queries[index].float(),
             keys=self.keys[index].float(),
             values=self.values[index].float(),
             retained_lse=self.retained_lse[index].float(),
             retained_out=self.retained_out[index].float(),
-            held_out=self.held_out,
-            scale=self.scale,
+        )
+
+    def thin_rows(self, count: int) -> Tensor:
+        """About `count` query rows (LongTensor), whole positions, evenly from training and from held-out ones."""
+        held_out = self.held_out.view(-1, self.group)[:, 0]
+        share = min(1.0, count / len(self.held_out))
+        kept = []
+        for part in (~held_out, held_out):
+            positions = part.nonzero()[:, 0]
+            number = max(1, round(share * len(positions)))
+            spread = torch.linspace(0, len(positions) - 1, number, dtype=torch.float64, device=positions.device)
+            kept.append(positions[spread.round().long()])
+        rows = torch.cat(kept).sort().values[:, None] * self.group
+        return (rows + torch.arange(self.group, device=rows.device)).flatten()
+
+    def with_rows(self, rows: Tensor) -> Problems:
+        """The same problems with the query rows `rows` only."""
+        return replace(
+            self,
+            queries=self.queries[:, rows],
+            retained_lse=self.retained_lse[:, rows],
+            retained_out=self.retained_out[:, rows],
+            held_out=self.held_out[rows],
         )
 
 

@@ -97,6 +97,7 @@ def build_problems(
         retained_lse=torch.cat([lse for _, lse in retained]),
         held_out=held_out.repeat_interleave(group),
         scale=scale,
+        group=group,
     )
 
 

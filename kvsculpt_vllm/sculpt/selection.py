@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,10 @@ class Ranking:
     def take(self, index: Tensor) -> Ranking:
         """The rankings of the problems in `index`."""
         return Ranking(**{name: tensor[index] for name, tensor in vars(self).items()})
+
+    def with_rows(self, rows: Tensor) -> Ranking:
+        """The same ranking with the teacher of the query rows `rows` only."""
+        return replace(self, teacher_out=self.teacher_out[:, rows], teacher_lse=self.teacher_lse[:, rows])
 
 
 def rank(problems: Problems, sizes: list[int]) -> Ranking:

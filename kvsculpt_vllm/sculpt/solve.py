@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvsculpt_vllm.sculpt.lbfgs import BatchedLBFGS
+from kvsculpt_vllm.sculpt.mass import match_mass
 from kvsculpt_vllm.sculpt.objective import Target
 from kvsculpt_vllm.sculpt.problem import Problems
 from kvsculpt_vllm.sculpt.selection import Ranking
@@ -77,12 +78,17 @@ def solve(
     if method != "select":
         ridge = _fit_start(best, train, keys, values, valid)
         if method == "sculpt":
-            _sculpt_keys(best, train, keys, values, valid, ridge, key_steps)
+            fitted = best.error.clone()
+            matched = match_mass(train, keys, valid)
+            matched_ridge = _fit_start(best, train, matched, values, valid)
+            better = best.error < fitted
+            keys = torch.where(better[:, None, None], matched, keys)
+            _sculpt_keys(best, train, keys, values, valid, torch.where(better, matched_ridge, ridge), key_steps)
     return Fit(best.keys, best.values, best.start_error, best.error, best.steps)
 
 
 def _fit_start(best: _Best, train: Target, keys: Tensor, values: Tensor, valid: Tensor) -> Tensor:
-    """Offer least-squares values for the selected keys; returns the ridge (B,) that held-out queries liked most."""
+    """Offer least-squares values for `keys`; returns the ridge (B,) that held-out queries liked most."""
     fit, errors = ValueFit(train, keys, values, valid), []
     for strength in RIDGES:
         _, error = best.offer(keys, fit.solve(torch.full((len(keys),), strength, device=keys.device)), step=0)
@@ -94,11 +100,13 @@ def _fit_start(best: _Best, train: Target, keys: Tensor, values: Tensor, valid: 
 def _sculpt_keys(
     best: _Best, train: Target, keys: Tensor, values: Tensor, valid: Tensor, ridge: Tensor, key_steps: int
 ) -> None:
-    """Alternate L-BFGS steps on the keys with closed-form values (KVSculpt), each problem until it stops improving."""
+    """Alternate L-BFGS steps on the keys with closed-form values (KVSculpt), each problem until it stops improving.
+
+    `keys` are those of the best fit so far, `values` the originals to shrink towards.
+    """
     shape = keys.shape[1:]
     to_white, from_white = _whitening(train)
-    originals = values
-    values = fit_values(train, keys, originals, ridge, valid)
+    originals, values = values, best.values.clone()  # the best so far were fitted to these very keys
 
     def unpack(x: Tensor) -> Tensor:
         return torch.bmm(x.view(len(x), *shape), from_white)

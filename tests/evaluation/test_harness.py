@@ -24,7 +24,7 @@ from kvsculpt_vllm.sculpt.selection import rank
 LAYERS, HEADS, KV_HEADS, VOCABULARY = 2, 4, 2, 97
 CONTEXT, CONTINUATION, CONTEXTS, BLOCK, WINDOW, SINKS = 200, 24, 3, 8, 16, 4
 SPAN_BLOCKS = (CONTEXT - WINDOW) // BLOCK
-EFFORT = Effort(query_rows=160, key_steps=10)
+EFFORT = Effort(query_rows=160, fit_rows=160, key_steps=10)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -89,8 +89,8 @@ def test_the_pilot_measures_what_selection_of_that_size_loses(case):
         for g, size in enumerate(sizes):
             kept = case.selected(b, size)
             assert set(ranking.order[b, :size].tolist()) == set(kept.tolist())
-            out, _ = case.attention(keys[kept], values[kept], b)
-            expected = (out - true_out)[rows].square().sum(-1).mean()
+            norm = true_out.square().sum(-1).mean()
+            expected = case.loss(keys[kept], values[kept], b, rows) * norm  # absolute: what it adds to the model
             torch.testing.assert_close(ranking.errors[b, g].double(), expected, rtol=1e-3, atol=1e-9)
 
 
@@ -186,3 +186,20 @@ def test_unknown_choices_are_named(case):
         compress(case.problems, PLAN, "prune", "uniform", STEPS)
     with pytest.raises(ValueError, match="'greedy' given, allowed are uniform, adaptive"):
         compress(case.problems, PLAN, "select", "greedy", STEPS)
+
+
+def test_fitting_on_some_queries_keeps_held_out_ones_apart_and_positions_whole(case):
+    problems = dataclasses.replace(case.problems, group=3)
+    held_out = (torch.arange(QUERIES // 3) % 7 == 6).repeat_interleave(3)
+    problems = dataclasses.replace(problems, held_out=held_out)
+    rows = problems.thin_rows(90)
+    assert len(rows) == pytest.approx(90, abs=6)
+    assert (rows.view(-1, 3) % 3 == torch.arange(3)).all()
+    assert len(rows.unique()) == len(rows)
+    shares = [float(mask.float().mean()) for mask in (problems.with_rows(rows).held_out, held_out)]
+    assert shares[0] == pytest.approx(shares[1], abs=0.02)
+    assert torch.equal(problems.thin_rows(QUERIES), torch.arange(QUERIES))
+    few = compress(problems, PLAN, "select_fit", "adaptive", STEPS, fit_rows=90)
+    # Ranking and budgets still see every query; only the values are fitted to fewer.
+    assert few.pages == compress(problems, PLAN, "select", "adaptive", STEPS).pages
+    assert (few.error <= few.start_error).all()

@@ -29,7 +29,7 @@ def attention_matching(problems: Problems, plan: PagePlan, budget: str, effort: 
     The paper solves 2. without a ridge. With as few queries as here that overfits, so it gets ours, chosen by
     held-out queries as for Select+Fit: a stronger peer. Its OMP variant, which takes minutes, is not here.
     """
-    selected = compress(problems, plan, "select", budget, 0)
+    selected = compress(problems, plan, "select", budget, key_steps=0)
     fitted = BiasedCompressed(**vars(selected), biases=[torch.zeros(len(k)) for k in selected.keys])
     for b, keys in enumerate(selected.keys):
         if len(keys) == problems.num_entries:
