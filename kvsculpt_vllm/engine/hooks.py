@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -67,12 +68,19 @@ def _with_compression(stock: Callable[..., VllmConfig]) -> Callable[..., VllmCon
         check_config(self, vllm_config)
         config.check_block_size(vllm_config.cache_config.block_size, flag)
         _use_our_classes(vllm_config, config)
+        _allow_long_steps()
         if not quiet:
             logger.info("%s", _start_up_line(vllm_config, config, chosen))
         return vllm_config
 
     create_engine_config.kvsculpt_hook = True
     return create_engine_config
+
+
+def _allow_long_steps() -> None:
+    # A step that compresses a long prompt on a CPU takes minutes; vLLM would take that for a hung worker after 5. The
+    # engine's processes, which start later, inherit it; a value of the user's own stays.
+    os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "3600")
 
 
 def _use_our_classes(vllm_config: VllmConfig, config: CompressionConfig) -> None:

@@ -39,6 +39,7 @@ class SculptSchedulerMixin(SchedulerHooks):
         self.compression_waits = 0
         self._settled: set[str] = set()  # compressed, or to stay exact
         self._steps_waited: Counter[str] = Counter()
+        self._hit_shortened: set[str] = set()
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         commands = self._swap_finished_prompts()
@@ -56,30 +57,35 @@ class SculptSchedulerMixin(SchedulerHooks):
         most = spans.longest_useful_hit(request.num_prompt_tokens, self.block_size)
         if num_tokens <= most:
             return blocks, num_tokens
-        logger.info(
-            "kvsculpt: request %s: prefix-cache hit shortened from %d to %d of %d prompt tokens, "
-            "so that its last queries are seen",
-            request.request_id,
-            num_tokens,
-            most,
-            request.num_prompt_tokens,
-        )
+        if request.request_id not in self._hit_shortened:  # a waiting request is looked up anew at every step
+            self._hit_shortened.add(request.request_id)
+            logger.info(
+                "kvsculpt: request %s: prefix-cache hit shortened from %d to %d of %d prompt tokens, "
+                "so that its last queries are seen",
+                request.request_id,
+                num_tokens,
+                most,
+                request.num_prompt_tokens,
+            )
         return self.kv_cache_manager.truncate_computed_blocks(blocks, most), most
 
     def forget(self, request_id: str) -> None:
         """The request lost its blocks (finished, aborted or preempted)."""
         self._settled.discard(request_id)
         self._steps_waited.pop(request_id, None)
+        self._hit_shortened.discard(request_id)
 
     def _span(self, request: Request) -> spans.Span | None:
         params = request.sampling_params
         if params is None or request.resumable:
             return None  # pooling has no decode; a streaming session's prompt is not complete
+        if params.max_tokens is not None and params.max_tokens <= 1:
+            return None  # the prefill itself gives the only token: nothing would read the packed prefix
         config = self.compression.for_request(params.extra_args)
         return spans.plan_span(config, request.num_prompt_tokens, self.block_size)
 
     def _swap_finished_prompts(self) -> list[CompressCommand]:
-        commands = []
+        """The command for the first running request that can be compressed now, if there is one."""
         for request in self.running:
             if (
                 request.request_id in self._settled
@@ -90,16 +96,25 @@ class SculptSchedulerMixin(SchedulerHooks):
                 continue
             span = self._span(request)
             command = self._swap(request, span) if span is not None else None
-            if command is not None:
-                commands.append(command)
             if command is not None or span is None:
                 self._settled.add(request.request_id)
-        return commands
+            if command is not None:
+                # One a step: the others decode in between, and no step takes as long as several compressions.
+                return [command]
+        return []
 
     def _swap(self, request: Request, span: spans.Span) -> CompressCommand | None:
-        """Rewrite the request's block list; None if the pool has too few free blocks now."""
+        """Rewrite the request's block list; None if it has to wait: for free blocks, or for others to finish.
+
+        Blocks that other requests share are not freed by this one letting go of them. While fewer would come free
+        than the packed prefix takes, compression would cost memory.
+        """
         pool = self.kv_cache_manager.block_pool
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers
+        blocks = manager.req_to_blocks[request.request_id]
+        old = blocks[: span.blocks]
+        if sum(block.ref_cnt == 1 for block in old) < span.packed_blocks:
+            return None
         free_before = pool.get_num_free_blocks()
         if free_before < span.packed_blocks:
             if request.request_id not in self._steps_waited:
@@ -112,9 +127,7 @@ class SculptSchedulerMixin(SchedulerHooks):
             self._steps_waited[request.request_id] += 1
             self.compression_waits += 1
             return None
-        blocks = manager.req_to_blocks[request.request_id]
         prompt_blocks = [block.block_id for block in blocks[: -(-request.num_prompt_tokens // self.block_size)]]
-        old = blocks[: span.blocks]
         packed = pool.get_new_blocks(span.packed_blocks)
         blocks[: span.blocks] = packed + [pool.null_block] * (span.blocks - span.packed_blocks)
         manager.num_cached_block[request.request_id] = NEVER_HASH

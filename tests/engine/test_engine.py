@@ -121,6 +121,19 @@ def test_freed_blocks_are_free_while_the_request_decodes(run_engine, method):
         assert record["error_after"] < record["error_before"]
 
 
+def test_a_prompt_whose_blocks_are_shared_stays_exact_until_letting_go_of_them_frees_memory(run_engine):
+    """Two requests with one prompt: the packed prefix of the first would cost more blocks than it could free."""
+    result = run_engine(
+        engine={"additional_config": ON, "enable_prefix_caching": True},
+        batches=[[request(0, 1800, 6), request(0, 1800, 16)]],
+    )
+    (record,) = result["report"]["requests"]
+    assert record["request_id"].startswith("0-1")
+    assert record["blocks_freed"] == 54 - 17
+    assert result["tokens"][0][0] == result["tokens"][0][1][:6]
+    assert result["free"][0][-1] == result["free_at_start"]
+
+
 def test_an_aborted_request_returns_its_packed_blocks(run_engine):
     result = run_engine(
         engine={"additional_config": ON, "enable_prefix_caching": False},
