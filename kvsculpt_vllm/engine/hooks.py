@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 
 from kvsculpt_vllm.config import KEY, CompressionConfig, flag
 from kvsculpt_vllm.engine.compat import is_extra_api_server
+from kvsculpt_vllm.engine.cpu_memory import fit_default_memory
 from kvsculpt_vllm.engine.flags import add_flags
 from kvsculpt_vllm.engine.refusals import (
     DEFAULT_LAYOUT,
@@ -64,6 +65,7 @@ def _with_compression(stock: Callable[..., VllmConfig]) -> Callable[..., VllmCon
         chosen = self.block_size is None
         if chosen:
             self.block_size = KERNEL_BLOCK_SIZE[current_platform.device_type]
+        fit_default_memory(self)
         vllm_config = stock(self, *args, **kwargs)
         check_config(self, vllm_config)
         config.check_block_size(vllm_config.cache_config.block_size, flag)
