@@ -100,6 +100,7 @@ class StockArgs:
     """Stands in for EngineArgs around a stock `create_engine_config` that records what it saw."""
 
     _api_process_count, _api_process_rank = 1, 0
+    gpu_memory_utilization, kv_cache_memory_bytes = 0.5, None
 
     def __init__(self, additional_config: dict, block_size: int | None = None, async_scheduling: bool = False) -> None:
         self.additional_config, self.block_size, self.async_scheduling = additional_config, block_size, async_scheduling
