@@ -100,7 +100,7 @@ class CompressionState:
             return
         self._tracked[request_id] = request
         group = self.num_query_heads // self.geometry.num_heads
-        count = max(8, EFFORTS[request.config.effort].query_rows // group)
+        count = EFFORTS[request.config.effort].positions(group)
         first = min(num_computed, request.num_prompt_tokens - 1)
         positions, recent = sample_positions(first, request.num_prompt_tokens, count)
         self.samples[request_id] = QuerySample(

@@ -56,7 +56,7 @@ class Trial:
         self._model, self._passage = model, passage
         self._effort, self._block_size, self._window, self._sinks = effort, block_size, window, sinks
         group = model.num_heads // model.num_kv_heads
-        positions, recent = sample_positions(0, num_tokens, max(8, effort.query_rows // group))
+        positions, recent = sample_positions(0, num_tokens, effort.positions(group))
         self.recording = model.record(passage.context, positions)
         self.problems = build_problems(
             queries=self.recording.queries,

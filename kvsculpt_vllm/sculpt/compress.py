@@ -37,6 +37,10 @@ class Effort:
     fit_rows: int  # those of them that values and keys are fitted to and judged on
     key_steps: int  # L-BFGS steps at most
 
+    def positions(self, group: int) -> int:
+        """Positions to sample queries at, for KV heads with `group` query heads; enough to hold some out."""
+        return max(8, self.query_rows // group)
+
 
 EFFORTS = {
     "fast": Effort(query_rows=1536, fit_rows=512, key_steps=10),
@@ -99,7 +103,7 @@ def compress(
     num_problems, num_queries = problems.queries.shape[:2]
     if max_elements is None:
         max_elements = MAX_ELEMENTS[problems.keys.device.type]
-    grid = _pilot_grid(plan)
+    grid = pilot_grid(plan)
     sizes = [min(pages * plan.block_size - plan.sinks, problems.num_entries) for pages in grid]
     device = problems.keys.device
     per_batch = max(1, max_elements // (num_queries * problems.num_entries))
@@ -140,7 +144,8 @@ def compress(
     return result
 
 
-def _pilot_grid(plan: PagePlan) -> list[int]:
+def pilot_grid(plan: PagePlan) -> list[int]:
+    """The page counts at which the pilot measures a head's error."""
     inner = {round(fraction * plan.span_pages) for fraction in PILOT_FRACTIONS}
     return sorted({plan.least, plan.span_pages} | {p for p in inner if plan.least < p < plan.span_pages})
 

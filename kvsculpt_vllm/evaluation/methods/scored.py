@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvsculpt_vllm.sculpt.budgets import adaptive_budgets, uniform_budgets
-from kvsculpt_vllm.sculpt.compress import MAX_ELEMENTS, PILOT_FRACTIONS, Compressed, PagePlan
+from kvsculpt_vllm.sculpt.compress import MAX_ELEMENTS, Compressed, PagePlan, pilot_grid
 from kvsculpt_vllm.sculpt.objective import LSE_WEIGHT, Target
 from kvsculpt_vllm.sculpt.problem import Problems
 from kvsculpt_vllm.sculpt.selection import Ranking, rank
@@ -23,7 +23,7 @@ def keep_by_score(problems: Problems, plan: PagePlan, budget: str, score: Callab
     num_problems, num_queries = problems.queries.shape[:2]
     device = problems.keys.device
     per_batch = max(1, MAX_ELEMENTS[device.type] // (num_queries * problems.num_entries))
-    grid = page_grid(plan)
+    grid = pilot_grid(plan)
     sizes = [_entries(problems, plan, pages) for pages in grid]
     rankings, orders, errors = [], [], []
     for index in torch.arange(num_problems, device=device).split(per_batch):
@@ -47,12 +47,6 @@ def keep_by_score(problems: Problems, plan: PagePlan, budget: str, score: Callab
     )
     judge(result, problems, ranking)
     return result
-
-
-def page_grid(plan: PagePlan) -> list[int]:
-    """The page counts at which a head's error is measured, those of our own pilot."""
-    inner = {round(fraction * plan.span_pages) for fraction in PILOT_FRACTIONS}
-    return sorted({plan.least, plan.span_pages} | {pages for pages in inner if plan.least < pages < plan.span_pages})
 
 
 def order_errors(problems: Problems, ranking: Ranking, order: Tensor, sizes: Sequence[int]) -> Tensor:
