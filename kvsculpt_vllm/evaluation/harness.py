@@ -18,6 +18,13 @@ from kvsculpt_vllm.evaluation.texts import Passage
 from kvsculpt_vllm.sculpt.compress import Compressed, Effort, PagePlan
 from kvsculpt_vllm.sculpt.queries import build_problems, sample_positions
 
+HEADS = {
+    "difficulty": "squared error that plain selection makes at the uniform budget (absolute, the pilot's)",
+    "entries": "entries kept of the span, sinks included",
+    "error": "held-out loss of what is used",
+}
+"""What is reported of every head."""
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -28,6 +35,8 @@ class Measurement:
     held_out_error_before: float  # held-out loss of plain selection at the same budgets, mean over heads
     held_out_error_after: float  # of what is used
     seconds: float  # of the compression alone
+    heads: dict[str, list[float]]  # per (layer, KV head), layers outermost: see `HEADS`
+    trace: list[list[float]]  # at each judgement (solve.judged_after): training and held-out loss, mean over heads
 
 
 class Trial:
@@ -55,8 +64,7 @@ class Trial:
             )
         self._model, self._passage = model, passage
         self._effort, self._block_size, self._window, self._sinks = effort, block_size, window, sinks
-        group = model.num_heads // model.num_kv_heads
-        positions, recent = sample_positions(0, num_tokens, effort.positions(group))
+        positions, recent = sample_positions(0, num_tokens, effort.positions)
         self.recording = model.record(passage.context, positions)
         self.problems = build_problems(
             queries=self.recording.queries,
@@ -90,7 +98,13 @@ class Trial:
         cache = self.compressed_cache(fitted)
         kept_fraction = cache.num_entries / (self.problems.num_problems * len(self._passage.context))
         before, after = float(fitted.start_error.mean()), float(fitted.error.mean())
-        return Measurement(self.score(cache), kept_fraction, before, after, seconds)
+        heads = {
+            "difficulty": fitted.difficulty.tolist(),
+            "entries": [float(len(keys) + self._sinks) for keys in fitted.keys],
+            "error": fitted.error.tolist(),
+        }
+        trace = fitted.trace.mean(-1).tolist()
+        return Measurement(self.score(cache), kept_fraction, before, after, seconds, heads, trace)
 
     def compressed_cache(self, fitted: Compressed) -> RaggedCache:
         """Per head: its sinks, its fitted entries and the exact window."""

@@ -12,14 +12,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from kvsculpt_vllm import models
 from kvsculpt_vllm.config import CompressionConfig
-from kvsculpt_vllm.evaluation.harness import Measurement, Trial
+from kvsculpt_vllm.evaluation.harness import HEADS, Measurement, Trial
 from kvsculpt_vllm.evaluation.methods import METHODS
 from kvsculpt_vllm.evaluation.metrics import summarise
 from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer
+from kvsculpt_vllm.evaluation.report import write_report
 from kvsculpt_vllm.evaluation.results import Key, Results, Row, code_version
 from kvsculpt_vllm.evaluation.texts import passages, read_text
 from kvsculpt_vllm.sculpt.compress import EFFORTS
@@ -88,8 +90,8 @@ class Request:
         )
 
 
-def run(request: Request, json_path: Path | None, console: Console) -> list[Row]:
-    """Measure what is not yet in `json_path`, and print all rows that were asked for.
+def run(request: Request, json_path: Path | None, console: Console, report: Path | None = None) -> list[Row]:
+    """Measure what is not yet in `json_path`, print all rows that were asked for, and write a report of them.
 
     Raises:
         ValueError, OSError, NotImplementedError, models.ModelError: what cannot be done, in words for the user.
@@ -147,6 +149,11 @@ def run(request: Request, json_path: Path | None, console: Console) -> list[Row]
     results.close(request.keys)
     rows = [row for key in request.keys if (row := results.row(key)) is not None]
     Console(file=console.file, width=max(console.width, TABLE_WIDTH)).print(table(rows))
+    if report is not None:
+        num_kv_heads = (
+            AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config().num_key_value_heads
+        )
+        console.print(f"report: {write_report(report, rows, COLUMNS, num_kv_heads)}")
     return rows
 
 
@@ -174,7 +181,11 @@ def _row_numbers(measurements: Sequence[Measurement]) -> Row:
         for name in ("kept_fraction", "seconds", "held_out_error_before", "held_out_error_after")
     }
     numbers = means | summarise([measurement.scores for measurement in measurements])
-    return {name: numbers[name] for name in (*COLUMNS, "kl_per_context")}
+    heads = {
+        name: np.mean([measurement.heads[name] for measurement in measurements], axis=0).tolist() for name in HEADS
+    }
+    trace = np.mean([measurement.trace for measurement in measurements], axis=0).tolist()
+    return {name: numbers[name] for name in (*COLUMNS, "kl_per_context")} | {"heads": heads, "trace": trace}
 
 
 def _progress(console: Console) -> Progress:

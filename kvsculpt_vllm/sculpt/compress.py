@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvsculpt_vllm.sculpt.budgets import adaptive_budgets, uniform_budgets
 from kvsculpt_vllm.sculpt.problem import Problems
-from kvsculpt_vllm.sculpt.selection import Ranking, rank
-from kvsculpt_vllm.sculpt.solve import solve
+from kvsculpt_vllm.sculpt.selection import Score, by_attention, rank
+from kvsculpt_vllm.sculpt.solve import judged_after, solve
 
 METHODS = ("select", "select_fit", "sculpt")
 
@@ -33,19 +34,15 @@ class Effort:
     see benchmarks/LOG.md); a fit passes over its queries many times and gets by with fewer.
     """
 
-    query_rows: int  # queries a problem is ranked and piloted with (positions times query heads of the group)
-    fit_rows: int  # those of them that values and keys are fitted to and judged on
+    positions: int  # of the prompt whose queries rank entries and give out budgets
+    fit_positions: int  # those of them whose queries values and keys are fitted to and judged on
     key_steps: int  # L-BFGS steps at most
-
-    def positions(self, group: int) -> int:
-        """Positions to sample queries at, for KV heads with `group` query heads; enough to hold some out."""
-        return max(8, self.query_rows // group)
 
 
 EFFORTS = {
-    "fast": Effort(query_rows=1536, fit_rows=512, key_steps=10),
-    "balanced": Effort(query_rows=3072, fit_rows=1024, key_steps=30),
-    "thorough": Effort(query_rows=3072, fit_rows=3072, key_steps=100),
+    "fast": Effort(positions=1024, fit_positions=384, key_steps=0),
+    "balanced": Effort(positions=2048, fit_positions=1024, key_steps=10),
+    "thorough": Effort(positions=4096, fit_positions=4096, key_steps=60),
 }
 
 
@@ -74,6 +71,8 @@ class Compressed:
     start_error: Tensor  # (B,) held-out loss of plain selection at these budgets
     error: Tensor  # (B,) held-out loss of what is returned
     steps: Tensor  # (B,) key steps taken
+    difficulty: Tensor  # (B,) what plain selection would lose at the uniform budget, in absolute units (the pilot's)
+    trace: Tensor  # (J, 2, B) training and held-out loss after `solve.judged_after(key_steps)` key steps
 
 
 def compress(
@@ -82,13 +81,16 @@ def compress(
     method: str,
     budget: str,
     key_steps: int,
-    fit_rows: int | None = None,
+    fit_positions: int | None = None,
     max_elements: int | None = None,
+    score: Score = by_attention,
+    power: int = 1,
 ) -> Compressed:
-    """Give out the pages and fit every problem, on about `fit_rows` of its queries (all if None).
+    """Give out the pages and fit every problem, on the queries of about `fit_positions` (all if None).
 
-    All problems go through the solver in as few batches as `max_elements` (the largest matrix of weights, in
-    floats) allows, sorted by size so that little padding is computed.
+    Entries are ranked by `score` over all queries, attention being summed to the `power`. All problems go through the
+    solver in as few batches as `max_elements` (the largest matrix of weights, in floats) allows, sorted by size so that
+    little padding is computed.
 
     Raises:
         ValueError: an unknown method or budget rule, a total that cannot be given out, or no query to fit or judge on.
@@ -106,16 +108,13 @@ def compress(
     grid = pilot_grid(plan)
     sizes = [min(pages * plan.block_size - plan.sinks, problems.num_entries) for pages in grid]
     device = problems.keys.device
-    per_batch = max(1, max_elements // (num_queries * problems.num_entries))
-    batches = [
-        rank(problems.take(index), sizes) for index in torch.arange(num_problems, device=device).split(per_batch)
-    ]
-    ranking = Ranking.join(batches)
+    ranking = rank(problems, sizes, max_elements, score, power)
+    curves = ranking.errors.cpu().numpy()
+    pages = uniform_budgets(num_problems, plan.total, plan.least, plan.span_pages)
+    difficulty = [np.interp(count, grid, curve) for count, curve in zip(pages, curves, strict=True)]
     if budget == "adaptive":
-        pages = adaptive_budgets(ranking.errors.cpu().numpy(), grid, plan.total)
-    elif budget == "uniform":
-        pages = uniform_budgets(num_problems, plan.total, plan.least, plan.span_pages)
-    else:
+        pages = adaptive_budgets(curves, grid, plan.total)
+    elif budget != "uniform":
         raise ValueError(f"budget: {budget!r} given, allowed are uniform, adaptive")
 
     result = Compressed(
@@ -125,9 +124,11 @@ def compress(
         start_error=torch.zeros(num_problems, device=device),
         error=torch.zeros(num_problems, device=device),
         steps=torch.zeros(num_problems, dtype=torch.long, device=device),
+        difficulty=torch.tensor(difficulty, dtype=torch.float32, device=device),
+        trace=torch.zeros(len(judged_after(key_steps)), 2, num_problems, device=device),
     )
     kept = [min(p * plan.block_size - plan.sinks, problems.num_entries) for p in pages]
-    rows = problems.thin_rows(num_queries if fit_rows is None else fit_rows)
+    rows = problems.thin_rows(num_queries if fit_positions is None else fit_positions * problems.group)
     fitted_on, ranking = problems.with_rows(rows), ranking.with_rows(rows)
     for group in _groups(kept, problems.num_entries, max_elements // len(rows)):
         if kept[group[0]] == problems.num_entries:  # everything fits: copied, nothing to fit
@@ -141,6 +142,7 @@ def compress(
             result.keys[b] = fit.keys[row, : kept[b]].to(problems.keys.dtype)
             result.values[b] = fit.values[row, : kept[b]].to(problems.values.dtype)
         result.start_error[index], result.error[index], result.steps[index] = fit.start_error, fit.error, fit.steps
+        result.trace[..., index] = fit.trace
     return result
 
 

@@ -27,6 +27,7 @@ class Problems:
     held_out: Tensor  # (Q,) bool, queries that no fit may use
     scale: float
     group: int = 1  # consecutive query rows that share a position: the query heads of the KV head's group
+    recent: int = 0  # the last so many positions ask as they did in the prompt, those before from its future
 
     @property
     def num_problems(self) -> int:
@@ -68,6 +69,7 @@ class Problems:
             retained_lse=self.retained_lse[:, rows],
             retained_out=self.retained_out[:, rows],
             held_out=self.held_out[rows],
+            recent=0,  # no longer known
         )
 
 

@@ -16,19 +16,19 @@ FUTURE_TOKENS = 512
 HELD_OUT_EVERY = 7
 """One sampled position in so many is never fitted to, only judged on."""
 
-RECENT_SHARE = 0.25
-"""Share of a sample that are the prompt's last queries as they are; the rest become synthetic future queries."""
+RECENT_POSITIONS = 64
+"""The prompt's last queries are asked twice: from the future, and as they were."""
 
 
 def sample_positions(first: int, num_prompt_tokens: int, count: int) -> tuple[Tensor, int]:
     """Positions to keep queries of, ascending, and how many of the last ones are recent.
 
-    The last quarter of `count` is the end of the prompt, the rest is spread evenly over what is computed before
-    it, from `first` on (what a prefix-cache hit covers is never computed).
+    The recent ones, at most a quarter of `count`, are the end of the prompt without a gap; the rest is spread evenly
+    over what is computed before it, from `first` on (what a prefix-cache hit covers is never computed).
     """
     available = num_prompt_tokens - first
     count = min(count, available)
-    recent = min(count, max(1, round(RECENT_SHARE * count)))
+    recent = min(RECENT_POSITIONS, max(1, count // 4))
     spread = count - recent
     end = num_prompt_tokens - recent - 1
     # In float64: float32 rounds two neighbours to one position where they are many and far from 0.
@@ -37,21 +37,23 @@ def sample_positions(first: int, num_prompt_tokens: int, count: int) -> tuple[Te
     return (last if earlier is None else torch.cat([earlier, last])), recent
 
 
-def future_positions(origin: Tensor, recent: int, num_prompt_tokens: int, num_positions: int) -> Tensor:
-    """From where sampled queries, asked at `origin` (P,), shall ask: all but the `recent` last ones after the prompt.
+def future_positions(origin: Tensor, num_prompt_tokens: int, num_positions: int) -> Tensor:
+    """From where queries sampled at `origin` (P,) shall ask: after the prompt.
 
-    They spread over `FUTURE_TOKENS` positions, as far as the model's rotary embedding (`num_positions`) goes.
+    They spread over `FUTURE_TOKENS` positions, as far as the model's rotary embedding (`num_positions`) goes. What a
+    query of position p looked for, the next token after an earlier occurrence of its own token, say, it finds from
+    there after p as well, as the same token would when it comes again: so every position that is sampled protects
+    what would follow it.
     """
-    num_future = len(origin) - recent
     # A fixed pseudo-random spread, so that neighbouring origins ask from unrelated distances.
-    offsets = torch.arange(num_future, device=origin.device) * 193 % FUTURE_TOKENS
-    return torch.cat([(num_prompt_tokens + offsets).clamp_max(num_positions - 1), origin[num_future:]])
+    offsets = torch.arange(len(origin), device=origin.device) * 193 % FUTURE_TOKENS
+    return (num_prompt_tokens + offsets).clamp_max(num_positions - 1)
 
 
 def build_problems(
     queries: Tensor,  # (L, P, heads, D) sampled queries, with their rotary embedding, in any dtype
     positions: Tensor,  # (P,) where they were asked, ascending
-    recent: int,  # how many of the last ones stay as they are
+    recent: int,  # how many of the last ones are asked as they were, too
     keys: Tensor,  # (L·H, n, D) all keys of the prompt
     values: Tensor,  # (L·H, n, D)
     span: int,  # the first so many tokens are compressed, the others are the exact recent window
@@ -65,15 +67,13 @@ def build_problems(
     group = num_query_heads // heads
     num_prompt_tokens = keys.shape[1]
     covered = [rotary.num_positions for rotary in rotaries if rotary is not None]
-    target = future_positions(
-        positions, recent, num_prompt_tokens, min(covered, default=num_prompt_tokens + FUTURE_TOKENS)
-    )
-    row_positions = target.repeat_interleave(group)
+    future = future_positions(positions, num_prompt_tokens, min(covered, default=num_prompt_tokens + FUTURE_TOKENS))
+    row_positions = torch.cat([future, positions[-recent:]]).repeat_interleave(group)
     recent_positions = torch.arange(span, num_prompt_tokens, device=keys.device)
     rows, retained = [], []
     for layer, rotary in enumerate(rotaries):
-        moved = _ask_from(queries[layer].float(), recent, positions, target, rotary)  # (P, heads, D)
-        rows.append(moved.unflatten(1, (heads, group)).transpose(0, 1).flatten(1, 2))  # (H, P·G, D)
+        asked = _ask(queries[layer].float(), recent, positions, future, rotary)  # (P + recent, heads, D)
+        rows.append(asked.unflatten(1, (heads, group)).transpose(0, 1).flatten(1, 2))  # (H, P·G, D)
         own = slice(layer * heads, (layer + 1) * heads)
         # A layer at a time: for the whole model at once the scores of a wide window would take gigabytes.
         retained.append(
@@ -89,6 +89,8 @@ def build_problems(
             )
         )
     held_out = torch.arange(len(positions), device=keys.device) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    # A query that is asked twice is held out twice or not at all.
+    held_out = torch.cat([held_out, held_out[-recent:]])
     return Problems(
         queries=torch.cat(rows),
         keys=keys[:, sinks:span],
@@ -98,18 +100,18 @@ def build_problems(
         held_out=held_out.repeat_interleave(group),
         scale=scale,
         group=group,
+        recent=recent,
     )
 
 
-def _ask_from(real: Tensor, recent: int, origin: Tensor, target: Tensor, rotary: Rotary | None) -> Tensor:
-    """One layer's queries (P, heads, D) at `target`.
+def _ask(real: Tensor, recent: int, origin: Tensor, future: Tensor, rotary: Rotary | None) -> Tensor:
+    """One layer's queries (P, heads, D): all of them at `future`, then the recent ones as they were.
 
     A layer without a rotary embedding we understand has no way to ask from elsewhere: there the recent real queries
-    are repeated in the places of the synthetic ones.
+    are repeated in the places of the others.
     """
-    num_future = len(origin) - recent
     if rotary is not None:
-        future = rotary.move(real[:num_future], origin[:num_future], target[:num_future])
+        moved = rotary.move(real, origin, future)
     else:
-        future = real[num_future + torch.arange(num_future, device=real.device) % recent]
-    return torch.cat([future, real[num_future:]])
+        moved = real[len(real) - recent + torch.arange(len(real), device=real.device) % recent]
+    return torch.cat([moved, real[-recent:]])

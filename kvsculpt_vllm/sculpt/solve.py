@@ -33,6 +33,12 @@ class Fit:
     start_error: Tensor  # (B,) held-out loss of plain selection
     error: Tensor  # (B,) held-out loss of what is returned, never above start_error
     steps: Tensor  # (B,) key steps after which the returned keys were taken, 0 for the selected keys
+    trace: Tensor  # (J, 2, B) training and held-out loss after `judged_after(key_steps)` key steps
+
+
+def judged_after(key_steps: int) -> list[int]:
+    """The numbers of key steps after which held-out queries judge, the start included."""
+    return [*range(0, key_steps, REFIT_EVERY), key_steps] if key_steps else [0]
 
 
 class _Best:
@@ -72,19 +78,17 @@ def solve(
     largest = int(sizes.max())
     valid = torch.arange(largest, device=sizes.device)[None, :] < sizes[:, None]
     chosen = ranking.order[:, :largest].unsqueeze(-1).expand(-1, -1, problems.keys.shape[-1])
-    keys, values = problems.keys.gather(1, chosen), problems.values.gather(1, chosen)
+    selected, originals = problems.keys.gather(1, chosen), problems.values.gather(1, chosen)
     train, held_out = Target.split(problems, ranking.teacher_out, ranking.teacher_lse)
-    best = _Best(keys.clone(), values.clone(), held_out, valid, storage)
+    best = _Best(selected.clone(), originals.clone(), held_out, valid, storage)
+    trace = [torch.stack([train.loss(selected, originals, valid), best.start_error])]
     if method != "select":
-        ridge = _fit_start(best, train, keys, values, valid)
+        keys = match_mass(train, selected, valid) if method == "sculpt" else selected
+        ridge = _fit_start(best, train, keys, originals, valid)
         if method == "sculpt":
-            fitted = best.error.clone()
-            matched = match_mass(train, keys, valid)
-            matched_ridge = _fit_start(best, train, matched, values, valid)
-            better = best.error < fitted
-            keys = torch.where(better[:, None, None], matched, keys)
-            _sculpt_keys(best, train, keys, values, valid, torch.where(better, matched_ridge, ridge), key_steps)
-    return Fit(best.keys, best.values, best.start_error, best.error, best.steps)
+            trace = _sculpt_keys(best, train, keys, originals, valid, ridge, key_steps)
+    trace += trace[-1:] * (len(judged_after(key_steps)) - len(trace))
+    return Fit(best.keys, best.values, best.start_error, best.error, best.steps, torch.stack(trace))
 
 
 def _fit_start(best: _Best, train: Target, keys: Tensor, values: Tensor, valid: Tensor) -> Tensor:
@@ -99,14 +103,15 @@ def _fit_start(best: _Best, train: Target, keys: Tensor, values: Tensor, valid: 
 
 def _sculpt_keys(
     best: _Best, train: Target, keys: Tensor, values: Tensor, valid: Tensor, ridge: Tensor, key_steps: int
-) -> None:
+) -> list[Tensor]:
     """Alternate L-BFGS steps on the keys with closed-form values (KVSculpt), each problem until it stops improving.
 
-    `keys` are those of the best fit so far, `values` the originals to shrink towards.
+    `values` are the originals to shrink towards. Returns the trace: (2, B) losses, training and held-out, at every
+    judgement; a problem that has stopped keeps its last ones.
     """
     shape = keys.shape[1:]
     to_white, from_white = _whitening(train)
-    originals, values = values, best.values.clone()  # the best so far were fitted to these very keys
+    originals, values = values, fit_values(train, keys, values, ridge, valid)
 
     def unpack(x: Tensor) -> Tensor:
         return torch.bmm(x.view(len(x), *shape), from_white)
@@ -117,26 +122,30 @@ def _sculpt_keys(
 
     x = torch.bmm(keys, to_white).flatten(1)
     optimizer = BatchedLBFGS(x, *evaluate(x))
+    trace = [torch.stack([optimizer.loss, best.held_out.loss(keys, values, best.valid)])]
     index = torch.arange(len(keys), device=keys.device)
     stale = torch.zeros(len(keys), dtype=torch.long, device=keys.device)
-    for step in range(1, key_steps + 1):
-        optimizer.step(evaluate)
-        if step % REFIT_EVERY and step != key_steps:
-            continue
+    for step in judged_after(key_steps)[1:]:
+        for _ in range(step - (step - 1) // REFIT_EVERY * REFIT_EVERY):
+            optimizer.step(evaluate)
         current = unpack(optimizer.x)
         values = fit_values(train, current, originals, ridge, valid)
-        improved, _ = best.offer(current, values, step, index)
+        improved, error = best.offer(current, values, step, index)
+        optimizer.restart_at(*evaluate(optimizer.x))
+        losses = trace[-1].clone()
+        losses[:, index] = torch.stack([optimizer.loss, error])
+        trace.append(losses)
         stale = torch.where(improved, torch.zeros_like(stale), stale + 1)
         alive = (stale < PATIENCE).nonzero()[:, 0]
         if len(alive) == 0:
-            return
+            break
         if len(alive) < len(index):
             index, stale, ridge, valid = index[alive], stale[alive], ridge[alive], valid[alive]
             values, originals = values[alive], originals[alive]
             to_white, from_white = to_white[alive], from_white[alive]
             train = train.take(alive)
             optimizer.keep(alive)
-        optimizer.restart_at(*evaluate(optimizer.x))
+    return trace
 
 
 def _whitening(train: Target) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvsculpt_vllm.engine.capture import QuerySample
-from kvsculpt_vllm.sculpt.queries import RECENT_SHARE, sample_positions
+from kvsculpt_vllm.sculpt.queries import RECENT_POSITIONS, sample_positions
 
 LAYERS, HEADS, HEAD_SIZE = 2, 3, 4
 
@@ -20,7 +20,7 @@ def test_positions_are_distinct_computed_and_end_with_the_prompt(available, firs
     assert len(positions) == expected
     assert positions[0] >= first and positions[-1] == num_prompt - 1
     assert (positions.diff() > 0).all()
-    assert 1 <= recent <= expected and abs(recent - RECENT_SHARE * expected) <= 1
+    assert 1 <= recent <= RECENT_POSITIONS and (recent == RECENT_POSITIONS or recent == max(1, expected // 4))
     assert positions[-recent:].tolist() == list(range(num_prompt - recent, num_prompt))
     # The others leave no hole that is much larger than an even spread's.
     if recent < expected:

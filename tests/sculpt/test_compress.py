@@ -77,10 +77,11 @@ def test_selection_keeps_the_most_attended_entries(case, results, budget):
         assert torch.equal(values, case.problems.values[b, kept])
 
 
-def test_the_pilot_measures_what_selection_of_that_size_loses(case):
+@pytest.mark.parametrize("max_elements", [1 << 22, 1000])  # at once, and a few queries of one problem at a time
+def test_the_pilot_measures_what_selection_of_that_size_loses(case, max_elements):
     sizes = [1, 5, 21, 53]
-    ranking = rank(case.problems.take(torch.arange(HEADS)), sizes)
-    rows = ~case.problems.held_out
+    ranking = rank(case.problems, sizes, max_elements)
+    rows = torch.ones_like(case.problems.held_out)
     for b in range(HEADS):
         keys, values = case.problems.keys[b], case.problems.values[b]
         true_out, true_lse = case.attention(keys, values, b)
@@ -199,7 +200,7 @@ def test_fitting_on_some_queries_keeps_held_out_ones_apart_and_positions_whole(c
     shares = [float(mask.float().mean()) for mask in (problems.with_rows(rows).held_out, held_out)]
     assert shares[0] == pytest.approx(shares[1], abs=0.02)
     assert torch.equal(problems.thin_rows(QUERIES), torch.arange(QUERIES))
-    few = compress(problems, PLAN, "select_fit", "adaptive", STEPS, fit_rows=90)
+    few = compress(problems, PLAN, "select_fit", "adaptive", STEPS, fit_positions=30)
     # Ranking and budgets still see every query; only the values are fitted to fewer.
     assert few.pages == compress(problems, PLAN, "select", "adaptive", STEPS).pages
     assert (few.error <= few.start_error).all()

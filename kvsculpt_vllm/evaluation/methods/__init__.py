@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvsculpt_vllm.evaluation.methods.attention_matching import attention_matching
+from kvsculpt_vllm.evaluation.methods.expected_attention import expected_attention
 from kvsculpt_vllm.evaluation.methods.keydiff import keydiff
 from kvsculpt_vllm.evaluation.methods.random_choice import random_choice
 from kvsculpt_vllm.evaluation.methods.sculpted import sculpted
+from kvsculpt_vllm.evaluation.methods.snapkv import snapkv
 from kvsculpt_vllm.sculpt.compress import METHODS as OURS
 from kvsculpt_vllm.sculpt.compress import Compressed, Effort, PagePlan
 from kvsculpt_vllm.sculpt.problem import Problems
@@ -20,6 +22,8 @@ Method = Callable[[Problems, PagePlan, str, Effort], Compressed]
 
 METHODS: dict[str, Method] = {name: sculpted(name) for name in OURS} | {
     "attention_matching": attention_matching,
+    "expected_attention": expected_attention,
     "keydiff": keydiff,
+    "snapkv": snapkv,
     "random": random_choice,
 }

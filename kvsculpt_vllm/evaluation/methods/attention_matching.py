@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from kvsculpt_vllm.evaluation.methods.biased import BiasedCompressed
-from kvsculpt_vllm.sculpt.compress import Compressed, Effort, PagePlan, compress
+from kvsculpt_vllm.sculpt.compress import MAX_ELEMENTS, Compressed, Effort, PagePlan, compress
 from kvsculpt_vllm.sculpt.objective import Target
 from kvsculpt_vllm.sculpt.problem import Problems
-from kvsculpt_vllm.sculpt.selection import rank
+from kvsculpt_vllm.sculpt.selection import teach
 from kvsculpt_vllm.sculpt.solve import RIDGES
 from kvsculpt_vllm.sculpt.values import ValueFit
 
@@ -20,7 +20,7 @@ LEAST_WEIGHT = 1e-12
 
 
 def attention_matching(problems: Problems, plan: PagePlan, budget: str, effort: Effort) -> Compressed:
-    """Keys: the most attended ones, at our budgets. Then, over the training queries,
+    """Keys: those with the highest root mean square attention, at budgets by our rule. Then, over training queries,
 
     1. ``w = argmin_{w >= 0} Σ_q (Σ_j w_j e^(q·k_j/√d) - m_q)² / e^(2 z_q)``, m_q being the mass of the whole span and
        z_q the log-sum-exp over all entries; the bias of key j is β_j = log w_j;
@@ -29,15 +29,16 @@ def attention_matching(problems: Problems, plan: PagePlan, budget: str, effort: 
     The paper solves 2. without a ridge. With as few queries as here that overfits, so it gets ours, chosen by
     held-out queries as for Select+Fit: a stronger peer. Its OMP variant, which takes minutes, is not here.
     """
-    selected = compress(problems, plan, "select", budget, key_steps=0)
+    selected = compress(problems, plan, "select", budget, key_steps=0, power=2)
     fitted = BiasedCompressed(**vars(selected), biases=[torch.zeros(len(k)) for k in selected.keys])
+    fitted_on = problems.with_rows(problems.thin_rows(effort.fit_positions * problems.group))
     for b, keys in enumerate(selected.keys):
         if len(keys) == problems.num_entries:
             fitted.biases[b] = fitted.biases[b].to(keys.device)
             continue
-        own = problems.take(torch.tensor([b], device=keys.device))
-        teacher = rank(own, [1])
-        train, held_out = (_with_bias(part) for part in Target.split(own, teacher.teacher_out, teacher.teacher_lse))
+        own = fitted_on.take(torch.tensor([b], device=keys.device))
+        teacher = teach(own, MAX_ELEMENTS[keys.device.type])
+        train, held_out = (_with_bias(part) for part in Target.split(own, teacher.out, teacher.lse))
         start = selected.values[b][None].float()
         biases = _masses(train, keys[None].float()).clamp_min(LEAST_WEIGHT).log()
         biased = torch.cat([keys[None].float(), biases.unsqueeze(-1)], dim=-1)

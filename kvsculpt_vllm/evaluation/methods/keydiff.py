@@ -5,16 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from kvsculpt_vllm.evaluation.methods.scored import keep_by_score
-from kvsculpt_vllm.sculpt.compress import Compressed, Effort, PagePlan
+from kvsculpt_vllm.sculpt.compress import Compressed, Effort, PagePlan, compress
 from kvsculpt_vllm.sculpt.problem import Problems
+from kvsculpt_vllm.sculpt.selection import Teacher
 
 
 def keydiff(problems: Problems, plan: PagePlan, budget: str, effort: Effort) -> Compressed:
     """Score of key k: ``-cos(k, a)``, the anchor a being the mean of the normalised keys. It asks no queries."""
-    return keep_by_score(problems, plan, budget, _score)
+    return compress(problems, plan, "select", budget, key_steps=0, score=_unlikeness)
 
 
-def _score(batch: Problems) -> Tensor:
-    anchor = normalize(batch.keys, dim=-1).mean(1, keepdim=True)
-    return -cosine_similarity(batch.keys, anchor, dim=-1)
+def _unlikeness(problems: Problems, teacher: Teacher) -> Tensor:
+    anchor = normalize(problems.keys, dim=-1).mean(1, keepdim=True)
+    return -cosine_similarity(problems.keys, anchor, dim=-1)
