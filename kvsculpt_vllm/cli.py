@@ -59,12 +59,15 @@ def evaluate(
         str,
         typer.Option(
             help="Separated by commas: ours are select, select_fit, sculpt; peers are attention_matching, "
-            "expected_attention, keydiff, snapkv; random shows how bad it can be."
+            "expected_attention, keydiff, snapkv, kvsculpt_paper; random shows how bad it can be."
         ),
     ] = "select,select_fit,sculpt",
     budget: Annotated[
         str, typer.Option(help="Separated by commas: uniform (every head the same), adaptive (by each head's error).")
     ] = "uniform,adaptive",
+    preset: Annotated[
+        str, typer.Option(help="What sculpt means: ours, or paper, KVSculpt as published (rows say kvsculpt_paper).")
+    ] = "ours",
     effort: Annotated[
         str, typer.Option(help="Queries and steps a fit may take: fast, balanced, thorough.")
     ] = "balanced",
@@ -112,6 +115,9 @@ def evaluate(
 
     from kvsculpt_vllm.evaluation.run import Request, run
 
+    if preset not in ("ours", "paper"):
+        raise typer.BadParameter(f"got {preset}, allowed: ours, paper", param_hint="--preset")
+    chosen = ["kvsculpt_paper" if (name, preset) == ("sculpt", "paper") else name for name in _names(methods)]
     request = Request(
         model=model,
         text=text,
@@ -119,7 +125,7 @@ def evaluate(
         continuation=continuation,
         num_contexts=num_contexts,
         keep_ratios=keep_ratio,
-        methods=_names(methods),
+        methods=chosen,
         budgets=_names(budget),
         effort=effort,
         block_size=block_size,

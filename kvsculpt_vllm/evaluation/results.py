@@ -97,10 +97,11 @@ class Results:
 
 
 def code_version() -> str:
-    """A hash of everything that decides the numbers: the algorithm, the methods and this harness."""
+    """A hash of everything that decides the numbers: the algorithm, the methods and the harness, not what shows them."""
     root = Path(kvsculpt_vllm.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*root.glob("sculpt/**/*.py"), *root.glob("evaluation/**/*.py")]):
+    harness = [root / "evaluation" / f"{name}.py" for name in ("attention", "harness", "metrics", "model", "texts")]
+    for path in sorted([*root.glob("sculpt/**/*.py"), *root.glob("evaluation/methods/*.py"), *harness]):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 

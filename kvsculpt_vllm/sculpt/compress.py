@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,14 +12,25 @@ from torch import Tensor
 
 from kvsculpt_vllm.sculpt.budgets import adaptive_budgets, uniform_budgets
 from kvsculpt_vllm.sculpt.problem import Problems
-from kvsculpt_vllm.sculpt.selection import Score, by_attention, rank
+from kvsculpt_vllm.sculpt.selection import Ranking, Score, by_attention, rank, selection_errors
 from kvsculpt_vllm.sculpt.solve import judged_after, solve
 
 METHODS = ("select", "select_fit", "sculpt")
 
-PILOT_FRACTIONS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.65)
-"""Fractions of the span at which the pilot measures selection, besides the least and the whole."""
+POWERS = {"select": 1, "select_fit": 1, "sculpt": 2}
+"""Entries are ranked by Σ_q p^power over the queries: by the attention they accumulate (KVSculpt, H2O), or by its root
+mean square (Attention Matching), which keeps what one query looks at sharply before what many look at a little. Fits
+make up for the latter and cannot for the former: measured, KL after mass matching halves (benchmarks/LOG.md)."""
 
+PILOT_FRACTIONS = {
+    "select": (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.65),
+    "select_fit": (0.06, 0.15, 0.3, 0.55),
+    "sculpt": (0.06, 0.15, 0.3, 0.55),
+}
+"""Fractions of the span at which the pilot measures what a method loses, besides the least and the whole."""
+
+PILOT_POSITIONS = 256
+"""Positions whose queries the pilot's fits get by with."""
 
 MAX_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
 """Floats in the largest temporary. On a CPU 16 MiB: larger ones glibc maps and unmaps each time, and the page faults
@@ -41,8 +52,8 @@ class Effort:
 
 EFFORTS = {
     "fast": Effort(positions=1024, fit_positions=384, key_steps=0),
-    "balanced": Effort(positions=2048, fit_positions=1024, key_steps=10),
-    "thorough": Effort(positions=4096, fit_positions=4096, key_steps=60),
+    "balanced": Effort(positions=2048, fit_positions=768, key_steps=5),
+    "thorough": Effort(positions=4096, fit_positions=4096, key_steps=50),
 }
 
 
@@ -54,6 +65,10 @@ class PagePlan:
     span_pages: int  # pages a head's span fills now, the most it may get
     total: int  # pages to give out to all heads together
     sinks: int  # entries of each head's first page that are kept exactly and not part of the problem
+
+    def entries(self, pages: int) -> int:
+        """Entries of the problem that so many pages hold."""
+        return min(pages, self.span_pages) * self.block_size - self.sinks
 
     @property
     def least(self) -> int:
@@ -71,7 +86,7 @@ class Compressed:
     start_error: Tensor  # (B,) held-out loss of plain selection at these budgets
     error: Tensor  # (B,) held-out loss of what is returned
     steps: Tensor  # (B,) key steps taken
-    difficulty: Tensor  # (B,) what plain selection would lose at the uniform budget, in absolute units (the pilot's)
+    difficulty: Tensor  # (B,) the pilot's error at the uniform budget, as budgets weigh it; 0 for uniform budgets
     trace: Tensor  # (J, 2, B) training and held-out loss after `solve.judged_after(key_steps)` key steps
 
 
@@ -84,11 +99,12 @@ def compress(
     fit_positions: int | None = None,
     max_elements: int | None = None,
     score: Score = by_attention,
-    power: int = 1,
+    power: int | None = None,
 ) -> Compressed:
     """Give out the pages and fit every problem, on the queries of about `fit_positions` (all if None).
 
-    Entries are ranked by `score` over all queries, attention being summed to the `power`. All problems go through the
+    Entries are ranked by `score` over all queries, attention being summed to the
+    `power` (the method's own if None). All problems go through the
     solver in as few batches as `max_elements` (the largest matrix of weights, in floats) allows, sorted by size so that
     little padding is computed.
 
@@ -105,17 +121,18 @@ def compress(
     num_problems, num_queries = problems.queries.shape[:2]
     if max_elements is None:
         max_elements = MAX_ELEMENTS[problems.keys.device.type]
-    grid = pilot_grid(plan)
-    sizes = [min(pages * plan.block_size - plan.sinks, problems.num_entries) for pages in grid]
-    device = problems.keys.device
-    ranking = rank(problems, sizes, max_elements, score, power)
-    curves = ranking.errors.cpu().numpy()
-    pages = uniform_budgets(num_problems, plan.total, plan.least, plan.span_pages)
-    difficulty = [np.interp(count, grid, curve) for count, curve in zip(pages, curves, strict=True)]
-    if budget == "adaptive":
-        pages = adaptive_budgets(curves, grid, plan.total)
-    elif budget != "uniform":
+    if budget not in ("uniform", "adaptive"):
         raise ValueError(f"budget: {budget!r} given, allowed are uniform, adaptive")
+    device = problems.keys.device
+    ranking = rank(problems, max_elements, score, POWERS[method] if power is None else power)
+    pages = uniform_budgets(num_problems, plan.total, plan.least, plan.span_pages)
+    difficulty = torch.zeros(num_problems)
+    if budget == "adaptive":
+        grid = pilot_grid(plan, method)
+        curves = pilot(problems, ranking, plan, grid, method, max_elements).cpu().numpy()
+        for b, count in enumerate(pages):
+            difficulty[b] = np.interp(count, grid, curves[b])
+        pages = adaptive_budgets(curves, grid, plan.total)
 
     result = Compressed(
         pages=pages,
@@ -124,10 +141,10 @@ def compress(
         start_error=torch.zeros(num_problems, device=device),
         error=torch.zeros(num_problems, device=device),
         steps=torch.zeros(num_problems, dtype=torch.long, device=device),
-        difficulty=torch.tensor(difficulty, dtype=torch.float32, device=device),
+        difficulty=difficulty.to(device),
         trace=torch.zeros(len(judged_after(key_steps)), 2, num_problems, device=device),
     )
-    kept = [min(p * plan.block_size - plan.sinks, problems.num_entries) for p in pages]
+    kept = [plan.entries(count) for count in pages]
     rows = problems.thin_rows(num_queries if fit_positions is None else fit_positions * problems.group)
     fitted_on, ranking = problems.with_rows(rows), ranking.with_rows(rows)
     for group in _groups(kept, problems.num_entries, max_elements // len(rows)):
@@ -146,10 +163,45 @@ def compress(
     return result
 
 
-def pilot_grid(plan: PagePlan) -> list[int]:
+def pilot_grid(plan: PagePlan, method: str) -> list[int]:
     """The page counts at which the pilot measures a head's error."""
-    inner = {round(fraction * plan.span_pages) for fraction in PILOT_FRACTIONS}
+    inner = {round(fraction * plan.span_pages) for fraction in PILOT_FRACTIONS[method]}
     return sorted({plan.least, plan.span_pages} | {p for p in inner if plan.least < p < plan.span_pages})
+
+
+def pilot(
+    problems: Problems, ranking: Ranking, plan: PagePlan, grid: Sequence[int], method: str, max_elements: int
+) -> Tensor:
+    """What every head loses (B, G) at the page counts in `grid`, the last of which is the whole span.
+
+    For selection that is its loss over all queries, for a method that fits the held-out loss of a fit without key
+    steps to a few queries: fits mend some heads and not others, so that selection's error is a poor guide to
+    theirs (measured: half the KL). A loss is relative to the head's own output; times the root of the output's mean
+    power it counts between what the head adds to the residual stream and how well it does by its own standards,
+    which was better than either.
+    """
+    norm = ranking.teacher_out.square().sum(-1).mean(-1).sqrt()
+    sizes = [plan.entries(count) for count in grid]
+    if method == "select":
+        return selection_errors(problems, ranking, sizes, max_elements) * norm[:, None]
+    rows = problems.thin_rows(PILOT_POSITIONS * problems.group)
+    few, ranking = problems.with_rows(rows), ranking.with_rows(rows)
+    errors = []
+    for size in sizes[:-1]:
+        per_batch = max(1, max_elements // (size * len(rows)))
+        fits = [
+            solve(
+                few.take(index),
+                ranking.take(index),
+                torch.full((len(index),), size, device=index.device),
+                method,
+                0,
+                problems.keys.dtype,
+            ).error
+            for index in torch.arange(problems.num_problems, device=problems.keys.device).split(per_batch)
+        ]
+        errors.append(torch.cat(fits))
+    return torch.stack([*errors, torch.zeros_like(norm)], dim=1) * norm[:, None]
 
 
 def _groups(sizes: list[int], whole: int, max_entries: int) -> Iterator[list[int]]:

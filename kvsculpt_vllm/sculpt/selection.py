@@ -24,10 +24,9 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The entries of each problem in the order in which selection keeps them, and what was measured on the way."""
+    """The entries of each problem in the order in which selection keeps them, and the teacher found on the way."""
 
     order: Tensor  # (B, n) entry indices, the first to be kept first
-    errors: Tensor  # (B, G) loss of plain selection at each of G sizes, in absolute units (see `order_errors`)
     teacher_out: Tensor  # (B, Q, D)
     teacher_lse: Tensor  # (B, Q)
 
@@ -54,25 +53,36 @@ def by_attention(problems: Problems, teacher: Teacher) -> Tensor:
     return teacher.attention
 
 
-def rank(
-    problems: Problems, sizes: Sequence[int], max_elements: int, score: Score = by_attention, power: int = 1
-) -> Ranking:
-    """Order the entries of all problems by `score`, and measure the loss of keeping the first of them.
+def rank(problems: Problems, max_elements: int, score: Score = by_attention, power: int = 1) -> Ranking:
+    """Order the entries of all problems by `score`.
 
-    `sizes` (ascending, at most n) are the numbers of kept entries at which the pilot measures. Held-out queries count
-    too: a position that is not asked from leaves the entries that it alone would look at unprotected, which costs more
-    than what the judgement of later fits gains (benchmarks/LOG.md). Both passes over the
-    queries work on parts of at most `max_elements` weights, so that memory does not grow with queries or span.
+    Held-out queries count too: a position that is not asked from leaves the entries that it alone would look at
+    unprotected, which costs more than what an unseen query gains for the judgement of later fits
+    (benchmarks/LOG.md). Works on at most `max_elements` weights at once, so that memory does not grow with the span.
     """
-    per_batch = max(1, max_elements // (problems.queries.shape[1] * problems.num_entries))
     parts = []
-    for index in torch.arange(problems.num_problems, device=problems.keys.device).split(per_batch):
-        batch = problems.take(index)
+    for batch in batches(problems, max_elements):
         teacher = teach(batch, max_elements, power)
         order = score(batch, teacher).argsort(dim=1, descending=True)
-        errors = order_errors(batch, teacher, order, sizes, max_elements)
-        parts.append(Ranking(order, errors, teacher.out, teacher.lse))
+        parts.append(Ranking(order, teacher.out, teacher.lse))
     return Ranking.join(parts)
+
+
+def selection_errors(problems: Problems, ranking: Ranking, sizes: Sequence[int], max_elements: int) -> Tensor:
+    """The loss (B, G) of plain selection at each of G `sizes` (ascending, at most n), over all queries."""
+    errors, first = [], 0
+    for batch in batches(problems, max_elements):
+        index = torch.arange(first, first + batch.num_problems, device=batch.keys.device)
+        errors.append(_errors(batch, ranking.take(index), sizes, max_elements))
+        first += batch.num_problems
+    return torch.cat(errors)
+
+
+def batches(problems: Problems, max_elements: int) -> Iterator[Problems]:
+    """Consecutive problems in fp32, as many at once as have no more than `max_elements` weights together."""
+    per_batch = max(1, max_elements // (problems.queries.shape[1] * problems.num_entries))
+    for index in torch.arange(problems.num_problems, device=problems.keys.device).split(per_batch):
+        yield problems.take(index)
 
 
 def teach(problems: Problems, max_elements: int, power: int = 1) -> Teacher:
@@ -81,7 +91,7 @@ def teach(problems: Problems, max_elements: int, power: int = 1) -> Teacher:
     received = torch.zeros_like(problems.values[..., :1])
     outs, lses = [], []
     for rows in _row_parts(problems, max_elements):
-        # By entry (B, n, q): the sum that ranks entries runs along memory, as do the rows taken in `order_errors`.
+        # By entry (B, n, q): the sum that ranks entries runs along memory, as do the rows taken in `_errors`.
         weights = torch.bmm(problems.keys, problems.queries[:, rows].transpose(1, 2) * problems.scale)
         peak = weights.amax(1, keepdim=True)
         weights = weights.sub_(peak).exp_()
@@ -99,20 +109,14 @@ def teach(problems: Problems, max_elements: int, power: int = 1) -> Teacher:
     return Teacher(torch.cat(outs, dim=1), torch.cat(lses, dim=1), received.squeeze(-1))
 
 
-def order_errors(
-    problems: Problems, teacher: Teacher, order: Tensor, sizes: Sequence[int], max_elements: int
-) -> Tensor:
-    """The loss (B, G) of keeping the first entries of `order` (B, n), at G `sizes`.
-
-    It is the solver's loss times the output's mean power: what a head adds to the residual stream counts, not how
-    well it does by its own standards, and a head that loses mass answers wrongly once the tail has grown.
-    """
+def _errors(problems: Problems, ranking: Ranking, sizes: Sequence[int], max_elements: int) -> Tensor:
+    teacher_out, teacher_lse, order = ranking.teacher_out, ranking.teacher_lse, ranking.order
     values = _with_ones(problems.values).take_along_dim(order.unsqueeze(-1), dim=1)
     keys = problems.keys.take_along_dim(order.unsqueeze(-1), dim=1)
-    norm = teacher.out.square().sum(-1).mean(-1)
+    norm = teacher_out.square().sum(-1).mean(-1)
     total = values.new_zeros(len(sizes), len(values))
     for rows in _row_parts(problems, max_elements):
-        wanted, lse = teacher.out[:, rows], teacher.lse[:, rows]
+        wanted, lse = teacher_out[:, rows], teacher_lse[:, rows]
         shares = torch.bmm(keys[:, : sizes[-1]], problems.queries[:, rows].transpose(1, 2) * problems.scale)
         shares = shares.sub_(lse[:, None]).exp_()
         retained = (problems.retained_lse[:, rows] - lse).exp().unsqueeze(-1)
@@ -122,9 +126,9 @@ def order_errors(
             summed = summed + torch.bmm(shares[:, done:size].transpose(1, 2), values[:, done:size])
             # A query whose weights on everything kept underflow is answered with 0, an error of its full output.
             mass = summed[..., -1:].clamp_min(torch.finfo(summed.dtype).tiny)
-            output_error = (summed[..., :-1] / mass - wanted).square().sum(-1)
+            output_error = (summed[..., :-1] / mass - wanted).square().sum(-1) / norm[:, None]
             lse_error = mass.log().square().squeeze(-1)
-            total[i] += (output_error + LSE_WEIGHT * norm[:, None] * lse_error).sum(1)
+            total[i] += (output_error + LSE_WEIGHT * lse_error).sum(1)
             done = size
     return total.T / problems.queries.shape[1]
 

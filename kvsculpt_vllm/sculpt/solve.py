@@ -81,12 +81,13 @@ def solve(
     selected, originals = problems.keys.gather(1, chosen), problems.values.gather(1, chosen)
     train, held_out = Target.split(problems, ranking.teacher_out, ranking.teacher_lse)
     best = _Best(selected.clone(), originals.clone(), held_out, valid, storage)
-    trace = [torch.stack([train.loss(selected, originals, valid), best.start_error])]
     if method != "select":
         keys = match_mass(train, selected, valid) if method == "sculpt" else selected
         ridge = _fit_start(best, train, keys, originals, valid)
-        if method == "sculpt":
-            trace = _sculpt_keys(best, train, keys, originals, valid, ridge, key_steps)
+    if method == "sculpt" and key_steps:
+        trace = _sculpt_keys(best, train, keys, originals, valid, ridge, key_steps)
+    else:
+        trace = [torch.stack([train.loss(best.keys, best.values, valid), best.error])]
     trace += trace[-1:] * (len(judged_after(key_steps)) - len(trace))
     return Fit(best.keys, best.values, best.start_error, best.error, best.steps, torch.stack(trace))
 

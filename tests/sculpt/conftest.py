@@ -42,11 +42,11 @@ class Case:
         output = (out - true_out)[rows].square().sum(-1).mean() / out_norm
         return output + (lse - true_lse)[rows].square().mean()
 
-    def selected(self, b: int, size: int) -> Tensor:
-        """Indices of the `size` entries of problem b with the most attention, summed over all queries."""
+    def selected(self, b: int, size: int, power: int = 1) -> Tensor:
+        """Indices of the `size` entries of problem b with the most attention^power, summed over all queries."""
         logits = self.problems.queries[b].double() @ self.problems.keys[b].double().T * self.problems.scale
         _, lse = self.attention(self.problems.keys[b], self.problems.values[b], b)
-        scores = (logits - lse[:, None]).exp().sum(0)
+        scores = (logits - lse[:, None]).exp().pow(power).sum(0)
         return scores.topk(size).indices
 
 

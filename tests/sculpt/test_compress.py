@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from kvsculpt_vllm.sculpt.compress import METHODS, PagePlan, compress
-from kvsculpt_vllm.sculpt.selection import rank
+from kvsculpt_vllm.sculpt.compress import METHODS, POWERS, PagePlan, compress
+from kvsculpt_vllm.sculpt.selection import rank, selection_errors
 from kvsculpt_vllm.sculpt.values import ValueFit
 
 BLOCK, SINKS, SPAN_PAGES, HEADS = 4, 3, 14, 5
@@ -32,11 +32,11 @@ def results(case):
     }
 
 
-def losses(case, result):
+def losses(case, result, method):
     """Float64 held-out losses of what was returned and of selecting as many entries."""
     held_out, returned, start = case.problems.held_out, [], []
     for b, (keys, values) in enumerate(zip(result.keys, result.values, strict=True)):
-        kept = case.selected(b, len(keys))
+        kept = case.selected(b, len(keys), POWERS[method])
         returned.append(case.loss(keys, values, b, held_out))
         start.append(case.loss(case.problems.keys[b, kept], case.problems.values[b, kept], b, held_out))
     return torch.stack(returned), torch.stack(start)
@@ -49,7 +49,7 @@ def test_entries_fill_the_pages_and_are_never_worse_than_selection(case, results
     assert sum(result.pages) == PLAN.total
     assert [len(k) + SINKS for k in result.keys] == [p * BLOCK for p in result.pages]
     assert all(k.dtype == v.dtype == torch.bfloat16 for k, v in zip(result.keys, result.values, strict=True))
-    returned, start = losses(case, result)
+    returned, start = losses(case, result, method)
     torch.testing.assert_close(result.error.double(), returned, rtol=1e-3, atol=1e-9)
     torch.testing.assert_close(result.start_error.double(), start, rtol=1e-3, atol=1e-9)
     assert (returned <= start * (1 + 1e-5)).all()
@@ -80,7 +80,8 @@ def test_selection_keeps_the_most_attended_entries(case, results, budget):
 @pytest.mark.parametrize("max_elements", [1 << 22, 1000])  # at once, and a few queries of one problem at a time
 def test_the_pilot_measures_what_selection_of_that_size_loses(case, max_elements):
     sizes = [1, 5, 21, 53]
-    ranking = rank(case.problems, sizes, max_elements)
+    ranking = rank(case.problems, max_elements)
+    errors = selection_errors(case.problems, ranking, sizes, max_elements)
     rows = torch.ones_like(case.problems.held_out)
     for b in range(HEADS):
         keys, values = case.problems.keys[b], case.problems.values[b]
@@ -90,9 +91,8 @@ def test_the_pilot_measures_what_selection_of_that_size_loses(case, max_elements
         for g, size in enumerate(sizes):
             kept = case.selected(b, size)
             assert set(ranking.order[b, :size].tolist()) == set(kept.tolist())
-            norm = true_out.square().sum(-1).mean()
-            expected = case.loss(keys[kept], values[kept], b, rows) * norm  # absolute: what it adds to the model
-            torch.testing.assert_close(ranking.errors[b, g].double(), expected, rtol=1e-3, atol=1e-9)
+            expected = case.loss(keys[kept], values[kept], b, rows)
+            torch.testing.assert_close(errors[b, g].double(), expected, rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -126,7 +126,7 @@ def test_extreme_keys_in_one_head_stay_there(case, results, method):
     wild = dataclasses.replace(case, problems=dataclasses.replace(case.problems, keys=keys))
     result = compress(wild.problems, PLAN, method, "uniform", STEPS)
     assert all(x.isfinite().all() for x in (*result.keys, *result.values, result.error, result.start_error))
-    returned, start = losses(wild, result)
+    returned, start = losses(wild, result, method)
     assert (returned <= start * (1 + 1e-3)).all()
     others = [0, 2, 3, 4]
     torch.testing.assert_close(result.error[others], results[method, "uniform"].error[others], rtol=1e-3, atol=1e-8)
@@ -141,7 +141,7 @@ def test_a_head_whose_queries_are_not_numbers_does_not_stop_the_others(case, met
     result = compress(broken.problems, PLAN, method, budget, STEPS)
     assert sum(result.pages) == PLAN.total
     assert all(x.isfinite().all() for x in (*result.keys, *result.values))
-    returned, start = losses(case, result)
+    returned, start = losses(case, result, method)
     others = [0, 2, 3, 4]
     assert (returned[others] <= start[others] * (1 + 1e-5)).all()
     torch.testing.assert_close(result.error[others].double(), returned[others], rtol=1e-3, atol=1e-9)
@@ -149,10 +149,11 @@ def test_a_head_whose_queries_are_not_numbers_does_not_stop_the_others(case, met
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf, 1e3])
 @pytest.mark.parametrize("method", ["select_fit", "sculpt"])
-def test_values_that_come_out_broken_are_not_returned(case, results, monkeypatch, method, broken):
+def test_values_that_come_out_broken_are_not_returned(case, monkeypatch, method, broken):
     solve = ValueFit.solve
     monkeypatch.setattr(ValueFit, "solve", lambda fit, ridge: torch.full_like(solve(fit, ridge), broken))
-    result, selected = compress(case.problems, PLAN, method, "uniform", STEPS), results["select", "uniform"]
+    result = compress(case.problems, PLAN, method, "uniform", STEPS)
+    selected = compress(case.problems, PLAN, "select", "uniform", STEPS, power=POWERS[method])
     assert all(map(torch.equal, result.keys + result.values, selected.keys + selected.values))
     assert torch.equal(result.error, selected.error) and not result.steps.any()
 
@@ -163,7 +164,7 @@ def test_nothing_retained_and_no_sinks(make_case, method):
     plan = PagePlan(block_size=BLOCK, span_pages=8, total=5, sinks=0)
     result = compress(case.problems, plan, method, "adaptive", STEPS)
     assert [len(k) for k in result.keys] == [p * BLOCK for p in result.pages]
-    returned, start = losses(case, result)
+    returned, start = losses(case, result, method)
     torch.testing.assert_close(result.error.double(), returned, rtol=1e-3, atol=1e-9)
     assert (returned <= start * (1 + 1e-5)).all()
 
@@ -201,6 +202,6 @@ def test_fitting_on_some_queries_keeps_held_out_ones_apart_and_positions_whole(c
     assert shares[0] == pytest.approx(shares[1], abs=0.02)
     assert torch.equal(problems.thin_rows(QUERIES), torch.arange(QUERIES))
     few = compress(problems, PLAN, "select_fit", "adaptive", STEPS, fit_positions=30)
-    # Ranking and budgets still see every query; only the values are fitted to fewer.
-    assert few.pages == compress(problems, PLAN, "select", "adaptive", STEPS).pages
+    # Ranking and budgets do not depend on it; only the values are fitted to fewer.
+    assert few.pages == compress(problems, PLAN, "select_fit", "adaptive", STEPS).pages
     assert (few.error <= few.start_error).all()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from kvsculpt_vllm.evaluation.methods.attention_matching import attention_matching
 from kvsculpt_vllm.evaluation.methods.expected_attention import expected_attention
 from kvsculpt_vllm.evaluation.methods.keydiff import keydiff
+from kvsculpt_vllm.evaluation.methods.kvsculpt_paper import kvsculpt_paper
 from kvsculpt_vllm.evaluation.methods.random_choice import random_choice
 from kvsculpt_vllm.evaluation.methods.sculpted import sculpted
 from kvsculpt_vllm.evaluation.methods.snapkv import snapkv
@@ -24,6 +25,7 @@ METHODS: dict[str, Method] = {name: sculpted(name) for name in OURS} | {
     "attention_matching": attention_matching,
     "expected_attention": expected_attention,
     "keydiff": keydiff,
+    "kvsculpt_paper": kvsculpt_paper,
     "snapkv": snapkv,
     "random": random_choice,
 }
