@@ -70,7 +70,15 @@ class Compressor:
             sinks=config.sink,
         )
         effort = EFFORTS[config.effort]
-        fitted = compress(problems, plan, config.method, config.budget, effort.key_steps, effort.fit_positions)
+        fitted = compress(
+            problems,
+            plan,
+            config.method,
+            config.budget,
+            effort.key_steps,
+            effort.fit_positions,
+            effort.pilot_positions,
+        )
         self._write(command, fitted, keys[:, : config.sink], values[:, : config.sink])
         kept = torch.tensor([len(k) for k in fitted.keys], dtype=torch.float32) + config.sink
         span_blocks = command.span_tokens // geometry.block_size

@@ -97,7 +97,7 @@ class Results:
 
 
 def code_version() -> str:
-    """A hash of everything that decides the numbers: the algorithm, the methods and the harness, not what shows them."""
+    """A hash of what decides the numbers: the algorithm, the methods and the harness, not what shows them."""
     root = Path(kvsculpt_vllm.__file__).parent
     digest = hashlib.sha256()
     harness = [root / "evaluation" / f"{name}.py" for name in ("attention", "harness", "metrics", "model", "texts")]

@@ -29,9 +29,6 @@ PILOT_FRACTIONS = {
 }
 """Fractions of the span at which the pilot measures what a method loses, besides the least and the whole."""
 
-PILOT_POSITIONS = 256
-"""Positions whose queries the pilot's fits get by with."""
-
 MAX_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
 """Floats in the largest temporary. On a CPU 16 MiB: larger ones glibc maps and unmaps each time, and the page faults
 cost more than the arithmetic (measured: 4 to 10 times). On a GPU 1 GiB: enough to fill it."""
@@ -46,14 +43,15 @@ class Effort:
     """
 
     positions: int  # of the prompt whose queries rank entries and give out budgets
+    pilot_positions: int  # those of them that the pilot's fits get by with
     fit_positions: int  # those of them whose queries values and keys are fitted to and judged on
     key_steps: int  # L-BFGS steps at most
 
 
 EFFORTS = {
-    "fast": Effort(positions=1024, fit_positions=384, key_steps=0),
-    "balanced": Effort(positions=2048, fit_positions=768, key_steps=5),
-    "thorough": Effort(positions=4096, fit_positions=4096, key_steps=50),
+    "fast": Effort(positions=1024, pilot_positions=128, fit_positions=384, key_steps=0),
+    "balanced": Effort(positions=2048, pilot_positions=256, fit_positions=768, key_steps=5),
+    "thorough": Effort(positions=4096, pilot_positions=512, fit_positions=4096, key_steps=50),
 }
 
 
@@ -95,13 +93,15 @@ def compress(
     plan: PagePlan,
     method: str,
     budget: str,
-    key_steps: int,
+    key_steps: int = 0,
     fit_positions: int | None = None,
+    pilot_positions: int = 256,
     max_elements: int | None = None,
     score: Score = by_attention,
     power: int | None = None,
 ) -> Compressed:
-    """Give out the pages and fit every problem, on the queries of about `fit_positions` (all if None).
+    """Give out the pages and fit every problem, on the queries of about `fit_positions` (all if None; the pilot's on
+    those of about `pilot_positions`).
 
     Entries are ranked by `score` over all queries, attention being summed to the
     `power` (the method's own if None). All problems go through the
@@ -129,7 +129,7 @@ def compress(
     difficulty = torch.zeros(num_problems)
     if budget == "adaptive":
         grid = pilot_grid(plan, method)
-        curves = pilot(problems, ranking, plan, grid, method, max_elements).cpu().numpy()
+        curves = pilot(problems, ranking, plan, grid, method, pilot_positions, max_elements).cpu().numpy()
         for b, count in enumerate(pages):
             difficulty[b] = np.interp(count, grid, curves[b])
         pages = adaptive_budgets(curves, grid, plan.total)
@@ -170,21 +170,27 @@ def pilot_grid(plan: PagePlan, method: str) -> list[int]:
 
 
 def pilot(
-    problems: Problems, ranking: Ranking, plan: PagePlan, grid: Sequence[int], method: str, max_elements: int
+    problems: Problems,
+    ranking: Ranking,
+    plan: PagePlan,
+    grid: Sequence[int],
+    method: str,
+    positions: int,
+    max_elements: int,
 ) -> Tensor:
     """What every head loses (B, G) at the page counts in `grid`, the last of which is the whole span.
 
-    For selection that is its loss over all queries, for a method that fits the held-out loss of a fit without key
-    steps to a few queries: fits mend some heads and not others, so that selection's error is a poor guide to
-    theirs (measured: half the KL). A loss is relative to the head's own output; times the root of the output's mean
-    power it counts between what the head adds to the residual stream and how well it does by its own standards,
-    which was better than either.
+    For selection that is its loss over all queries; for a method that fits, the held-out loss of a fit without key
+    steps to the queries of about `positions`. Fits mend some heads and not others, so that selection's error is a
+    poor guide to theirs (measured: half the KL). A loss is relative to the head's own output; times the root of the
+    output's mean power it lies between what the head adds to the residual stream and how well it does by its own
+    standards, and was better than the former.
     """
     norm = ranking.teacher_out.square().sum(-1).mean(-1).sqrt()
     sizes = [plan.entries(count) for count in grid]
     if method == "select":
         return selection_errors(problems, ranking, sizes, max_elements) * norm[:, None]
-    rows = problems.thin_rows(PILOT_POSITIONS * problems.group)
+    rows = problems.thin_rows(positions * problems.group)
     few, ranking = problems.with_rows(rows), ranking.with_rows(rows)
     errors = []
     for size in sizes[:-1]:

@@ -23,7 +23,9 @@ from kvsculpt_vllm.sculpt.compress import Effort
 LAYERS, HEADS, KV_HEADS, VOCABULARY = 2, 4, 2, 97
 CONTEXT, CONTINUATION, CONTEXTS, BLOCK, WINDOW, SINKS = 200, 24, 3, 8, 16, 4
 SPAN_BLOCKS = (CONTEXT - WINDOW) // BLOCK
-EFFORT = Effort(positions=80, fit_positions=100, key_steps=10)  # 80 future positions and 20 recent ones
+EFFORT = Effort(
+    positions=80, pilot_positions=60, fit_positions=100, key_steps=10
+)  # 80 future positions and 20 recent ones
 
 
 @pytest.fixture(scope="module", autouse=True)

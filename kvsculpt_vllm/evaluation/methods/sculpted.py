@@ -12,6 +12,6 @@ def sculpted(name: str) -> Callable[[Problems, PagePlan, str, Effort], Compresse
     """Method `name` of `sculpt.compress` (select, select_fit or sculpt)."""
 
     def run(problems: Problems, plan: PagePlan, budget: str, effort: Effort) -> Compressed:
-        return compress(problems, plan, name, budget, effort.key_steps, effort.fit_positions)
+        return compress(problems, plan, name, budget, effort.key_steps, effort.fit_positions, effort.pilot_positions)
 
     return run
