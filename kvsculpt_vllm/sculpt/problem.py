@@ -9,6 +9,9 @@ from torch import Tensor
 
 from kvsculpt_vllm.sculpt.attention import attend
 
+PART = 1 << 22
+"""Weights that `retained_attention` holds at once: for a window of 30,000 tokens all of them would take gigabytes."""
+
 
 @dataclass(frozen=True)
 class Problems:
@@ -92,4 +95,11 @@ def retained_attention(
     num_sinks = sink_keys.shape[1]
     sees_sinks = torch.ones(len(query_positions), num_sinks, dtype=torch.bool, device=keys.device)
     sees_recent = query_positions[:, None] >= recent_positions[None, :]
-    return attend(queries, keys, values, scale, torch.cat([sees_sinks, sees_recent], dim=1)[None])
+    visible = torch.cat([sees_sinks, sees_recent], dim=1)
+    step = max(1, PART // (len(keys) * keys.shape[1]))
+    parts = [
+        attend(some, keys, values, scale, seen[None])
+        for some, seen in zip(queries.split(step, dim=1), visible.split(step), strict=True)
+    ]
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, dim=1), torch.cat(lses, dim=1)
