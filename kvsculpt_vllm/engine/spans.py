@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from kvsculpt_vllm.config import CompressionConfig
 
-RECOMPUTED_TOKENS = 512
-"""A prompt found in the prefix cache computes this many of its last tokens anew, so that queries are seen."""
+RECOMPUTED_TOKENS = 1024
+"""A prompt found in the prefix cache computes this many of its last tokens anew, so that queries are seen. Entries that
+no seen query looks for are lost (measured on one 2,048-token context: KL 0.0139 with 512, 0.0023 with 1,024, 0.0012
+with all)."""
 
 
 @dataclass(frozen=True)
