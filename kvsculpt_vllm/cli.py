@@ -103,9 +103,9 @@ def evaluate(
 
     seconds: mean time to compress one context.
 
-    heads: of every (layer, KV head), mean over contexts. difficulty: squared output and mass error that selection
-    makes at the uniform budget; entries: what its budget keeps, sinks included; error: held-out error after. --report
-    shows them as heat maps, and how the solver's loss fell on training and on held-out queries.
+    heads: of every (layer, KV head), mean over contexts. difficulty: the error that adaptive budgets are given out by,
+    at the uniform budget; entries: what its budget keeps, sinks included; error: held-out error after. --report shows
+    them as heat maps, and how the solver's loss fell on training and on held-out queries.
 
     Every (method, budget, keep ratio) becomes one row of the file given by --json, with kl_per_context, the mean KL of
     each context, besides. After an interruption the same command goes on; what is in the file is not measured again,

@@ -19,7 +19,7 @@ from kvsculpt_vllm.sculpt.compress import Compressed, Effort, PagePlan
 from kvsculpt_vllm.sculpt.queries import build_problems, sample_positions
 
 HEADS = {
-    "difficulty": "squared error that plain selection makes at the uniform budget (absolute, the pilot's)",
+    "difficulty": "the pilot's error at the uniform budget, as adaptive budgets weigh it (0: they are uniform)",
     "entries": "entries kept of the span, sinks included",
     "error": "held-out loss of what is used",
 }
