@@ -78,13 +78,13 @@ class Target:
 
     def loss(self, keys: Tensor, values: Tensor, valid: Tensor | None = None) -> Tensor:
         """Loss (B,) of compressed pairs (B, m, D); a non-finite one means that the pairs are unusable."""
-        out, mass = self._attend(self.weights(keys, valid), _with_ones(values))
+        out, mass = self._attend(self.weights(keys, valid), with_ones(values))
         return self._loss(out - self.out, mass.log())
 
     def loss_and_grad(self, keys: Tensor, values: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Loss (B,) and its gradient (B, m, D) with respect to the keys, the values being held fixed."""
         num_queries = self.probes.shape[1]
-        weights, values = self.weights(keys, valid), _with_ones(values)
+        weights, values = self.weights(keys, valid), with_ones(values)
         out, mass = self._attend(weights, values)
         out_error, lse_error = out - self.out, mass.log()
         d_out = out_error * (2.0 / num_queries / self.out_norm)[:, None, None]
@@ -110,5 +110,6 @@ class Target:
         return output + LSE_WEIGHT * lse_error.squeeze(-1).square().mean(-1)
 
 
-def _with_ones(values: Tensor) -> Tensor:
+def with_ones(values: Tensor) -> Tensor:
+    """Values (B, m, D) with a column of ones: in a product with weights it sums them."""
     return torch.cat([values, torch.ones_like(values[..., :1])], dim=-1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvsculpt_vllm.sculpt.attention import merge
-from kvsculpt_vllm.sculpt.objective import LSE_WEIGHT
+from kvsculpt_vllm.sculpt.objective import LSE_WEIGHT, with_ones
 from kvsculpt_vllm.sculpt.problem import Problems
 
 
@@ -87,7 +87,7 @@ def batches(problems: Problems, max_elements: int) -> Iterator[Problems]:
 
 def teach(problems: Problems, max_elements: int, power: int = 1) -> Teacher:
     """Attention over everything, for fp32 `problems`, without keeping a matrix of weights."""
-    values = _with_ones(problems.values)  # the column of ones sums the weights
+    values = with_ones(problems.values)  # the column of ones sums the weights
     received = torch.zeros_like(problems.values[..., :1])
     outs, lses = [], []
     for rows in _row_parts(problems, max_elements):
@@ -111,7 +111,7 @@ def teach(problems: Problems, max_elements: int, power: int = 1) -> Teacher:
 
 def _errors(problems: Problems, ranking: Ranking, sizes: Sequence[int], max_elements: int) -> Tensor:
     teacher_out, teacher_lse, order = ranking.teacher_out, ranking.teacher_lse, ranking.order
-    values = _with_ones(problems.values).take_along_dim(order.unsqueeze(-1), dim=1)
+    values = with_ones(problems.values).take_along_dim(order.unsqueeze(-1), dim=1)
     keys = problems.keys.take_along_dim(order.unsqueeze(-1), dim=1)
     norm = teacher_out.square().sum(-1).mean(-1)
     total = values.new_zeros(len(sizes), len(values))
@@ -137,7 +137,3 @@ def _row_parts(problems: Problems, max_elements: int) -> Iterator[slice]:
     num_problems, num_queries = problems.queries.shape[:2]
     step = max(1, max_elements // (num_problems * problems.num_entries))
     return (slice(first, min(first + step, num_queries)) for first in range(0, num_queries, step))
-
-
-def _with_ones(values: Tensor) -> Tensor:
-    return torch.cat([values, torch.ones_like(values[..., :1])], dim=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -126,8 +127,8 @@ def _sculpt_keys(
     trace = [torch.stack([optimizer.loss, best.held_out.loss(keys, values, best.valid)])]
     index = torch.arange(len(keys), device=keys.device)
     stale = torch.zeros(len(keys), dtype=torch.long, device=keys.device)
-    for step in judged_after(key_steps)[1:]:
-        for _ in range(step - (step - 1) // REFIT_EVERY * REFIT_EVERY):
+    for before, step in pairwise(judged_after(key_steps)):
+        for _ in range(step - before):
             optimizer.step(evaluate)
         current = unpack(optimizer.x)
         values = fit_values(train, current, originals, ridge, valid)
