@@ -29,8 +29,6 @@ class EvaluationModel:
         config = model.config.get_text_config()
         self.num_positions: int = config.max_position_embeddings
         self.num_layers: int = config.num_hidden_layers
-        self.num_heads: int = config.num_attention_heads
-        self.num_kv_heads: int = config.num_key_value_heads
         self.rotary = _rotary(model, self.num_positions)
 
     @classmethod

@@ -85,7 +85,7 @@ class Compressed:
     error: Tensor  # (B,) held-out loss of what is returned
     steps: Tensor  # (B,) key steps taken
     difficulty: Tensor  # (B,) the pilot's error at the uniform budget, as budgets weigh it; 0 for uniform budgets
-    trace: Tensor  # (J, 2, B) training and held-out loss after `solve.judged_after(key_steps)` key steps
+    trace: Tensor  # (J, 2, B) training and held-out loss at `solve.judged_after(key_steps)`, J = 0 without key steps
 
 
 def compress(
@@ -134,6 +134,7 @@ def compress(
             difficulty[b] = np.interp(count, grid, curves[b])
         pages = adaptive_budgets(curves, grid, plan.total)
 
+    judgements = len(judged_after(key_steps)) if method == "sculpt" and key_steps else 0
     result = Compressed(
         pages=pages,
         keys=[problems.keys[0]] * num_problems,
@@ -142,7 +143,7 @@ def compress(
         error=torch.zeros(num_problems, device=device),
         steps=torch.zeros(num_problems, dtype=torch.long, device=device),
         difficulty=difficulty.to(device),
-        trace=torch.zeros(len(judged_after(key_steps)), 2, num_problems, device=device),
+        trace=torch.zeros(judgements, 2, num_problems, device=device),
     )
     kept = [plan.entries(count) for count in pages]
     rows = problems.thin_rows(num_queries if fit_positions is None else fit_positions * problems.group)

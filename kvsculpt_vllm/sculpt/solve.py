@@ -34,12 +34,12 @@ class Fit:
     start_error: Tensor  # (B,) held-out loss of plain selection
     error: Tensor  # (B,) held-out loss of what is returned, never above start_error
     steps: Tensor  # (B,) key steps after which the returned keys were taken, 0 for the selected keys
-    trace: Tensor  # (J, 2, B) training and held-out loss after `judged_after(key_steps)` key steps
+    trace: Tensor  # (J, 2, B) training and held-out loss after `judged_after(key_steps)` key steps, J = 0 without any
 
 
 def judged_after(key_steps: int) -> list[int]:
     """The numbers of key steps after which held-out queries judge, the start included."""
-    return [*range(0, key_steps, REFIT_EVERY), key_steps] if key_steps else [0]
+    return [*range(0, key_steps, REFIT_EVERY), key_steps]
 
 
 class _Best:
@@ -85,12 +85,12 @@ def solve(
     if method != "select":
         keys = match_mass(train, selected, valid) if method == "sculpt" else selected
         ridge = _fit_start(best, train, keys, originals, valid)
+    trace = best.error.new_zeros(0, 2, len(sizes))
     if method == "sculpt" and key_steps:
-        trace = _sculpt_keys(best, train, keys, originals, valid, ridge, key_steps)
-    else:
-        trace = [torch.stack([train.loss(best.keys, best.values, valid), best.error])]
-    trace += trace[-1:] * (len(judged_after(key_steps)) - len(trace))
-    return Fit(best.keys, best.values, best.start_error, best.error, best.steps, torch.stack(trace))
+        judgements = _sculpt_keys(best, train, keys, originals, valid, ridge, key_steps)
+        judgements += judgements[-1:] * (len(judged_after(key_steps)) - len(judgements))
+        trace = torch.stack(judgements)
+    return Fit(best.keys, best.values, best.start_error, best.error, best.steps, trace)
 
 
 def _fit_start(best: _Best, train: Target, keys: Tensor, values: Tensor, valid: Tensor) -> Tensor:
