@@ -76,7 +76,9 @@ def main(
                 f"{values[ratio]:.4g} ({numbers[BASELINE][ratio] / values[ratio]:.1f}x)" if ratio in values else "-"
                 for ratio in ratios
             ]
-            taken = f"{seconds[method, budget]:.1f}" if origin == "ours" else "about 170 (A100, second-hand)"
+            taken = "about 170 (A100, second-hand)" if method == "kvsculpt" else "-"
+            if origin == "ours":
+                taken = f"{seconds[method, budget]:.1f}"
             table.add_row(origin, method, budget, *cells, taken)
     out = Console(width=140)
     out.print(table)
