@@ -13,7 +13,9 @@ from kvsculpt_vllm.engine import pages as page_layout
 from kvsculpt_vllm.engine.capture import QuerySample
 from kvsculpt_vllm.engine.command import CompressCommand
 from kvsculpt_vllm.engine.state import CompressionState
-from kvsculpt_vllm.sculpt.compress import EFFORTS, Compressed, PagePlan, compress
+from kvsculpt_vllm.sculpt.budgets import PagePlan
+from kvsculpt_vllm.sculpt.compress import Compressed, compress
+from kvsculpt_vllm.sculpt.effort import EFFORTS
 from kvsculpt_vllm.sculpt.problem import Problems
 from kvsculpt_vllm.sculpt.queries import build_problems
 from kvsculpt_vllm.sculpt.rotary import Rotary
@@ -69,16 +71,7 @@ class Compressor:
             total=command.packed_blocks * geometry.num_cells,
             sinks=config.sink,
         )
-        effort = EFFORTS[config.effort]
-        fitted = compress(
-            problems,
-            plan,
-            config.method,
-            config.budget,
-            effort.key_steps,
-            effort.fit_positions,
-            effort.pilot_positions,
-        )
+        fitted = compress(problems, plan, config.method, config.budget, EFFORTS[config.effort])
         self._write(command, fitted, keys[:, : config.sink], values[:, : config.sink])
         kept = torch.tensor([len(k) for k in fitted.keys], dtype=torch.float32) + config.sink
         span_blocks = command.span_tokens // geometry.block_size

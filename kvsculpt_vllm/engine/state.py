@@ -16,7 +16,7 @@ from kvsculpt_vllm.engine.capture import CaptureRows, QuerySample
 from kvsculpt_vllm.engine.compat import row_request_ids
 from kvsculpt_vllm.engine.directory import Directory
 from kvsculpt_vllm.engine.pages import PageGeometry, VectorPages
-from kvsculpt_vllm.sculpt.compress import EFFORTS
+from kvsculpt_vllm.sculpt.effort import EFFORTS
 from kvsculpt_vllm.sculpt.queries import sample_positions
 
 

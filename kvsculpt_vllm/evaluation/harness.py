@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +11,14 @@ import torch
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.spans import plan_span
 from kvsculpt_vllm.evaluation.attention import RaggedCache, Recorder
-from kvsculpt_vllm.evaluation.methods import Method
+from kvsculpt_vllm.evaluation.methods.base import Method
 from kvsculpt_vllm.evaluation.methods.biased import BiasedCompressed
 from kvsculpt_vllm.evaluation.metrics import TokenScores, compare
 from kvsculpt_vllm.evaluation.model import EvaluationModel
 from kvsculpt_vllm.evaluation.texts import Passage
-from kvsculpt_vllm.sculpt.compress import Compressed, Effort, PagePlan
+from kvsculpt_vllm.sculpt.budgets import PagePlan
+from kvsculpt_vllm.sculpt.compress import Compressed
+from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.queries import build_problems, sample_positions
 
 HEADS = {
@@ -89,22 +92,35 @@ class Trial:
         return PagePlan(self._block_size, self.span_blocks, blocks * self.problems.num_problems, self._sinks)
 
     @torch.no_grad()
-    def measure(self, method: Method, budget: str, keep_ratio: float) -> Measurement:
-        """Compress the context, continue from it, compare."""
-        plan = self.plan(keep_ratio)
+    def measure(self, method: Method, budget: str, keep_ratios: Sequence[float]) -> Iterator[Measurement]:
+        """Compress the context to each keep ratio, continue from it, compare.
+
+        What serves all ratios is done once; its seconds count in each, as a single request would pay them.
+        """
         begin = time.perf_counter()
-        fitted = method(self.problems, plan, budget, self._effort)
-        seconds = time.perf_counter() - begin
+        to_pages = method(self.problems, self.plan(1.0), budget, self._effort)
+        prepared = time.perf_counter() - begin
+        for keep_ratio in keep_ratios:
+            begin = time.perf_counter()
+            fitted = to_pages(self.plan(keep_ratio))
+            yield self._measurement(fitted, prepared + time.perf_counter() - begin)
+
+    def _measurement(self, fitted: Compressed, seconds: float) -> Measurement:
         cache = self.compressed_cache(fitted)
-        kept_fraction = cache.num_entries / (self.problems.num_problems * len(self._passage.context))
-        before, after = float(fitted.start_error.mean()), float(fitted.error.mean())
         heads = {
             "difficulty": fitted.difficulty.tolist(),
             "entries": [float(len(keys) + self._sinks) for keys in fitted.keys],
             "error": fitted.error.tolist(),
         }
-        trace = fitted.trace.mean(-1).tolist()
-        return Measurement(self.score(cache), kept_fraction, before, after, seconds, heads, trace)
+        return Measurement(
+            scores=self.score(cache),
+            kept_fraction=cache.num_entries / (self.problems.num_problems * len(self._passage.context)),
+            held_out_error_before=float(fitted.start_error.mean()),
+            held_out_error_after=float(fitted.error.mean()),
+            seconds=seconds,
+            heads=heads,
+            trace=fitted.trace.mean(-1).tolist(),
+        )
 
     def compressed_cache(self, fitted: Compressed) -> RaggedCache:
         """Per head: its sinks, its fitted entries and the exact window."""

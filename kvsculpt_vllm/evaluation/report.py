@@ -12,7 +12,7 @@ import numpy as np
 
 from kvsculpt_vllm.evaluation.harness import HEADS
 from kvsculpt_vllm.evaluation.results import Row
-from kvsculpt_vllm.sculpt.compress import EFFORTS
+from kvsculpt_vllm.sculpt.effort import EFFORTS
 from kvsculpt_vllm.sculpt.solve import judged_after
 
 matplotlib.use("Agg")  # no display where this runs

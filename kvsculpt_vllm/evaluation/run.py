@@ -24,7 +24,7 @@ from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer
 from kvsculpt_vllm.evaluation.report import write_report
 from kvsculpt_vllm.evaluation.results import Key, Results, Row, code_version
 from kvsculpt_vllm.evaluation.texts import passages, read_text
-from kvsculpt_vllm.sculpt.compress import EFFORTS
+from kvsculpt_vllm.sculpt.effort import EFFORTS
 
 BUDGETS = ("uniform", "adaptive")
 
@@ -141,11 +141,13 @@ def run(request: Request, json_path: Path | None, console: Console, report: Path
                     continue
                 progress.update(bar, description=f"{place}: the full cache")
                 trial = Trial(model, passage, EFFORTS[request.effort], request.block_size, exact.window, exact.sink)
-                for key in keys:
-                    method, budget, ratio = key
-                    progress.update(bar, description=f"{place}: {method}, {budget}, keep {ratio:g}")
-                    results.add(key, i, trial.measure(METHODS[method], budget, ratio), _row_numbers)
-                    progress.advance(bar)
+                for method, budget in dict.fromkeys(key[:2] for key in keys):
+                    ratios = [key[2] for key in keys if key[:2] == (method, budget)]
+                    progress.update(bar, description=f"{place}: {method}, {budget}")
+                    measurements = trial.measure(METHODS[method], budget, ratios)
+                    for ratio, measurement in zip(ratios, measurements, strict=True):
+                        results.add((method, budget, ratio), i, measurement, _row_numbers)
+                        progress.advance(bar)
     results.close(request.keys)
     rows = [row for key in request.keys if (row := results.row(key)) is not None]
     Console(file=console.file, width=max(console.width, TABLE_WIDTH)).print(table(rows))

@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class PagePlan:
+    """The pages to give out for one request."""
+
+    block_size: int  # entries a page
+    span_pages: int  # pages a head's span fills now, the most it may get
+    total: int  # pages to give out to all heads together
+    sinks: int  # entries of each head's first page that are kept exactly and not part of the problem
+
+    def entries(self, pages: int) -> int:
+        """Entries of the problem that so many pages hold."""
+        return min(pages, self.span_pages) * self.block_size - self.sinks
+
+    @property
+    def least(self) -> int:
+        """The fewest pages that hold the sinks and one more entry."""
+        return math.ceil((self.sinks + 1) / self.block_size)
 
 
 def uniform_budgets(num_problems: int, total: int, least: int, most: int) -> list[int]:

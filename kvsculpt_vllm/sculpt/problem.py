@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from kvsculpt_vllm.sculpt.attention import attend
-
-PART = 1 << 22
-"""Weights that `retained_attention` holds at once: for a window of 30,000 tokens all of them would take gigabytes."""
+from kvsculpt_vllm.sculpt.memory import max_elements
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,8 @@ def retained_attention(
     sees_sinks = torch.ones(len(query_positions), num_sinks, dtype=torch.bool, device=keys.device)
     sees_recent = query_positions[:, None] >= recent_positions[None, :]
     visible = torch.cat([sees_sinks, sees_recent], dim=1)
-    step = max(1, PART // (len(keys) * keys.shape[1]))
+    # In parts: for a window of 30,000 tokens all the weights together would take gigabytes.
+    step = max(1, max_elements(keys.device) // (len(keys) * keys.shape[1]))
     parts = [
         attend(some, keys, values, scale, seen[None])
         for some, seen in zip(queries.split(step, dim=1), visible.split(step), strict=True)

@@ -13,7 +13,7 @@ from kvsculpt_vllm.sculpt.mass import match_mass
 from kvsculpt_vllm.sculpt.objective import Target
 from kvsculpt_vllm.sculpt.problem import Problems
 from kvsculpt_vllm.sculpt.selection import Ranking
-from kvsculpt_vllm.sculpt.values import ValueFit, fit_values
+from kvsculpt_vllm.sculpt.values import ValueFit
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 """Ridge strengths tried at the start; held-out queries choose one for each problem."""
@@ -34,6 +34,7 @@ class Fit:
     start_error: Tensor  # (B,) held-out loss of plain selection
     error: Tensor  # (B,) held-out loss of what is returned, never above start_error
     steps: Tensor  # (B,) key steps after which the returned keys were taken, 0 for the selected keys
+    failed_solves: Tensor  # (B,) systems of the values that could not be solved, so that the values stayed
     trace: Tensor  # (J, 2, B) training and held-out loss after `judged_after(key_steps)` key steps, J = 0 without any
 
 
@@ -51,6 +52,7 @@ class _Best:
         self.start_error = held_out.loss(keys, values, valid)
         self.error = self.start_error.clone()
         self.steps = torch.zeros(len(keys), dtype=torch.long, device=keys.device)
+        self.failed_solves = torch.zeros_like(self.steps)
 
     def offer(self, keys: Tensor, values: Tensor, step: int, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Judge candidates for the problems in `index` (all if None): who improved (bool), and their losses.
@@ -90,7 +92,7 @@ def solve(
         judgements = _sculpt_keys(best, train, keys, originals, valid, ridge, key_steps)
         judgements += judgements[-1:] * (len(judged_after(key_steps)) - len(judgements))
         trace = torch.stack(judgements)
-    return Fit(best.keys, best.values, best.start_error, best.error, best.steps, trace)
+    return Fit(best.keys, best.values, best.start_error, best.error, best.steps, best.failed_solves, trace)
 
 
 def _fit_start(best: _Best, train: Target, keys: Tensor, values: Tensor, valid: Tensor) -> Tensor:
@@ -99,6 +101,7 @@ def _fit_start(best: _Best, train: Target, keys: Tensor, values: Tensor, valid: 
     for strength in RIDGES:
         _, error = best.offer(keys, fit.solve(torch.full((len(keys),), strength, device=keys.device)), step=0)
         errors.append(error.nan_to_num(nan=torch.inf))
+    best.failed_solves += fit.failed
     choice = torch.stack(errors).argmin(0)
     return torch.tensor(RIDGES, device=keys.device)[choice]
 
@@ -113,7 +116,7 @@ def _sculpt_keys(
     """
     shape = keys.shape[1:]
     to_white, from_white = _whitening(train)
-    originals, values = values, fit_values(train, keys, values, ridge, valid)
+    originals, values = values, ValueFit(train, keys, values, valid).solve(ridge)  # as `_fit_start` solved it
 
     def unpack(x: Tensor) -> Tensor:
         return torch.bmm(x.view(len(x), *shape), from_white)
@@ -131,7 +134,9 @@ def _sculpt_keys(
         for _ in range(step - before):
             optimizer.step(evaluate)
         current = unpack(optimizer.x)
-        values = fit_values(train, current, originals, ridge, valid)
+        refit = ValueFit(train, current, originals, valid)
+        values = refit.solve(ridge)
+        best.failed_solves[index] += refit.failed
         improved, error = best.offer(current, values, step, index)
         optimizer.restart_at(*evaluate(optimizer.x))
         losses = trace[-1].clone()

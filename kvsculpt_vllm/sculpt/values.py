@@ -7,6 +7,9 @@ from torch import Tensor
 
 from kvsculpt_vllm.sculpt.objective import Target
 
+JITTER = (1e1, 1e2, 1e3)
+"""By what the ridge is multiplied, one after the other, where the system could not be factored."""
+
 
 class ValueFit:
     """The least-squares problem of the values for fixed keys; the Gram matrix serves any number of ridges.
@@ -36,19 +39,37 @@ class ValueFit:
         # Over the real entries only: the ridge of a problem must not depend on what it is padded to.
         num_valid = num_entries if valid is None else valid.sum(1)
         self._mean_diagonal = self._gram.diagonal(dim1=1, dim2=2).sum(1) / num_valid
+        self.failed = torch.zeros(len(keys), dtype=torch.long, device=keys.device)  # (B,) solves that kept the start
 
     def solve(self, ridge: Tensor) -> Tensor:
-        """Values (B, m, D) for `ridge` (B,). A system that fp32 cannot factor keeps its start."""
+        """Values (B, m, D) for `ridge` (B,).
+
+        A system that fp32 cannot factor is tried again with the stronger ridges of `JITTER`; what none of them
+        helps, which only numbers that are not finite bring about, keeps its start and is counted in `failed`.
+        """
+        factor, unsolved = self._factor(ridge)
+        for more in JITTER:
+            if not unsolved.any():
+                break
+            again, still = self._factor(torch.where(unsolved, ridge * more, ridge))
+            factor = torch.where(unsolved[:, None, None], again, factor)
+            unsolved = still
+        # Whatever stands in a factor that failed: a problem is solved alone, and its change is dropped below.
+        change = torch.cholesky_solve(self._rhs, factor)
+        if self._dual:
+            change = torch.bmm(self._transposed, change)
+        unsolved |= ~change.isfinite().flatten(1).all(1)
+        self.failed += unsolved
+        return self._start + change.masked_fill(unsolved[:, None, None], 0.0)
+
+    def _factor(self, ridge: Tensor) -> tuple[Tensor, Tensor]:
+        """The Cholesky factors of the systems with `ridge` (B,), and which could not be factored (B,)."""
         # The floor keeps a head whose queries all look elsewhere (weights underflow) solvable: its values stay.
         penalty = (ridge * self._mean_diagonal).clamp_min(1e-12)
         system = self._gram.clone()
         system.diagonal(dim1=1, dim2=2).add_(penalty[:, None])
         factor, info = torch.linalg.cholesky_ex(system)
-        failed = (info != 0)[:, None, None]
-        identity = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
-        factor = torch.where(failed, identity, factor)
-        change = torch.cholesky_solve(self._rhs.masked_fill(failed, 0.0), factor)
-        return self._start + (torch.bmm(self._transposed, change) if self._dual else change)
+        return factor, info != 0
 
 
 def fit_values(target: Target, keys: Tensor, start: Tensor, ridge: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -42,7 +42,7 @@ def install_identity(poison: bool) -> None:
     def keep_all(problems, plan, *args):
         zeros = torch.zeros(problems.num_problems)
         pages_each = [plan.span_pages] * problems.num_problems
-        return Compressed(pages_each, list(problems.keys), list(problems.values), *[zeros] * 5)
+        return Compressed(pages_each, list(problems.keys), list(problems.values), *[zeros] * 6)
 
     def place(page_counts):
         starts, cell = [0] * len(page_counts), 0

@@ -11,7 +11,7 @@ from kvsculpt_vllm.evaluation.harness import Trial
 from kvsculpt_vllm.evaluation.methods import METHODS
 from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer
 from kvsculpt_vllm.evaluation.texts import Passage
-from kvsculpt_vllm.sculpt.compress import EFFORTS
+from kvsculpt_vllm.sculpt.effort import EFFORTS
 
 pytestmark = pytest.mark.engine
 
@@ -32,7 +32,7 @@ def test_the_engine_fits_what_the_harness_fits_and_answers_the_same(run_engine, 
     passage = Passage(start=0, context=prompt, continuation=answer[:-1], following=answer[1:])
     model = EvaluationModel.load(model_path, "cpu")
     trial = Trial(model, passage, EFFORTS["fast"], block_size=32, window=64, sinks=4)
-    fitted = METHODS["sculpt"](trial.problems, trial.plan(0.3), "adaptive", EFFORTS["fast"])
+    fitted = METHODS["sculpt"](trial.problems, trial.plan(0.3), "adaptive", EFFORTS["fast"])(trial.plan(0.3))
 
     packed = trial.plan(0.3).total // trial.problems.num_problems
     assert record["blocks_after"] == packed + LENGTH // 32 - trial.span_blocks

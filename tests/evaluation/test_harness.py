@@ -17,8 +17,8 @@ from kvsculpt_vllm.evaluation.metrics import compare, summarise
 from kvsculpt_vllm.evaluation.model import EvaluationModel
 from kvsculpt_vllm.evaluation.results import Results
 from kvsculpt_vllm.evaluation.texts import passages
-from kvsculpt_vllm.sculpt.compress import METHODS as OURS
-from kvsculpt_vllm.sculpt.compress import Effort
+from kvsculpt_vllm.sculpt.effort import Effort
+from kvsculpt_vllm.sculpt.survey import METHODS as OURS
 
 LAYERS, HEADS, KV_HEADS, VOCABULARY = 2, 4, 2, 97
 CONTEXT, CONTINUATION, CONTEXTS, BLOCK, WINDOW, SINKS = 200, 24, 3, 8, 16, 4
@@ -71,7 +71,7 @@ def trials(chosen):
 
 
 def measure(trials, method, budget, keep_ratio):
-    return [trial.measure(METHODS[method], budget, keep_ratio) for trial in trials]
+    return [next(trial.measure(METHODS[method], budget, [keep_ratio])) for trial in trials]
 
 
 def kl(measurements):
@@ -172,7 +172,7 @@ def test_a_bias_of_log_2_counts_a_key_twice(trials):
 
 def test_attention_matching_finds_the_masses_that_no_other_weights_come_closer_to(trials):
     problems = trials[0].problems
-    fitted = METHODS["attention_matching"](problems, trials[0].plan(0.3), "uniform", EFFORT)
+    fitted = METHODS["attention_matching"](problems, trials[0].plan(0.3), "uniform", EFFORT)(trials[0].plan(0.3))
     train = ~problems.held_out
     for b, bias in enumerate(fitted.biases):
         queries = problems.queries[b, train].double() * problems.scale
@@ -190,7 +190,7 @@ def test_attention_matching_finds_the_masses_that_no_other_weights_come_closer_t
 
 def test_snapkv_keeps_the_neighbourhoods_that_the_last_queries_attend_to(trials):
     problems, plan = trials[0].problems, trials[0].plan(0.3)
-    kept = METHODS["snapkv"](problems, plan, "uniform", EFFORT).keys
+    kept = METHODS["snapkv"](problems, plan, "uniform", EFFORT)(plan).keys
     for b, keys in enumerate(problems.keys.double()):
         queries = problems.queries[b, -problems.recent * problems.group :].double() * problems.scale
         logits = torch.cat([queries @ keys.T, problems.retained_lse[b, -len(queries) :, None].double()], dim=1)
@@ -203,7 +203,7 @@ def test_snapkv_keeps_the_neighbourhoods_that_the_last_queries_attend_to(trials)
 
 def test_expected_attention_is_the_mean_of_the_exponential_over_gaussian_queries(trials):
     problems, plan = trials[0].problems, trials[0].plan(0.3)
-    kept = METHODS["expected_attention"](problems, plan, "uniform", EFFORT).keys
+    kept = METHODS["expected_attention"](problems, plan, "uniform", EFFORT)(plan).keys
     future = problems.queries.shape[1] // problems.group - problems.recent
     for b, keys in enumerate(problems.keys.double()):
         score = 0

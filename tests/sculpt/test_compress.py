@@ -5,14 +5,18 @@ import dataclasses
 import pytest
 import torch
 
-from kvsculpt_vllm.sculpt.compress import METHODS, POWERS, PagePlan, compress
+from kvsculpt_vllm.sculpt.budgets import PagePlan
+from kvsculpt_vllm.sculpt.compress import compress, fit
+from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.selection import rank, selection_errors
+from kvsculpt_vllm.sculpt.survey import METHODS, POWERS, survey
 from kvsculpt_vllm.sculpt.values import ValueFit
 
 BLOCK, SINKS, SPAN_PAGES, HEADS = 4, 3, 14, 5
 # Uniform budgets of 6 and 5 pages: 21 and 17 entries, which the solver pads to one group.
 PLAN = PagePlan(block_size=BLOCK, span_pages=SPAN_PAGES, total=5 * HEADS + 3, sinks=SINKS)
-STEPS, QUERIES = 30, 450
+QUERIES = 450
+EFFORT = Effort(positions=QUERIES, pilot_positions=256, fit_positions=QUERIES, key_steps=30)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +30,7 @@ def case(make_case):
 def results(case):
     """What every method returns with every budget rule."""
     return {
-        (method, budget): compress(case.problems, PLAN, method, budget, STEPS)
+        (method, budget): compress(case.problems, PLAN, method, budget, EFFORT)
         for method in METHODS
         for budget in ("uniform", "adaptive")
     }
@@ -98,7 +102,7 @@ def test_the_pilot_measures_what_selection_of_that_size_loses(case, max_elements
 @pytest.mark.parametrize("method", METHODS)
 def test_budgets_for_the_whole_span_return_it(case, method):
     everything = dataclasses.replace(PLAN, total=HEADS * SPAN_PAGES)
-    result = compress(case.problems, everything, method, "adaptive", STEPS)
+    result = compress(case.problems, everything, method, "adaptive", EFFORT)
     for b in range(HEADS):
         assert torch.equal(result.keys[b], case.problems.keys[b])
         assert torch.equal(result.values[b], case.problems.values[b])
@@ -108,7 +112,7 @@ def test_budgets_for_the_whole_span_return_it(case, method):
 @pytest.mark.parametrize("budget", ["uniform", "adaptive"])
 @pytest.mark.parametrize("method", METHODS)
 def test_batching_changes_nothing(case, results, method, budget):
-    one_by_one = compress(case.problems, PLAN, method, budget, STEPS, max_elements=1)
+    one_by_one = compress(case.problems, PLAN, method, budget, EFFORT, limit=1)
     together = results[method, budget]
     assert one_by_one.pages == together.pages
     # Rounding differs with the shape of a product, and key steps amplify it.
@@ -124,7 +128,7 @@ def test_extreme_keys_in_one_head_stay_there(case, results, method):
     keys = case.problems.keys.clone()
     keys[1, :2], keys[1, 2] = 1e4, -1e4
     wild = dataclasses.replace(case, problems=dataclasses.replace(case.problems, keys=keys))
-    result = compress(wild.problems, PLAN, method, "uniform", STEPS)
+    result = compress(wild.problems, PLAN, method, "uniform", EFFORT)
     assert all(x.isfinite().all() for x in (*result.keys, *result.values, result.error, result.start_error))
     returned, start = losses(wild, result, method)
     assert (returned <= start * (1 + 1e-3)).all()
@@ -138,7 +142,7 @@ def test_a_head_whose_queries_are_not_numbers_does_not_stop_the_others(case, met
     queries = case.problems.queries.clone()
     queries[1, 4] = torch.nan
     broken = dataclasses.replace(case, problems=dataclasses.replace(case.problems, queries=queries))
-    result = compress(broken.problems, PLAN, method, budget, STEPS)
+    result = compress(broken.problems, PLAN, method, budget, EFFORT)
     assert sum(result.pages) == PLAN.total
     assert all(x.isfinite().all() for x in (*result.keys, *result.values))
     returned, start = losses(case, result, method)
@@ -152,8 +156,14 @@ def test_a_head_whose_queries_are_not_numbers_does_not_stop_the_others(case, met
 def test_values_that_come_out_broken_are_not_returned(case, monkeypatch, method, broken):
     solve = ValueFit.solve
     monkeypatch.setattr(ValueFit, "solve", lambda fit, ridge: torch.full_like(solve(fit, ridge), broken))
-    result = compress(case.problems, PLAN, method, "uniform", STEPS)
-    selected = compress(case.problems, PLAN, "select", "uniform", STEPS, power=POWERS[method])
+    result = compress(case.problems, PLAN, method, "uniform", EFFORT)
+    selected = fit(
+        case.problems,
+        PLAN,
+        survey(case.problems, PLAN, "select", "uniform", EFFORT, power=POWERS[method]),
+        "select",
+        EFFORT,
+    )
     assert all(map(torch.equal, result.keys + result.values, selected.keys + selected.values))
     assert torch.equal(result.error, selected.error) and not result.steps.any()
 
@@ -162,7 +172,7 @@ def test_values_that_come_out_broken_are_not_returned(case, monkeypatch, method,
 def test_nothing_retained_and_no_sinks(make_case, method):
     case = make_case(2, num_queries=60, num_entries=8 * BLOCK, num_retained=0, dtype=torch.bfloat16)
     plan = PagePlan(block_size=BLOCK, span_pages=8, total=5, sinks=0)
-    result = compress(case.problems, plan, method, "adaptive", STEPS)
+    result = compress(case.problems, plan, method, "adaptive", EFFORT)
     assert [len(k) for k in result.keys] == [p * BLOCK for p in result.pages]
     returned, start = losses(case, result, method)
     torch.testing.assert_close(result.error.double(), returned, rtol=1e-3, atol=1e-9)
@@ -173,21 +183,21 @@ def test_sinks_that_fill_a_page_need_a_second_one(case):
     plan = dataclasses.replace(PLAN, sinks=BLOCK, total=HEADS)
     for budget in ("uniform", "adaptive"):
         with pytest.raises(ValueError, match=r"cannot give 5 pages to 5 heads that take 2 to 14 pages each"):
-            compress(case.problems, plan, "select", budget, STEPS)
+            compress(case.problems, plan, "select", budget, EFFORT)
 
 
 @pytest.mark.parametrize("held_out", [True, False])
 def test_queries_must_be_there_to_fit_and_to_judge_on(case, held_out):
     problems = dataclasses.replace(case.problems, held_out=torch.full((QUERIES,), held_out))
     with pytest.raises(ValueError, match=f"{QUERIES * held_out} of {QUERIES} queries are held out"):
-        compress(problems, PLAN, "sculpt", "uniform", STEPS)
+        compress(problems, PLAN, "sculpt", "uniform", EFFORT)
 
 
 def test_unknown_choices_are_named(case):
     with pytest.raises(ValueError, match="'prune' given, allowed are select, select_fit, sculpt"):
-        compress(case.problems, PLAN, "prune", "uniform", STEPS)
+        compress(case.problems, PLAN, "prune", "uniform", EFFORT)
     with pytest.raises(ValueError, match="'greedy' given, allowed are uniform, adaptive"):
-        compress(case.problems, PLAN, "select", "greedy", STEPS)
+        compress(case.problems, PLAN, "select", "greedy", EFFORT)
 
 
 def test_fitting_on_some_queries_keeps_held_out_ones_apart_and_positions_whole(case):
@@ -201,7 +211,18 @@ def test_fitting_on_some_queries_keeps_held_out_ones_apart_and_positions_whole(c
     shares = [float(mask.float().mean()) for mask in (problems.with_rows(rows).held_out, held_out)]
     assert shares[0] == pytest.approx(shares[1], abs=0.02)
     assert torch.equal(problems.thin_rows(QUERIES), torch.arange(QUERIES))
-    few = compress(problems, PLAN, "select_fit", "adaptive", STEPS, fit_positions=30)
+    few = compress(problems, PLAN, "select_fit", "adaptive", dataclasses.replace(EFFORT, fit_positions=30))
     # Ranking and budgets do not depend on it; only the values are fitted to fewer.
-    assert few.pages == compress(problems, PLAN, "select_fit", "adaptive", STEPS).pages
+    assert few.pages == compress(problems, PLAN, "select_fit", "adaptive", EFFORT).pages
     assert (few.error <= few.start_error).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_survey_serves_every_total(case, method):
+    found = survey(case.problems, PLAN, method, "adaptive", EFFORT)
+    for total in (2 * HEADS, 9 * HEADS):
+        plan = dataclasses.replace(PLAN, total=total)
+        shared = fit(case.problems, plan, found, method, EFFORT)
+        alone = compress(case.problems, plan, method, "adaptive", EFFORT)
+        assert sum(shared.pages) == total
+        assert all(map(torch.equal, shared.keys + shared.values, alone.keys + alone.values))

@@ -101,10 +101,10 @@ def test_attention_over_two_sets_joins_to_one_softmax(make_case):
     assert (parts[0][0][:, 5] == 0).all() and (parts[0][1][:, 5] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("part", [problem.PART, 1])  # all queries at once, and one at a time
+@pytest.mark.parametrize("part", [1 << 20, 1])  # all queries at once, and one at a time
 @pytest.mark.parametrize("num_sinks", [0, 3])
 def test_retained_attention_sees_sinks_always_and_recent_entries_causally(num_sinks, part, monkeypatch):
-    monkeypatch.setattr(problem, "PART", part)
+    monkeypatch.setattr(problem, "max_elements", lambda device: part)
     torch.manual_seed(0)
     sinks, recent, queries = torch.randn(2, num_sinks, 4), torch.randn(2, 6, 4), torch.randn(2, 4, 4)
     positions = torch.tensor([5, 12, 14, 99])  # the recent entries are at 10 to 15

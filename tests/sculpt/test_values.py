@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvsculpt_vllm.sculpt.objective import Target
-from kvsculpt_vllm.sculpt.values import fit_values
+from kvsculpt_vllm.sculpt.values import JITTER, ValueFit, fit_values
 
 RIDGE = torch.tensor([1e-3, 0.1, 2.0], dtype=torch.float64)
 
@@ -59,3 +59,21 @@ def test_a_head_whose_weights_underflow_keeps_its_values_and_leaves_the_others_a
     values = fit_values(train, keys, start, RIDGE.float())
     assert torch.equal(values[1], start[1])
     torch.testing.assert_close(values[[0, 2]], alone[[0, 2]])
+
+
+def test_a_system_that_cannot_be_factored_gets_stronger_ridges_and_one_that_never_can_is_counted(make_case):
+    case = make_case(dtype=torch.float32)
+    out, lse = (x.float() for x in case.teacher())
+    keys, start = (x[:, :30].clone() for x in case.entries)
+    keys[0, 1:] = keys[0, 0]  # all weights of a query equal: fp32 cannot factor the system without a ridge
+    out[1, 0] = torch.nan
+    train, _ = Target.split(case.problems, out, lse)
+    train = dataclasses.replace(train, probes=train.probes.clone())
+    train.probes[1, 0] = torch.nan
+    fit = ValueFit(train, keys, start)
+    values = fit.solve(torch.tensor([1e-8, 1e-3, 1e-3]))
+    assert fit.failed.tolist() == [0, 1, 0]
+    assert values[[0, 2]].isfinite().all() and torch.equal(values[1], start[1])
+    # The strength that helped is one of the ladder's.
+    ladder = [ValueFit(train, keys, start).solve(torch.tensor([1e-8 * more, 1e-3, 1e-3]))[0] for more in JITTER]
+    assert any(torch.equal(values[0], step) for step in ladder)

@@ -1,28 +1,24 @@
 """The methods that can be compared: ours and its peers, one small file each.
 
-A method takes a request's problems, the pages to give out, the budget rule (uniform, adaptive) and the effort, and
-returns what every head keeps. To add one, write its file and name it in `METHODS`.
+A method takes a request's problems, its pages, the budget rule (uniform, adaptive) and the effort, and returns what
+compresses to any number of pages. To add one, write its file and name it in `METHODS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from kvsculpt_vllm.evaluation.methods.attention_matching import attention_matching
+from kvsculpt_vllm.evaluation.methods.attention_matching import attention_matching, attention_matching_our_budgets
+from kvsculpt_vllm.evaluation.methods.base import Method
 from kvsculpt_vllm.evaluation.methods.expected_attention import expected_attention
 from kvsculpt_vllm.evaluation.methods.keydiff import keydiff
 from kvsculpt_vllm.evaluation.methods.kvsculpt_paper import kvsculpt_paper
 from kvsculpt_vllm.evaluation.methods.random_choice import random_choice
 from kvsculpt_vllm.evaluation.methods.sculpted import sculpted
 from kvsculpt_vllm.evaluation.methods.snapkv import snapkv
-from kvsculpt_vllm.sculpt.compress import METHODS as OURS
-from kvsculpt_vllm.sculpt.compress import Compressed, Effort, PagePlan
-from kvsculpt_vllm.sculpt.problem import Problems
-
-Method = Callable[[Problems, PagePlan, str, Effort], Compressed]
+from kvsculpt_vllm.sculpt.survey import METHODS as OURS
 
 METHODS: dict[str, Method] = {name: sculpted(name) for name in OURS} | {
     "attention_matching": attention_matching,
+    "attention_matching_our_budgets": attention_matching_our_budgets,
     "expected_attention": expected_attention,
     "keydiff": keydiff,
     "kvsculpt_paper": kvsculpt_paper,

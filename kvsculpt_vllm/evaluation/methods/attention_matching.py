@@ -7,20 +7,25 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from kvsculpt_vllm.evaluation.methods.base import ToPages
 from kvsculpt_vllm.evaluation.methods.biased import BiasedCompressed
-from kvsculpt_vllm.sculpt.compress import MAX_ELEMENTS, Compressed, Effort, PagePlan, compress
+from kvsculpt_vllm.sculpt.budgets import PagePlan
+from kvsculpt_vllm.sculpt.compress import fit
+from kvsculpt_vllm.sculpt.effort import Effort
+from kvsculpt_vllm.sculpt.matmul import fast_matmul
 from kvsculpt_vllm.sculpt.objective import Target
 from kvsculpt_vllm.sculpt.problem import Problems
-from kvsculpt_vllm.sculpt.selection import teach
 from kvsculpt_vllm.sculpt.solve import RIDGES
+from kvsculpt_vllm.sculpt.survey import Survey, survey
 from kvsculpt_vllm.sculpt.values import ValueFit
 
 NNLS_STEPS = 200
 LEAST_WEIGHT = 1e-12
 
 
-def attention_matching(problems: Problems, plan: PagePlan, budget: str, effort: Effort) -> Compressed:
-    """Keys: those with the highest root mean square attention, at budgets by our rule. Then, over training queries,
+def attention_matching(problems: Problems, plan: PagePlan, budget: str, effort: Effort) -> ToPages:
+    """Keys: those with the highest root mean square attention, at budgets by our rule, from the error of selection.
+    Then, over training queries,
 
     1. ``w = argmin_{w >= 0} Σ_q (Σ_j w_j e^(q·k_j/√d) - m_q)² / e^(2 z_q)``, m_q being the mass of the whole span and
        z_q the log-sum-exp over all entries; the bias of key j is β_j = log w_j;
@@ -29,22 +34,35 @@ def attention_matching(problems: Problems, plan: PagePlan, budget: str, effort: 
     The paper solves 2. without a ridge. With as few queries as here that overfits, so it gets ours, chosen by
     held-out queries as for Select+Fit: a stronger peer. Its OMP variant, which takes minutes, is not here.
     """
-    selected = compress(problems, plan, "select", budget, key_steps=0, power=2)
+    found = survey(problems, plan, "select", budget, effort, power=2)
+    return lambda plan: _match(problems, plan, found, effort)
+
+
+def attention_matching_our_budgets(problems: Problems, plan: PagePlan, budget: str, effort: Effort) -> ToPages:
+    """The same with the budgets that `sculpt` gives out, so that what is left of the difference is the fit's alone."""
+    found = survey(problems, plan, "sculpt", budget, effort)
+    return lambda plan: _match(problems, plan, found, effort)
+
+
+def _match(problems: Problems, plan: PagePlan, found: Survey, effort: Effort) -> BiasedCompressed:
+    selected = fit(problems, plan, found, "select", effort)
     fitted = BiasedCompressed(**vars(selected), biases=[torch.zeros(len(k)) for k in selected.keys])
-    fitted_on = problems.with_rows(problems.thin_rows(effort.fit_positions * problems.group))
+    rows = problems.thin_rows(effort.fit_positions * problems.group)
+    fitted_on, teachers = problems.with_rows(rows), found.ranking.with_rows(rows)
     for b, keys in enumerate(selected.keys):
         if len(keys) == problems.num_entries:
             fitted.biases[b] = fitted.biases[b].to(keys.device)
             continue
-        own = fitted_on.take(torch.tensor([b], device=keys.device))
-        teacher = teach(own, MAX_ELEMENTS[keys.device.type])
-        train, held_out = (_with_bias(part) for part in Target.split(own, teacher.out, teacher.lse))
+        index = torch.tensor([b], device=keys.device)
+        own, teacher = fitted_on.take(index), teachers.take(index)
+        train, held_out = (_with_bias(part) for part in Target.split(own, teacher.teacher_out, teacher.teacher_lse))
         start = selected.values[b][None].float()
-        biases = _masses(train, keys[None].float()).clamp_min(LEAST_WEIGHT).log()
-        biased = torch.cat([keys[None].float(), biases.unsqueeze(-1)], dim=-1)
-        fit = ValueFit(train, biased, start)
-        candidates = [fit.solve(start.new_tensor([ridge])).to(problems.values.dtype) for ridge in RIDGES]
-        errors = torch.cat([held_out.loss(biased, values.float()) for values in candidates])
+        with fast_matmul():
+            biases = _masses(train, keys[None].float()).clamp_min(LEAST_WEIGHT).log()
+            biased = torch.cat([keys[None].float(), biases.unsqueeze(-1)], dim=-1)
+            solver = ValueFit(train, biased, start)
+            candidates = [solver.solve(start.new_tensor([ridge])).to(problems.values.dtype) for ridge in RIDGES]
+            errors = torch.cat([held_out.loss(biased, values.float()) for values in candidates])
         best = int(errors.nan_to_num(nan=torch.inf).argmin())
         fitted.values[b], fitted.biases[b], fitted.error[b] = candidates[best][0], biases[0], errors[best]
     return fitted

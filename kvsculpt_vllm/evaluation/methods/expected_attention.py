@@ -5,19 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvsculpt_vllm.sculpt.compress import Compressed, Effort, PagePlan, compress
+from kvsculpt_vllm.evaluation.methods.base import ToPages, selection
+from kvsculpt_vllm.sculpt.budgets import PagePlan
+from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.problem import Problems
 from kvsculpt_vllm.sculpt.selection import Teacher
 
 
-def expected_attention(problems: Problems, plan: PagePlan, budget: str, effort: Effort) -> Compressed:
+def expected_attention(problems: Problems, plan: PagePlan, budget: str, effort: Effort) -> ToPages:
     """Score of entry (k, v): ``softmax_k(μ·k/√d + kᵀΣk/2d) |v|``, averaged over the query heads of the group.
 
     μ and Σ are the mean and covariance of a query head's future queries: the prompt's queries asked from the 512
     positions after its end. The paper rotates the moments of the unrotated queries by the mean rotation instead;
     those of the rotated queries describe the same distribution without that approximation.
     """
-    return compress(problems, plan, "select", budget, key_steps=0, score=_expected)
+    return selection(_expected)(problems, plan, budget, effort)
 
 
 def _expected(problems: Problems, teacher: Teacher) -> Tensor:

@@ -7,11 +7,15 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from kvsculpt_vllm.sculpt.compress import MAX_ELEMENTS, Compressed, Effort, PagePlan, compress
+from kvsculpt_vllm.evaluation.methods.base import ToPages
+from kvsculpt_vllm.sculpt.budgets import PagePlan
+from kvsculpt_vllm.sculpt.compress import Compressed, fit
+from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.lbfgs import BatchedLBFGS
+from kvsculpt_vllm.sculpt.matmul import fast_matmul
 from kvsculpt_vllm.sculpt.objective import Target
 from kvsculpt_vllm.sculpt.problem import Problems
-from kvsculpt_vllm.sculpt.selection import teach
+from kvsculpt_vllm.sculpt.survey import Survey, survey
 from kvsculpt_vllm.sculpt.values import fit_values
 
 KEY_STEPS = 100
@@ -20,28 +24,35 @@ RIDGE = 1e-3
 """Relative to the mean diagonal of the values' Gram matrix; the paper's strength is not public."""
 
 
-def kvsculpt_paper(problems: Problems, plan: PagePlan, budget: str, effort: Effort) -> Compressed:
+def kvsculpt_paper(problems: Problems, plan: PagePlan, budget: str, effort: Effort) -> ToPages:
     """Start: the entries with the most accumulated attention. Then, 100 times, one L-BFGS step of the keys on
     ``mean |o - o*|² + mean (z - z*)²``, with values by ridge least squares at the start and every 5 steps.
 
     Adaptive budgets are by our rule, from the error of selection: the paper's formula is not public. Its output term
     is divided by the output's mean power here as in our loss, or the two terms would have no common unit.
     """
-    selected = compress(problems, plan, "select", budget, key_steps=0)
-    fitted_on = problems.with_rows(problems.thin_rows(effort.fit_positions * problems.group))
-    for b, keys in enumerate(selected.keys):
+    found = survey(problems, plan, "select", budget, effort)
+    return lambda plan: _as_published(problems, plan, found, effort)
+
+
+def _as_published(problems: Problems, plan: PagePlan, found: Survey, effort: Effort) -> Compressed:
+    fitted = fit(problems, plan, found, "select", effort)
+    rows = problems.thin_rows(effort.fit_positions * problems.group)
+    fitted_on, teachers = problems.with_rows(rows), found.ranking.with_rows(rows)
+    for b, keys in enumerate(fitted.keys):
         if len(keys) == problems.num_entries:
             continue
-        own = fitted_on.take(torch.tensor([b], device=keys.device))
-        teacher = teach(own, MAX_ELEMENTS[keys.device.type])
+        index = torch.tensor([b], device=keys.device)
+        own, teacher = fitted_on.take(index), teachers.take(index)
         none = torch.zeros_like(own.held_out)
-        everything, _ = Target.split(dataclasses.replace(own, held_out=none), teacher.out, teacher.lse)
-        _, held_out = Target.split(own, teacher.out, teacher.lse)
-        fitted_keys, values = _sculpt(everything, keys[None].float())
-        selected.keys[b], selected.values[b] = fitted_keys[0].to(keys.dtype), values[0].to(keys.dtype)
-        # They were fitted to: this error flatters, which is the paper's way.
-        selected.error[b], selected.steps[b] = held_out.loss(fitted_keys, values)[0], KEY_STEPS
-    return selected
+        everything, _ = Target.split(dataclasses.replace(own, held_out=none), teacher.teacher_out, teacher.teacher_lse)
+        _, held_out = Target.split(own, teacher.teacher_out, teacher.teacher_lse)
+        with fast_matmul():
+            fitted_keys, values = _sculpt(everything, keys[None].float())
+            # They were fitted to: this error flatters, which is the paper's way.
+            fitted.error[b], fitted.steps[b] = held_out.loss(fitted_keys, values)[0], KEY_STEPS
+        fitted.keys[b], fitted.values[b] = fitted_keys[0].to(keys.dtype), values[0].to(keys.dtype)
+    return fitted
 
 
 def _sculpt(target: Target, start: Tensor) -> tuple[Tensor, Tensor]:

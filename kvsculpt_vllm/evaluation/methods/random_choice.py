@@ -5,16 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvsculpt_vllm.sculpt.compress import Compressed, Effort, PagePlan, compress
+from kvsculpt_vllm.evaluation.methods.base import ToPages, selection
+from kvsculpt_vllm.sculpt.budgets import PagePlan
+from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.problem import Problems
 from kvsculpt_vllm.sculpt.selection import Teacher
 
 
-def random_choice(problems: Problems, plan: PagePlan, budget: str, effort: Effort) -> Compressed:
+def random_choice(problems: Problems, plan: PagePlan, budget: str, effort: Effort) -> ToPages:
     """The same random order in every run."""
     generator = torch.Generator().manual_seed(0)
 
     def score(part: Problems, teacher: Teacher) -> Tensor:
         return torch.rand(part.keys.shape[:2], generator=generator).to(part.keys.device)
 
-    return compress(problems, plan, "select", budget, key_steps=0, score=score)
+    return selection(score)(problems, plan, budget, effort)

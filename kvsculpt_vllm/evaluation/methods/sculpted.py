@@ -1,17 +1,20 @@
-"""The methods of this package, by the very call that the engine makes."""
+"""The methods of this package, by the very calls that the engine makes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from kvsculpt_vllm.sculpt.compress import Compressed, Effort, PagePlan, compress
+from kvsculpt_vllm.evaluation.methods.base import Method, ToPages
+from kvsculpt_vllm.sculpt.budgets import PagePlan
+from kvsculpt_vllm.sculpt.compress import fit
+from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.problem import Problems
+from kvsculpt_vllm.sculpt.survey import survey
 
 
-def sculpted(name: str) -> Callable[[Problems, PagePlan, str, Effort], Compressed]:
+def sculpted(name: str) -> Method:
     """Method `name` of `sculpt.compress` (select, select_fit or sculpt)."""
 
-    def run(problems: Problems, plan: PagePlan, budget: str, effort: Effort) -> Compressed:
-        return compress(problems, plan, name, budget, effort.key_steps, effort.fit_positions, effort.pilot_positions)
+    def prepare(problems: Problems, plan: PagePlan, budget: str, effort: Effort) -> ToPages:
+        found = survey(problems, plan, name, budget, effort)
+        return lambda plan: fit(problems, plan, found, name, effort)
 
-    return run
+    return prepare

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
-from kvsculpt_vllm.sculpt.compress import Compressed, Effort, PagePlan, compress
+from kvsculpt_vllm.evaluation.methods.base import ToPages, selection
+from kvsculpt_vllm.sculpt.budgets import PagePlan
+from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.problem import Problems
 from kvsculpt_vllm.sculpt.selection import Teacher
 
@@ -14,12 +16,12 @@ POOLED = 7
 """Neighbouring entries of which each takes the highest score."""
 
 
-def snapkv(problems: Problems, plan: PagePlan, budget: str, effort: Effort) -> Compressed:
+def snapkv(problems: Problems, plan: PagePlan, budget: str, effort: Effort) -> ToPages:
     """Score of entry j: ``maxpool_7(Σ_q p_qj)`` over the observation window's queries and the head's group.
 
     The window is the prompt's last 64 positions, whose real queries every problem has.
     """
-    return compress(problems, plan, "select", budget, key_steps=0, score=_observed)
+    return selection(_observed)(problems, plan, budget, effort)
 
 
 def _observed(problems: Problems, teacher: Teacher) -> Tensor:

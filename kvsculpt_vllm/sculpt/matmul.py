@@ -1,0 +1,46 @@
+"""The fastest float32 matrix product that this CPU has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+
+EXACT = 1e-5
+"""Largest error of a float32 product relative to its largest element; bfloat16 arithmetic is a hundred times worse."""
+
+
+@contextmanager
+def fast_matmul() -> Iterator[None]:
+    """Within it, float32 products on the CPU go to oneDNN where that is exact, else stay with MKL.
+
+    MKL leaves AVX-512 alone on processors of other makers; oneDNN is twice as fast there (measured on an AMD EPYC,
+    benchmarks/LOG.md). PyTorch sends float32 products there only if they may also be computed in bfloat16, which
+    oneDNN makes use of on processors with AMX: there, as `_exact` finds, nothing is changed. The setting holds for
+    the whole process, so nothing else should multiply matrices meanwhile.
+    """
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16" if _exact() else before
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+@cache
+def _exact() -> bool:
+    """Whether products that may use bfloat16 are as exact as float32 here."""
+    settings = torch.backends.mkldnn.matmul
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 512, 512, generator=generator) for _ in range(2))
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        product = torch.bmm(a, b)
+    finally:
+        settings.fp32_precision = before
+    wanted = torch.bmm(a.double(), b.double())
+    return bool((product - wanted).abs().max() < EXACT * wanted.abs().max())

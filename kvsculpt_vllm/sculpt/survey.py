@@ -1,0 +1,130 @@
+"""What one pass over a request's queries tells, whatever the total: which entries matter, which heads are hard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvsculpt_vllm.sculpt.budgets import PagePlan, adaptive_budgets, uniform_budgets
+from kvsculpt_vllm.sculpt.effort import Effort
+from kvsculpt_vllm.sculpt.matmul import fast_matmul
+from kvsculpt_vllm.sculpt.memory import max_elements
+from kvsculpt_vllm.sculpt.problem import Problems
+from kvsculpt_vllm.sculpt.selection import Ranking, Score, by_attention, rank, selection_errors
+from kvsculpt_vllm.sculpt.solve import solve
+
+METHODS = ("select", "select_fit", "sculpt")
+BUDGETS = ("uniform", "adaptive")
+
+POWERS = {"select": 1, "select_fit": 1, "sculpt": 2}
+"""Entries are ranked by Σ_q p^power over the queries: by the attention they accumulate (KVSculpt, H2O), or by its root
+mean square (Attention Matching), which keeps what one query looks at sharply before what many look at a little. Fits
+make up for the latter and cannot for the former: measured, KL after mass matching halves (benchmarks/LOG.md)."""
+
+PILOT_FRACTIONS = {
+    "select": (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.65),
+    "select_fit": (0.06, 0.15, 0.3, 0.55),
+    "sculpt": (0.06, 0.15, 0.3, 0.55),
+}
+"""Fractions of the span at which the pilot measures what a method loses, besides the least and the whole."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """It serves any number of pages to give out (`PagePlan.total`)."""
+
+    ranking: Ranking
+    grid: Sequence[int]  # (G,) page counts
+    curves: np.ndarray | None  # (B, G) what a head loses at them; None for uniform budgets
+
+    def budgets(self, plan: PagePlan) -> tuple[list[int], Tensor]:
+        """Pages per problem, and the difficulty (B,) that a report shows: the loss at the uniform budget.
+
+        Raises:
+            ValueError: a total that cannot be given out.
+        """
+        num_problems = len(self.ranking.order)
+        pages = uniform_budgets(num_problems, plan.total, plan.least, plan.span_pages)
+        if self.curves is None:
+            return pages, torch.zeros(num_problems)
+        difficulty = [np.interp(count, self.grid, curve) for count, curve in zip(pages, self.curves, strict=True)]
+        return adaptive_budgets(self.curves, self.grid, plan.total), torch.tensor(difficulty, dtype=torch.float32)
+
+
+def survey(
+    problems: Problems,
+    plan: PagePlan,
+    method: str,
+    budget: str,
+    effort: Effort,
+    score: Score = by_attention,
+    power: int | None = None,
+    limit: int | None = None,
+) -> Survey:
+    """Rank entries by `score` over all queries, attention being summed to the `power` (the method's own if None), and
+    for adaptive budgets run the pilot. The plan's total plays no part. `limit` bounds temporaries, in floats.
+
+    Raises:
+        ValueError: an unknown method or budget rule, or no query to fit or to judge on.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: {method!r} given, allowed are {', '.join(METHODS)}")
+    if budget not in BUDGETS:
+        raise ValueError(f"budget: {budget!r} given, allowed are {', '.join(BUDGETS)}")
+    if problems.held_out.all() or not problems.held_out.any():
+        raise ValueError(
+            f"{int(problems.held_out.sum())} of {len(problems.held_out)} queries are held out: "
+            "at least one must be, and one must not"
+        )
+    limit = limit or max_elements(problems.keys.device)
+    with fast_matmul():
+        ranking = rank(problems, limit, score, POWERS[method] if power is None else power)
+        if budget == "uniform":
+            return Survey(ranking, [], None)
+        grid = pilot_grid(plan, method)
+        return Survey(ranking, grid, pilot(problems, ranking, plan, grid, method, effort, limit).cpu().numpy())
+
+
+def pilot_grid(plan: PagePlan, method: str) -> list[int]:
+    """The page counts at which the pilot measures a head's error."""
+    inner = {round(fraction * plan.span_pages) for fraction in PILOT_FRACTIONS[method]}
+    return sorted({plan.least, plan.span_pages} | {p for p in inner if plan.least < p < plan.span_pages})
+
+
+def pilot(
+    problems: Problems, ranking: Ranking, plan: PagePlan, grid: Sequence[int], method: str, effort: Effort, limit: int
+) -> Tensor:
+    """What every head loses (B, G) at the page counts in `grid`, the last of which is the whole span.
+
+    For selection that is its loss over all queries; for a method that fits, the held-out loss of a fit without key
+    steps to the queries of about `effort.pilot_positions`. Fits mend some heads and not others, so that selection's
+    error is a poor guide to theirs (measured: half the KL). A loss is relative to the head's own output; times the
+    root of the output's mean power it lies between what the head adds to the residual stream and how well it does by
+    its own standards, and was better than the former.
+    """
+    norm = ranking.teacher_out.square().sum(-1).mean(-1).sqrt()
+    sizes = [plan.entries(count) for count in grid]
+    if method == "select":
+        return selection_errors(problems, ranking, sizes, limit) * norm[:, None]
+    rows = problems.thin_rows(effort.pilot_positions * problems.group)
+    few, ranking = problems.with_rows(rows), ranking.with_rows(rows)
+    errors = []
+    for size in sizes[:-1]:
+        per_batch = max(1, limit // (size * len(rows)))
+        fits = [
+            solve(
+                few.take(index),
+                ranking.take(index),
+                torch.full((len(index),), size, device=index.device),
+                method,
+                0,
+                problems.keys.dtype,
+            ).error
+            for index in torch.arange(problems.num_problems, device=problems.keys.device).split(per_batch)
+        ]
+        errors.append(torch.cat(fits))
+    return torch.stack([*errors, torch.zeros_like(norm)], dim=1) * norm[:, None]
