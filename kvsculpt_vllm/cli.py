@@ -59,12 +59,20 @@ def evaluate(
         str,
         typer.Option(
             help="Separated by commas: ours are select, select_fit, sculpt; peers are attention_matching, "
-            "expected_attention, keydiff, snapkv, kvsculpt_paper; random shows how bad it can be."
+            "attention_matching_our_budgets, expected_attention, keydiff, snapkv, kvsculpt_paper; random shows how bad "
+            "it can be."
         ),
     ] = "select,select_fit,sculpt",
     budget: Annotated[
         str, typer.Option(help="Separated by commas: uniform (every head the same), adaptive (by each head's error).")
     ] = "uniform,adaptive",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Separated by commas: niah, multikey, tracking. Facts hidden in the text are asked for, instead of "
+            "scoring how the text goes on."
+        ),
+    ] = "",
     preset: Annotated[
         str, typer.Option(help="What sculpt means: ours, or paper, KVSculpt as published (rows say kvsculpt_paper).")
     ] = "ours",
@@ -103,6 +111,9 @@ def evaluate(
 
     seconds: mean time to compress one context.
 
+    score, score full (--tasks): share of what was hidden that the model's greedy answer holds, from the compressed and
+    from the full cache. The question follows the compressed context: a method cannot know what will be asked.
+
     heads: of every (layer, KV head), mean over contexts. difficulty: the error that adaptive budgets are given out by,
     at the uniform budget; entries: what its budget keeps, sinks included; error: held-out error after. --report shows
     them as heat maps, and how the solver's loss fell on training and on held-out queries.
@@ -131,7 +142,10 @@ def evaluate(
         block_size=block_size,
         seed=seed,
         device=device,
+        tasks=_names(tasks),
     )
+    if tasks and report is not None:
+        raise typer.BadParameter("shows how the text goes on, so it cannot be had with --tasks", param_hint="--report")
     try:
         run(request, json, Console(), report)
     except (ValueError, OSError, NotImplementedError, models.ModelError) as error:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kvsculpt_vllm.evaluation.attention import NAME, Cache, RaggedCache, Recorder
+from kvsculpt_vllm.sculpt.matmul import fast_matmul
 from kvsculpt_vllm.sculpt.rotary import Rotary
 
 
@@ -30,6 +31,8 @@ class EvaluationModel:
         self.num_positions: int = config.max_position_embeddings
         self.num_layers: int = config.num_hidden_layers
         self.rotary = _rotary(model, self.num_positions)
+        end = model.generation_config.eos_token_id if model.generation_config else None
+        self._end = set(end) if isinstance(end, list) else {end}
 
     @classmethod
     def load(cls, directory: Path, device: str) -> EvaluationModel:
@@ -53,15 +56,36 @@ class EvaluationModel:
         """Logits (T, vocabulary) after each of `tokens`, which follow the cached context at `first_position`."""
         return self._forward(tokens, first_position, cache, last_only=False)
 
+    def answer(
+        self, cache: RaggedCache, tokens: Sequence[int], first_position: int, limit: int, draft: Sequence[int] = ()
+    ) -> list[int]:
+        """The greedy continuation of `tokens`, which follow the cached context at `first_position`.
+
+        It ends before the model's end of sequence, or after `limit` tokens. It is computed in one pass as far as it
+        follows the `draft`, and in one more for each departure from it.
+        """
+        answer: list[int] = []
+        while True:
+            guess = list(draft[len(answer) : limit])
+            logits = self.continue_from(cache, [*tokens, *answer, *guess], first_position)
+            following = logits[len(tokens) + len(answer) - 1 :].argmax(-1).tolist()
+            for token, guessed in zip(following, [*guess, None], strict=True):
+                if token in self._end or len(answer) == limit:
+                    return answer
+                answer.append(token)
+                if token != guessed:
+                    break
+
     def _forward(self, tokens: Sequence[int], first_position: int, cache: Cache, last_only: bool) -> Tensor:
         positions = torch.arange(first_position, first_position + len(tokens), device=self.device)
-        return self._model(
-            input_ids=torch.tensor([tokens], device=self.device),
-            position_ids=positions[None],
-            use_cache=False,
-            logits_to_keep=1 if last_only else 0,
-            evaluation_cache=cache,
-        ).logits[0]
+        with fast_matmul():
+            return self._model(
+                input_ids=torch.tensor([tokens], device=self.device),
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=1 if last_only else 0,
+                evaluation_cache=cache,
+            ).logits[0]
 
 
 def load_tokenizer(directory: Path) -> tuple[AutoTokenizer, list[int]]:

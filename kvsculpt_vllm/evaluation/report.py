@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from kvsculpt_vllm.evaluation.harness import HEADS
+from kvsculpt_vllm.evaluation.continuation import HEADS
 from kvsculpt_vllm.evaluation.results import Row
 from kvsculpt_vllm.sculpt.effort import EFFORTS
 from kvsculpt_vllm.sculpt.solve import judged_after

@@ -5,18 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, fields
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, Protocol, Self
 
 import kvsculpt_vllm
-from kvsculpt_vllm.evaluation.harness import Measurement
-from kvsculpt_vllm.evaluation.metrics import TokenScores
+
+HARNESS = ("attention", "continuation", "harness", "metrics", "model", "retrieval", "tasks", "texts")
+"""The modules of this package that decide numbers; the others show them."""
 
 Row = dict[str, Any]
 Key = tuple[str, str, float]  # method, budget, keep ratio
+
+
+class Measured(Protocol):
+    """What is measured of one context, or of one sample of a task."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As the file of single measurements holds it."""
+        ...
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> Self:
+        """What `to_json` gave."""
+        ...
+
+    @staticmethod
+    def summary(measurements: Sequence[Any]) -> Row:
+        """The numbers of a row."""
+        ...
 
 
 class Results:
@@ -28,15 +45,15 @@ class Results:
     the same settings but other code are replaced.
     """
 
-    def __init__(self, path: Path | None, settings: dict[str, Any], num_contexts: int) -> None:
+    def __init__(self, path: Path | None, settings: dict[str, Any], num_contexts: int, kind: type[Measured]) -> None:
         """With `path` None nothing is read or written.
 
         Raises:
             ValueError: the file is there and is not a result file.
         """
-        self._path, self._settings, self._num_contexts = path, settings, num_contexts
+        self._path, self._settings, self._num_contexts, self._kind = path, settings, num_contexts, kind
         self._rows: list[Row] = []
-        self._measured: dict[Key, dict[int, Measurement]] = {}
+        self._measured: dict[Key, dict[int, Measured]] = {}
         if path is None:
             return
         if path.exists():
@@ -54,17 +71,17 @@ class Results:
             return []
         return [i for i in range(self._num_contexts) if i not in self._measured.get(key, {})]
 
-    def add(self, key: Key, context: int, measurement: Measurement, summary: Any) -> None:
-        """Keep one measurement; `summary` makes the row's numbers of a list of them once there are all."""
+    def add(self, key: Key, context: int, measurement: Measured) -> None:
+        """Keep one measurement; once there are all of a row, they become its numbers."""
         measured = self._measured.setdefault(key, {})
         measured[context] = measurement
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            part = {"settings": self._settings, "key": key, "context": context, "measurement": _to_json(measurement)}
+            part = {"settings": self._settings, "key": key, "context": context, "measurement": measurement.to_json()}
             with self._parts.open("a") as file:
                 file.write(json.dumps(part) + "\n")
         if len(measured) == self._num_contexts:
-            self._finish(key, summary([measured[i] for i in range(self._num_contexts)]))
+            self._finish(key, self._kind.summary([measured[i] for i in range(self._num_contexts)]))
 
     def close(self, keys: list[Key]) -> None:
         """Drop the single measurements if every row that was asked for is complete."""
@@ -93,14 +110,14 @@ class Results:
                 continue
             if part["settings"] == self._settings:
                 measured = self._measured.setdefault(tuple(part["key"]), {})
-                measured[part["context"]] = _from_json(part["measurement"])
+                measured[part["context"]] = self._kind.from_json(part["measurement"])
 
 
 def code_version() -> str:
     """A hash of what decides the numbers: the algorithm, the methods and the harness, not what shows them."""
     root = Path(kvsculpt_vllm.__file__).parent
     digest = hashlib.sha256()
-    harness = [root / "evaluation" / f"{name}.py" for name in ("attention", "harness", "metrics", "model", "texts")]
+    harness = [root / "evaluation" / f"{name}.py" for name in HARNESS]
     for path in sorted([*root.glob("sculpt/**/*.py"), *root.glob("evaluation/methods/*.py"), *harness]):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
@@ -122,13 +139,3 @@ def _key(row: Row) -> Key:
 
 def _but_code(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name != "code"}
-
-
-def _to_json(measurement: Measurement) -> dict[str, Any]:
-    plain = {name: value for name, value in vars(measurement).items() if name != "scores"}
-    return plain | {"scores": {name: scores.tolist() for name, scores in asdict(measurement.scores).items()}}
-
-
-def _from_json(plain: dict[str, Any]) -> Measurement:
-    scores = TokenScores(**{field.name: np.array(plain["scores"][field.name]) for field in fields(TokenScores)})
-    return Measurement(**(plain | {"scores": scores}))

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from kvsculpt_vllm import models
 from kvsculpt_vllm.config import CompressionConfig
-from kvsculpt_vllm.evaluation.harness import HEADS, Measurement, Trial
+from kvsculpt_vllm.evaluation.continuation import Measurement, Trial
+from kvsculpt_vllm.evaluation.harness import Context
 from kvsculpt_vllm.evaluation.methods import METHODS
-from kvsculpt_vllm.evaluation.metrics import summarise
 from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer
 from kvsculpt_vllm.evaluation.report import write_report
 from kvsculpt_vllm.evaluation.results import Key, Results, Row, code_version
-from kvsculpt_vllm.evaluation.texts import passages, read_text
+from kvsculpt_vllm.evaluation.retrieval import Found, Retrieval
+from kvsculpt_vllm.evaluation.tasks import TASKS, Sample, samples
+from kvsculpt_vllm.evaluation.texts import Passage, passages, read_text
 from kvsculpt_vllm.sculpt.effort import EFFORTS
 
 BUDGETS = ("uniform", "adaptive")
@@ -41,6 +44,14 @@ COLUMNS = {
     "seconds": ("\nseconds", "{:.1f}"),
 }
 """The numbers of a row, as the table shows them: heading and format."""
+
+TASK_COLUMNS = {
+    "kept_fraction": ("kept\nfraction", "{:.3f}"),
+    "score_full": ("score\nfull", "{:.3f}"),
+    "score": ("\nscore", "{:.3f}"),
+    "seconds": ("\nseconds", "{:.1f}"),
+}
+"""The same for a task."""
 
 TABLE_WIDTH = 130
 """A narrower terminal wraps the table's lines; cutting numbers off would be worse."""
@@ -62,6 +73,7 @@ class Request:
     block_size: int
     seed: int
     device: str
+    tasks: Sequence[str] = ()
 
     def check(self) -> None:
         """Raises ValueError, naming the option, for what no measurement could be made of."""
@@ -69,9 +81,10 @@ class Request:
             ("--methods", self.methods, METHODS),
             ("--budget", self.budgets, BUDGETS),
             ("--effort", [self.effort], EFFORTS),
+            ("--tasks", self.tasks, TASKS),
         ):
             unknown = [name for name in given if name not in allowed]
-            if unknown or not given:
+            if unknown or (not given and option != "--tasks"):
                 raise ValueError(f"{option}: got {', '.join(unknown) or 'nothing'}, allowed: {', '.join(allowed)}")
         for ratio in self.keep_ratios:
             if not 0 < ratio <= 1:
@@ -90,6 +103,21 @@ class Request:
         )
 
 
+@dataclass(frozen=True)
+class Series:
+    """What is measured under the same settings: the passages of a text, or the samples of a task."""
+
+    settings: dict[str, Any]
+    items: Sequence[Passage | Sample]
+    kind: type[Measurement] | type[Found]
+    columns: dict[str, tuple[str, str]]
+
+    @property
+    def name(self) -> str:
+        """The task, or the text."""
+        return self.settings.get("task", self.settings["text"])
+
+
 def run(request: Request, json_path: Path | None, console: Console, report: Path | None = None) -> list[Row]:
     """Measure what is not yet in `json_path`, print all rows that were asked for, and write a report of them.
 
@@ -103,23 +131,48 @@ def run(request: Request, json_path: Path | None, console: Console, report: Path
         raise ValueError(
             f"--model: {request.model} is neither a model's directory nor one of {', '.join(models.MODELS)}"
         )
-    text = read_text(request.text)
     tokenizer, prefix = load_tokenizer(directory)
-    chosen = passages(
-        tokenizer(text, add_special_tokens=False, verbose=False).input_ids,
-        request.context,
-        request.continuation,
-        request.num_contexts,
-        request.seed,
-        prefix,
-    )
     exact = CompressionConfig()
+    load_model = cache(lambda: EvaluationModel.load(directory, request.device))  # only if anything is missing
+    rows = []
+    for series in _series(request, directory.name, tokenizer, prefix, exact):
+        results = Results(json_path, series.settings, len(series.items), series.kind)
+        work = [[key for key in request.keys if i in results.missing(key)] for i in range(len(series.items))]
+        with _progress(console) as progress:
+            bar = progress.add_task("", total=sum(map(len, work)))
+            for i, (item, keys) in enumerate(zip(series.items, work, strict=True)):
+                place = f"{series.name} {i + 1} of {len(series.items)}"
+                if not keys:
+                    continue
+                progress.update(bar, description=f"{place}: the full cache")
+                trial = _trial(load_model(), item, request, exact, tokenizer)
+                for method, budget in dict.fromkeys(key[:2] for key in keys):
+                    ratios = [key[2] for key in keys if key[:2] == (method, budget)]
+                    progress.update(bar, description=f"{place}: {method}, {budget}")
+                    for ratio, measured in zip(ratios, trial.measure(METHODS[method], budget, ratios), strict=True):
+                        results.add((method, budget, ratio), i, measured)
+                        progress.advance(bar)
+        results.close(request.keys)
+        own = [row for key in request.keys if (row := results.row(key)) is not None]
+        Console(file=console.file, width=max(console.width, TABLE_WIDTH)).print(table(own, series))
+        rows += own
+    if report is not None:
+        num_kv_heads = (
+            AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config().num_key_value_heads
+        )
+        console.print(f"report: {write_report(report, rows, COLUMNS, num_kv_heads)}")
+    return rows
+
+
+def _series(
+    request: Request, model: str, tokenizer: PreTrainedTokenizerBase, prefix: list[int], exact: CompressionConfig
+) -> Iterator[Series]:
+    text = read_text(request.text)
     settings = {
-        "model": directory.name,
+        "model": model,
         "text": Path(request.text).name,
         "text_sha256": hashlib.sha256(text.encode()).hexdigest()[:12],
         "context": request.context,
-        "continuation": request.continuation,
         "num_contexts": request.num_contexts,
         "effort": request.effort,
         "block_size": request.block_size,
@@ -129,42 +182,34 @@ def run(request: Request, json_path: Path | None, console: Console, report: Path
         "device": torch.device(request.device).type,
         "code": code_version(),
     }
-    results = Results(json_path, settings, request.num_contexts)
-    work = [[key for key in request.keys if i in results.missing(key)] for i in range(len(chosen))]
-    if any(work):
-        model = EvaluationModel.load(directory, request.device)
-        with _progress(console) as progress:
-            bar = progress.add_task("", total=sum(map(len, work)))
-            for i, (passage, keys) in enumerate(zip(chosen, work, strict=True)):
-                place = f"context {i + 1} of {len(chosen)}"
-                if not keys:
-                    continue
-                progress.update(bar, description=f"{place}: the full cache")
-                trial = Trial(model, passage, EFFORTS[request.effort], request.block_size, exact.window, exact.sink)
-                for method, budget in dict.fromkeys(key[:2] for key in keys):
-                    ratios = [key[2] for key in keys if key[:2] == (method, budget)]
-                    progress.update(bar, description=f"{place}: {method}, {budget}")
-                    measurements = trial.measure(METHODS[method], budget, ratios)
-                    for ratio, measurement in zip(ratios, measurements, strict=True):
-                        results.add((method, budget, ratio), i, measurement, _row_numbers)
-                        progress.advance(bar)
-    results.close(request.keys)
-    rows = [row for key in request.keys if (row := results.row(key)) is not None]
-    Console(file=console.file, width=max(console.width, TABLE_WIDTH)).print(table(rows))
-    if report is not None:
-        num_kv_heads = (
-            AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config().num_key_value_heads
-        )
-        console.print(f"report: {write_report(report, rows, COLUMNS, num_kv_heads)}")
-    return rows
+    for task in request.tasks:
+        hidden = samples(task, text, tokenizer, request.context, request.num_contexts, request.seed)
+        yield Series(settings | {"task": task}, hidden, Found, TASK_COLUMNS)
+    if not request.tasks:
+        tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        chosen = passages(tokens, request.context, request.continuation, request.num_contexts, request.seed, prefix)
+        yield Series(settings | {"continuation": request.continuation}, chosen, Measurement, COLUMNS)
 
 
-def table(rows: Sequence[Row]) -> Table:
+def _trial(
+    model: EvaluationModel,
+    item: Passage | Sample,
+    request: Request,
+    exact: CompressionConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Trial | Retrieval:
+    following = len(item.continuation) if isinstance(item, Passage) else len(item.question) + item.limit
+    effort = EFFORTS[request.effort]
+    context = Context(model, item.context, following, effort, request.block_size, exact.window, exact.sink)
+    return Trial(context, item) if isinstance(item, Passage) else Retrieval(context, item, tokenizer)
+
+
+def table(rows: Sequence[Row], series: Series) -> Table:
     """The rows as a table; rows of one (keep ratio, budget) belong together."""
-    result = Table(box=None, header_style="bold", pad_edge=False)
+    result = Table(box=None, header_style="bold", pad_edge=False, title=series.name)
     for heading in ("keep\nratio", "\nbudget", "\nmethod"):
         result.add_column(heading, no_wrap=True)
-    for heading, _ in COLUMNS.values():
+    for heading, _ in series.columns.values():
         result.add_column(heading, justify="right", no_wrap=True)
     previous = None
     for row in rows:
@@ -172,22 +217,9 @@ def table(rows: Sequence[Row]) -> Table:
         if previous not in (None, group):
             result.add_section()
         previous = group
-        numbers = (form.format(row[name]) for name, (_, form) in COLUMNS.items())
+        numbers = (form.format(row[name]) for name, (_, form) in series.columns.items())
         result.add_row(f"{row['keep_ratio']:g}", row["budget"], row["method"], *numbers)
     return result
-
-
-def _row_numbers(measurements: Sequence[Measurement]) -> Row:
-    means = {
-        name: float(np.mean([getattr(measurement, name) for measurement in measurements]))
-        for name in ("kept_fraction", "seconds", "held_out_error_before", "held_out_error_after")
-    }
-    numbers = means | summarise([measurement.scores for measurement in measurements])
-    heads = {
-        name: np.mean([measurement.heads[name] for measurement in measurements], axis=0).tolist() for name in HEADS
-    }
-    trace = np.mean([measurement.trace for measurement in measurements], axis=0).tolist()
-    return {name: numbers[name] for name in (*COLUMNS, "kl_per_context")} | {"heads": heads, "trace": trace}
 
 
 def _progress(console: Console) -> Progress:

@@ -7,10 +7,9 @@ import pydoc_data.topics
 import pytest
 import torch
 
-from kvsculpt_vllm.evaluation.harness import Trial
+from kvsculpt_vllm.evaluation.harness import Context
 from kvsculpt_vllm.evaluation.methods import METHODS
 from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer
-from kvsculpt_vllm.evaluation.texts import Passage
 from kvsculpt_vllm.sculpt.effort import EFFORTS
 
 pytestmark = pytest.mark.engine
@@ -29,17 +28,17 @@ def test_the_engine_fits_what_the_harness_fits_and_answers_the_same(run_engine, 
     prompt = tokenizer(" ".join(topics[name] for name in sorted(topics))[:60000], verbose=False).input_ids[:LENGTH]
     answer = served["tokens"][0][0]
     # The engine compresses before the step that follows the prefill: its first token comes from the full cache.
-    passage = Passage(start=0, context=prompt, continuation=answer[:-1], following=answer[1:])
     model = EvaluationModel.load(model_path, "cpu")
-    trial = Trial(model, passage, EFFORTS["fast"], block_size=32, window=64, sinks=4)
-    fitted = METHODS["sculpt"](trial.problems, trial.plan(0.3), "adaptive", EFFORTS["fast"])(trial.plan(0.3))
+    context = Context(model, prompt, ANSWER, EFFORTS["fast"], block_size=32, window=64, sinks=4)
+    plan = context.plan(0.3)
+    fitted = METHODS["sculpt"](context.problems, plan, "adaptive", EFFORTS["fast"])(plan)
 
-    packed = trial.plan(0.3).total // trial.problems.num_problems
-    assert record["blocks_after"] == packed + LENGTH // 32 - trial.span_blocks
+    packed = plan.total // context.problems.num_problems
+    assert record["blocks_after"] == packed + LENGTH // 32 - context.span_blocks
     # The engine computes in bfloat16, the harness in float32; another sample of queries would differ by much more.
     assert record["error_before"] == pytest.approx(float(fitted.start_error.mean()), rel=0.1)
     assert record["error_after"] == pytest.approx(float(fitted.error.mean()), rel=0.1)
-    logits = model.continue_from(trial.compressed_cache(fitted), passage.continuation, LENGTH)
+    logits = model.continue_from(context.compressed_cache(fitted), answer[:-1], LENGTH)
     chosen = torch.tensor(answer[1:])
     best = logits.max(-1).values
     # Greedy up to rounding: where two tokens are that close, bfloat16 may prefer the other.

@@ -11,7 +11,8 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvsculpt_vllm.evaluation.attention import RaggedCache
-from kvsculpt_vllm.evaluation.harness import Trial, full_cache
+from kvsculpt_vllm.evaluation.continuation import Measurement, Trial
+from kvsculpt_vllm.evaluation.harness import Context
 from kvsculpt_vllm.evaluation.methods import METHODS
 from kvsculpt_vllm.evaluation.metrics import compare, summarise
 from kvsculpt_vllm.evaluation.model import EvaluationModel
@@ -67,7 +68,10 @@ def chosen():
 @pytest.fixture(scope="module")
 def trials(chosen):
     model = EvaluationModel(make_model())
-    return [Trial(model, passage, EFFORT, BLOCK, WINDOW, SINKS) for passage in chosen]
+    return [
+        Trial(Context(model, passage.context, CONTINUATION, EFFORT, BLOCK, WINDOW, SINKS), passage)
+        for passage in chosen
+    ]
 
 
 def measure(trials, method, budget, keep_ratio):
@@ -83,7 +87,8 @@ def test_the_full_cache_gives_the_logits_of_the_plain_model(plain, chosen):
     passage = chosen[0]
     expected = plain(torch.tensor([passage.context + passage.continuation])).logits[0, CONTEXT:]
     model = EvaluationModel(make_model(), storage=torch.float32)
-    cache = full_cache(model.record(passage.context, torch.tensor([0])))
+    recording = model.record(passage.context, torch.tensor([0]))
+    cache = RaggedCache(list(recording.keys), list(recording.values), torch.float32)
     torch.testing.assert_close(model.continue_from(cache, passage.continuation, CONTEXT), expected, rtol=0, atol=1e-4)
 
 
@@ -150,13 +155,13 @@ def test_random_selection_is_the_worst_and_another_contexts_cache_is_far_worse_t
     informed = [results[method] for method in (*OURS, "attention_matching")]
     assert by_chance > 1.5 * max(informed)
     swapped = [
-        trial.score(full_cache(other.recording)) for trial, other in zip(trials, trials[1:] + trials[:1], strict=True)
+        trial.score(other.context.full_cache) for trial, other in zip(trials, trials[1:] + trials[:1], strict=True)
     ]
     assert summarise(swapped)["kl_mean"] > max(by_chance, 3 * max(informed))
 
 
 def test_a_bias_of_log_2_counts_a_key_twice(trials):
-    recording = trials[0].recording
+    recording = trials[0].context.recording
     twice = RaggedCache(
         [torch.cat([keys, keys[50:90]]) for keys in recording.keys],
         [torch.cat([values, values[50:90]]) for values in recording.values],
@@ -164,15 +169,17 @@ def test_a_bias_of_log_2_counts_a_key_twice(trials):
     )
     biases = torch.zeros(CONTEXT)
     biases[50:90] = torch.tensor(2.0).log()
-    biased = dataclasses.replace(full_cache(recording), biases=[biases] * len(recording.keys))
+    biased = dataclasses.replace(trials[0].context.full_cache, biases=[biases] * len(recording.keys))
     exact, other = trials[0].score(twice), trials[0].score(biased)
     assert exact.kl.mean() > 1e-3
     np.testing.assert_allclose(other.kl, exact.kl, rtol=1e-3)
 
 
 def test_attention_matching_finds_the_masses_that_no_other_weights_come_closer_to(trials):
-    problems = trials[0].problems
-    fitted = METHODS["attention_matching"](problems, trials[0].plan(0.3), "uniform", EFFORT)(trials[0].plan(0.3))
+    problems = trials[0].context.problems
+    fitted = METHODS["attention_matching"](problems, trials[0].context.plan(0.3), "uniform", EFFORT)(
+        trials[0].context.plan(0.3)
+    )
     train = ~problems.held_out
     for b, bias in enumerate(fitted.biases):
         queries = problems.queries[b, train].double() * problems.scale
@@ -189,7 +196,7 @@ def test_attention_matching_finds_the_masses_that_no_other_weights_come_closer_t
 
 
 def test_snapkv_keeps_the_neighbourhoods_that_the_last_queries_attend_to(trials):
-    problems, plan = trials[0].problems, trials[0].plan(0.3)
+    problems, plan = trials[0].context.problems, trials[0].context.plan(0.3)
     kept = METHODS["snapkv"](problems, plan, "uniform", EFFORT)(plan).keys
     for b, keys in enumerate(problems.keys.double()):
         queries = problems.queries[b, -problems.recent * problems.group :].double() * problems.scale
@@ -202,7 +209,7 @@ def test_snapkv_keeps_the_neighbourhoods_that_the_last_queries_attend_to(trials)
 
 
 def test_expected_attention_is_the_mean_of_the_exponential_over_gaussian_queries(trials):
-    problems, plan = trials[0].problems, trials[0].plan(0.3)
+    problems, plan = trials[0].context.problems, trials[0].context.plan(0.3)
     kept = METHODS["expected_attention"](problems, plan, "uniform", EFFORT)(plan).keys
     future = problems.queries.shape[1] // problems.group - problems.recent
     for b, keys in enumerate(problems.keys.double()):
@@ -253,24 +260,21 @@ def test_an_interrupted_run_goes_on_and_changed_code_is_measured_again(trials, t
     path, key = tmp_path / "out.json", ("select", "uniform", 0.3)
     one, two = measure(trials[:2], *key)
 
-    def numbers(measurements):
-        return summarise([measurement.scores for measurement in measurements])
-
-    Results(path, {"seed": 0, "code": "a"}, 2).add(key, 1, two, numbers)
+    Results(path, {"seed": 0, "code": "a"}, 2, Measurement).add(key, 1, two)
     with (tmp_path / "out.json.parts").open("a") as file:
         file.write('{"settings": {"se')  # killed while writing
-    again = Results(path, {"seed": 0, "code": "a"}, 2)
+    again = Results(path, {"seed": 0, "code": "a"}, 2, Measurement)
     assert again.missing(key) == [0]
-    again.add(key, 0, one, numbers)
+    again.add(key, 0, one)
     again.close([key])
     assert again.missing(key) == []
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.json"]
     (row,) = json.loads(path.read_text())
     assert row["kl_mean"] == pytest.approx(kl([one, two])) and row["kl_per_context"] == [kl([one]), kl([two])]
 
-    changed = Results(path, {"seed": 0, "code": "b"}, 2)
+    changed = Results(path, {"seed": 0, "code": "b"}, 2, Measurement)
     assert changed.missing(key) == [0, 1]
     for context, measurement in enumerate([two, one]):
-        changed.add(key, context, measurement, numbers)
+        changed.add(key, context, measurement)
     (row,) = json.loads(path.read_text())
     assert row["settings"]["code"] == "b" and row["kl_per_context"] == [kl([two]), kl([one])]
