@@ -81,7 +81,13 @@ def fit(
         group_sizes = torch.tensor([kept[b] for b in group], device=device)
         with fast_matmul():
             done = solve(
-                fitted_on.take(index), ranking.take(index), group_sizes, method, key_steps, problems.keys.dtype
+                fitted_on.take(index),
+                ranking.take(index),
+                group_sizes,
+                method,
+                key_steps,
+                problems.keys.dtype,
+                both_starts=True,
             )
         for row, b in enumerate(group):
             result.keys[b] = done.keys[row, : kept[b]].to(problems.keys.dtype)

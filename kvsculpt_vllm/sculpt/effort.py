@@ -17,7 +17,7 @@ class Effort:
 
 
 EFFORTS = {
-    "fast": Effort(positions=2048, pilot_positions=128, fit_positions=384, key_steps=0),
-    "balanced": Effort(positions=2048, pilot_positions=256, fit_positions=768, key_steps=5),
+    "fast": Effort(positions=2048, pilot_positions=128, fit_positions=768, key_steps=0),
+    "balanced": Effort(positions=2048, pilot_positions=256, fit_positions=1536, key_steps=5),
     "thorough": Effort(positions=4096, pilot_positions=512, fit_positions=4096, key_steps=50),
 }

@@ -76,17 +76,28 @@ def solve(
     method: str,
     key_steps: int,
     storage: torch.dtype,
+    both_starts: bool = False,
 ) -> Fit:
-    """Fit B problems together. `method` is select, select_fit or sculpt; `key_steps` counts for sculpt only."""
+    """Fit B problems together. `method` is select, select_fit or sculpt; what follows it counts for sculpt only.
+
+    Keys start from the selected ones with the span's mass restored (`match_mass`); with `both_starts` from the
+    selected ones as they are where held-out queries prefer that.
+    """
     largest = int(sizes.max())
     valid = torch.arange(largest, device=sizes.device)[None, :] < sizes[:, None]
     chosen = ranking.order[:, :largest].unsqueeze(-1).expand(-1, -1, problems.keys.shape[-1])
     selected, originals = problems.keys.gather(1, chosen), problems.values.gather(1, chosen)
     train, held_out = Target.split(problems, ranking.teacher_out, ranking.teacher_lse)
     best = _Best(selected.clone(), originals.clone(), held_out, valid, storage)
-    if method != "select":
-        keys = match_mass(train, selected, valid) if method == "sculpt" else selected
-        ridge = _fit_start(best, train, keys, originals, valid)
+    if method == "select_fit":
+        _fit_start(best, train, selected, originals, valid)
+    if method == "sculpt":
+        keys = match_mass(train, selected, valid)
+        ridge, error = _fit_start(best, train, keys, originals, valid)
+        if both_starts:
+            plain_ridge, plain_error = _fit_start(best, train, selected, originals, valid)
+            plain = plain_error < error
+            keys, ridge = torch.where(plain[:, None, None], selected, keys), torch.where(plain, plain_ridge, ridge)
     trace = best.error.new_zeros(0, 2, len(sizes))
     if method == "sculpt" and key_steps:
         judgements = _sculpt_keys(best, train, keys, originals, valid, ridge, key_steps)
@@ -95,15 +106,15 @@ def solve(
     return Fit(best.keys, best.values, best.start_error, best.error, best.steps, best.failed_solves, trace)
 
 
-def _fit_start(best: _Best, train: Target, keys: Tensor, values: Tensor, valid: Tensor) -> Tensor:
-    """Offer least-squares values for `keys`; returns the ridge (B,) that held-out queries liked most."""
+def _fit_start(best: _Best, train: Target, keys: Tensor, values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Offer least-squares values for `keys`; returns the ridge (B,) that held-out queries like most, and its loss."""
     fit, errors = ValueFit(train, keys, values, valid), []
     for strength in RIDGES:
         _, error = best.offer(keys, fit.solve(torch.full((len(keys),), strength, device=keys.device)), step=0)
         errors.append(error.nan_to_num(nan=torch.inf))
     best.failed_solves += fit.failed
-    choice = torch.stack(errors).argmin(0)
-    return torch.tensor(RIDGES, device=keys.device)[choice]
+    least, choice = torch.stack(errors).min(0)
+    return torch.tensor(RIDGES, device=keys.device)[choice], least
 
 
 def _sculpt_keys(
