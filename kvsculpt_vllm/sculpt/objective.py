@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvsculpt_vllm.kernels.attention_loss import attention_loss
+from kvsculpt_vllm.kernels.dispatch import use_triton
+from kvsculpt_vllm.kernels.gram import gram
 from kvsculpt_vllm.sculpt.problem import Problems
 
 LSE_WEIGHT = 1.0
@@ -78,11 +81,15 @@ class Target:
 
     def loss(self, keys: Tensor, values: Tensor, valid: Tensor | None = None) -> Tensor:
         """Loss (B,) of compressed pairs (B, m, D); a non-finite one means that the pairs are unusable."""
+        if use_triton(keys):
+            return attention_loss(*self._for_kernel(keys, values, valid), LSE_WEIGHT, with_grad=False)[0]
         out, mass = self._attend(self.weights(keys, valid), with_ones(values))
         return self._loss(out - self.out, mass.log())
 
     def loss_and_grad(self, keys: Tensor, values: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Loss (B,) and its gradient (B, m, D) with respect to the keys, the values being held fixed."""
+        if use_triton(keys):
+            return attention_loss(*self._for_kernel(keys, values, valid), LSE_WEIGHT)
         num_queries = self.probes.shape[1]
         weights, values = self.weights(keys, valid), with_ones(values)
         out, mass = self._attend(weights, values)
@@ -93,6 +100,17 @@ class Target:
         pull = torch.cat([d_out, d_lse - (d_out * out).sum(-1, keepdim=True)], dim=-1) / mass
         d_logits = weights.mul_(torch.bmm(pull, values.transpose(1, 2)))
         return self._loss(out_error, lse_error), torch.bmm(d_logits.transpose(1, 2), self.scaled_queries)
+
+    def gram(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """PᵀP (B, m, m) of the softmax weights, and Pᵀ(o* - o) (B, m, D) for the output o with `values`; by kernel."""
+        queries, shift, out, mass, summed, _, *pairs = self._for_kernel(keys, values, valid)
+        return gram(queries, shift, out, mass, summed, *pairs)
+
+    def _for_kernel(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> tuple[Tensor, ...]:
+        """The arguments that all kernels start with."""
+        sizes = keys.new_full((len(keys),), keys.shape[1], dtype=torch.long) if valid is None else valid.sum(1)
+        given = (self.scaled_queries, -self.probes[..., -2], self.out, self.retained_mass[..., 0], self.retained_sum)
+        return *given, self.out_norm, keys, values, sizes
 
     def _attend(self, weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Output (B, Q, D) and mass e^(z - z*) (B, Q, 1), from values with their column of ones."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvsculpt_vllm.kernels.attention_scores import attend, received
+from kvsculpt_vllm.kernels.dispatch import use_triton
 from kvsculpt_vllm.sculpt.attention import merge
 from kvsculpt_vllm.sculpt.objective import LSE_WEIGHT, with_ones
 from kvsculpt_vllm.sculpt.problem import Problems
@@ -87,6 +89,8 @@ def batches(problems: Problems, max_elements: int) -> Iterator[Problems]:
 
 def teach(problems: Problems, max_elements: int, power: int = 1) -> Teacher:
     """Attention over everything, for fp32 `problems`, without keeping a matrix of weights."""
+    if use_triton(problems.keys):
+        return _teach_by_kernel(problems, power)
     values = with_ones(problems.values)  # the column of ones sums the weights
     received = torch.zeros_like(problems.values[..., :1])
     outs, lses = [], []
@@ -107,6 +111,12 @@ def teach(problems: Problems, max_elements: int, power: int = 1) -> Teacher:
         outs.append(out)
         lses.append(lse)
     return Teacher(torch.cat(outs, dim=1), torch.cat(lses, dim=1), received.squeeze(-1))
+
+
+def _teach_by_kernel(problems: Problems, power: int) -> Teacher:
+    queries = problems.queries * problems.scale
+    out, lse = merge(*attend(queries, problems.keys, problems.values), problems.retained_out, problems.retained_lse)
+    return Teacher(out, lse, received(queries, lse, problems.keys, power))
 
 
 def _errors(problems: Problems, ranking: Ranking, sizes: Sequence[int], max_elements: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvsculpt_vllm.kernels.dispatch import use_triton
 from kvsculpt_vllm.sculpt.objective import Target
 
 JITTER = (1e1, 1e2, 1e3)
@@ -27,15 +28,17 @@ class ValueFit:
         start: Tensor,  # (B, m, D) the values to shrink towards
         valid: Tensor | None = None,  # (B, m), False for padding
     ) -> None:
-        weights, retained_out = target.normalised_weights(keys, valid)  # (B, Q, m), (B, Q, D)
-        num_queries, num_entries = weights.shape[1:]
-        residual = target.out - retained_out - torch.bmm(weights, start)
-        transposed = weights.transpose(1, 2)
-        self._start = start
-        self._dual = num_entries > num_queries
-        self._transposed = transposed
-        self._gram = torch.bmm(weights, transposed) if self._dual else torch.bmm(transposed, weights)
-        self._rhs = residual if self._dual else torch.bmm(transposed, residual)
+        num_queries, num_entries = target.probes.shape[1], keys.shape[1]
+        self._start, self._dual = start, num_entries > num_queries
+        if use_triton(keys) and not self._dual:
+            self._gram, self._rhs = target.gram(keys, start, valid)
+        else:
+            weights, retained_out = target.normalised_weights(keys, valid)  # (B, Q, m), (B, Q, D)
+            residual = target.out - retained_out - torch.bmm(weights, start)
+            self._transposed = weights.transpose(1, 2)
+            pair = (weights, self._transposed) if self._dual else (self._transposed, weights)
+            self._gram = torch.bmm(*pair)
+            self._rhs = residual if self._dual else torch.bmm(self._transposed, residual)
         # Over the real entries only: the ridge of a problem must not depend on what it is padded to.
         num_valid = num_entries if valid is None else valid.sum(1)
         self._mean_diagonal = self._gram.diagonal(dim1=1, dim2=2).sum(1) / num_valid

@@ -1,0 +1,34 @@
+"""What every wrapper checks before it hands pointers to a kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+HEAD_SIZES = (16, 32, 64, 80, 96, 128, 256)
+
+
+def check_tensors(
+    first: Tensor, dtype: torch.dtype | tuple[torch.dtype, ...], **expected: tuple[Tensor, tuple]
+) -> None:
+    """Each keyword names a tensor and its shape (None for any size); all must be on `first`'s device and of `dtype`.
+
+    Raises:
+        ValueError: naming the tensor, what was given and what is expected.
+    """
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+    for name, (tensor, shape) in expected.items():
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{name}: dtype {tensor.dtype} given, allowed: {', '.join(map(str, dtypes))}")
+        if tensor.device != first.device:
+            raise ValueError(f"{name}: on {tensor.device}, expected on {first.device}")
+        if tensor.dim() != len(shape) or any(
+            wanted not in (None, size) for size, wanted in zip(tensor.shape, shape, strict=True)
+        ):
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)} given, expected {shape}")
+
+
+def check_head_size(size: int) -> None:
+    """Raises ValueError for a head size without a tested tiling."""
+    if size not in HEAD_SIZES:
+        raise ValueError(f"head size: {size} given, allowed: {', '.join(map(str, HEAD_SIZES))}")

@@ -1,0 +1,49 @@
+"""Kernels against their twins: compiled where there is a GPU, interpreted where `make test` says TRITON_INTERPRET=1."""
+
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_collection_modifyitems(items):
+    if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        skip = pytest.mark.skip(reason="no GPU: run with TRITON_INTERPRET=1, as `make test` does")
+        for item in items:
+            if "tests/kernels" in str(item.path):
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """The interpreter's tiny tensors are slower with more."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def device():
+    return torch.device(DEVICE)
+
+
+def _problem(batch, num_queries, m, head_size, sizes, device=DEVICE, seed=0):
+    """A teacher of a few more entries than the m compressed ones, and retained entries for half of the mass or so."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    queries = normal(batch, num_queries, head_size) * head_size**-0.5
+    keys, values = normal(batch, m, head_size), normal(batch, m, head_size)
+    out, shift = normal(batch, num_queries, head_size) * 0.3, normal(batch, num_queries) * 0.3 + 3.0
+    retained_mass = torch.rand(batch, num_queries, generator=generator, dtype=torch.float64)
+    retained_sum = retained_mass[..., None] * normal(batch, num_queries, head_size)
+    arguments = [queries, shift, out, retained_mass, retained_sum, out.square().sum(-1).mean(-1), keys, values]
+    return [tensor.to(device) for tensor in arguments], torch.tensor(sizes, device=device)
+
+
+@pytest.fixture
+def make_problem():
+    """Arguments of the loss (float64), and the sizes, of ragged problems."""
+    return _problem

@@ -1,0 +1,53 @@
+"""Streamed attention and streamed scores against their twins in float64."""
+
+import pytest
+import torch
+from kvsculpt_vllm.kernels.attention_scores import attend, attend_twin, received, received_twin
+
+CASES = [(2, 63, 111, 64), (1, 1, 1, 128), (1, 70, 130, 96), (1, 33, 40, 256)]
+
+
+def tensors(batch, num_queries, n, head_size, device):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (batch, num_queries, head_size), (batch, n, head_size), (batch, n, head_size)
+    # Sharp attention: the largest logits are far from the mean.
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(device) * (0.5 if i == 0 else 1.0)
+        for i, shape in enumerate(shapes)
+    ]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_is_that_of_a_softmax(case, device):
+    queries, keys, values = tensors(*case, device)
+    wanted = attend_twin(queries, keys, values)
+    found = attend(queries.float(), keys.float(), values.float())
+    torch.testing.assert_close(found[0].double(), wanted[0], rtol=0, atol=3e-3)
+    torch.testing.assert_close(found[1].double(), wanted[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_scores_sum_the_attention_over_the_queries(case, power, device):
+    queries, keys, values = tensors(*case, device)
+    lse = attend_twin(queries, keys, values)[1] + 0.3  # something else is seen, too
+    found = received(queries.float(), lse.float(), keys.float(), power)
+    torch.testing.assert_close(found.double(), received_twin(queries, lse, keys, power), rtol=1e-4, atol=1e-6)
+
+
+def test_huge_logits_stay_finite(device):
+    queries, keys, values = (x.float() for x in tensors(1, 20, 70, 64, device))
+    out, lse = attend(queries * 200, keys, values)
+    best = (queries @ keys.transpose(1, 2)).argmax(-1)
+    assert out.isfinite().all() and lse.isfinite().all()
+    torch.testing.assert_close(out[0], values[0, best[0]], rtol=0, atol=2e-2)
+
+
+def test_what_does_not_fit_is_named(device):
+    queries, keys, values = (x.float() for x in tensors(1, 20, 70, 64, device))
+    with pytest.raises(ValueError, match="keys: none given"):
+        attend(queries, keys[:, :0], values[:, :0])
+    with pytest.raises(ValueError, match="power: 0 given"):
+        received(queries, queries[..., 0], keys, 0)
+    with pytest.raises(ValueError, match="head size: 48 given, allowed"):
+        attend(queries[..., :48], keys[..., :48], values[..., :48])

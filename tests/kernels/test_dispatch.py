@@ -1,0 +1,58 @@
+"""The solver on kernels gives what it gives on their twins."""
+
+import pytest
+import torch
+from kvsculpt_vllm.kernels.dispatch import VARIABLE, use_triton
+
+from kvsculpt_vllm.sculpt.budgets import PagePlan
+from kvsculpt_vllm.sculpt.compress import compress
+from kvsculpt_vllm.sculpt.effort import Effort
+from kvsculpt_vllm.sculpt.problem import Problems
+
+BLOCK, PAGES, SINKS, HEADS, QUERIES, SIZE = 8, 6, 3, 3, 90, 16
+PLAN = PagePlan(block_size=BLOCK, span_pages=PAGES, total=3 * HEADS, sinks=SINKS)
+EFFORT = Effort(positions=0, pilot_positions=30, fit_positions=QUERIES, key_steps=5)
+
+
+def make_problems(device):
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    queries = normal(HEADS, QUERIES, SIZE) + normal(HEADS, 1, SIZE)
+    entries = PAGES * BLOCK - SINKS
+    tensors = {
+        "queries": queries,
+        "keys": normal(HEADS, entries, SIZE),
+        "values": normal(HEADS, entries, SIZE),
+        "retained_lse": normal(HEADS, QUERIES) + 1.0,
+        "retained_out": normal(HEADS, QUERIES, SIZE),
+        "held_out": torch.arange(QUERIES) % 5 == 4,
+    }
+    return Problems(**{name: tensor.to(device) for name, tensor in tensors.items()}, scale=SIZE**-0.5)
+
+
+@pytest.mark.parametrize("method", ["select", "select_fit", "sculpt"])
+def test_both_give_the_same_budgets_and_nearly_the_same_entries(method, device, monkeypatch):
+    problems, results = make_problems(device), {}
+    for choice in ("triton", "torch"):
+        monkeypatch.setenv(VARIABLE, choice)
+        results[choice] = compress(problems, PLAN, method, "adaptive", EFFORT)
+    kernel, twin = results["triton"], results["torch"]
+    assert kernel.pages == twin.pages
+    torch.testing.assert_close(kernel.start_error, twin.start_error, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(kernel.error, twin.error, rtol=2e-2, atol=1e-5)
+    if method != "sculpt":  # line searches amplify rounding
+        for mine, theirs in zip(kernel.values, twin.values, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2)
+
+
+def test_kernels_run_where_the_tensors_are_unless_said_otherwise(device, monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert use_triton(torch.zeros(1, device=device)) == (device.type == "cuda")
+    monkeypatch.setenv(VARIABLE, "torch")
+    assert not use_triton(torch.zeros(1, device=device))
+    monkeypatch.setenv(VARIABLE, "both")
+    with pytest.raises(ValueError, match="KVSCULPT_KERNELS: 'both' given"):
+        use_triton(torch.zeros(1))
