@@ -20,7 +20,8 @@ demo: setup ## Serve the embedded model and compare an exact with a sculpted ans
 	@$(BIN)/python -m kvsculpt_vllm.demo
 
 test: setup ## Run all tests
-	@$(BIN)/python -m pytest -q
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels
+	@$(BIN)/python -m pytest -q --ignore=tests/kernels
 
 lint: $(VENV)/.installed ## Check style and format
 	@$(BIN)/ruff check .

