@@ -6,7 +6,11 @@ compresses to any number of pages. To add one, write its file and name it in `ME
 
 from __future__ import annotations
 
-from kvsculpt_vllm.evaluation.methods.attention_matching import attention_matching, attention_matching_our_budgets
+from kvsculpt_vllm.evaluation.methods.attention_matching import (
+    attention_matching,
+    attention_matching_omp,
+    attention_matching_our_budgets,
+)
 from kvsculpt_vllm.evaluation.methods.base import Method
 from kvsculpt_vllm.evaluation.methods.expected_attention import expected_attention
 from kvsculpt_vllm.evaluation.methods.keydiff import keydiff
@@ -18,6 +22,7 @@ from kvsculpt_vllm.sculpt.survey import METHODS as OURS
 
 METHODS: dict[str, Method] = {name: sculpted(name) for name in OURS} | {
     "attention_matching": attention_matching,
+    "attention_matching_omp": attention_matching_omp,
     "attention_matching_our_budgets": attention_matching_our_budgets,
     "expected_attention": expected_attention,
     "keydiff": keydiff,

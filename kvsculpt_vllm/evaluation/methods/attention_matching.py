@@ -1,4 +1,4 @@
-"""Attention Matching (arXiv 2602.16284, its HighestAttnKeys variant): selected keys, fitted masses, fitted values."""
+"""Attention Matching (arXiv 2602.16284): selected keys, fitted masses, fitted values."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ from kvsculpt_vllm.sculpt.survey import Survey, survey
 from kvsculpt_vllm.sculpt.values import ValueFit
 
 NNLS_STEPS = 200
+PICKS = 16
+"""Keys that OMP takes at once (the paper's fast variant: 4; on a CPU that is the patience there is)."""
+PURSUIT_STEPS = 30
 LEAST_WEIGHT = 1e-12
 
 
@@ -32,7 +35,7 @@ def attention_matching(problems: Problems, plan: PagePlan, budget: str, effort: 
     2. values by least squares of the output, the biases in the softmax.
 
     The paper solves 2. without a ridge. With as few queries as here that overfits, so it gets ours, chosen by
-    held-out queries as for Select+Fit: a stronger peer. Its OMP variant, which takes minutes, is not here.
+    held-out queries as for Select+Fit: a stronger peer. This is its HighestAttnKeys variant.
     """
     found = survey(problems, plan, "select", budget, effort, power=2)
     return lambda plan: _match(problems, plan, found, effort)
@@ -44,7 +47,15 @@ def attention_matching_our_budgets(problems: Problems, plan: PagePlan, budget: s
     return lambda plan: _match(problems, plan, found, effort)
 
 
-def _match(problems: Problems, plan: PagePlan, found: Survey, effort: Effort) -> BiasedCompressed:
+def attention_matching_omp(problems: Problems, plan: PagePlan, budget: str, effort: Effort) -> ToPages:
+    """The OMP variant: keys are picked for the mass of the training queries, those first whose column of the problem
+    in 1. goes best with what the ones before leave over (orthogonal matching pursuit), `PICKS` between two solutions.
+    """
+    found = survey(problems, plan, "select", budget, effort, power=2)
+    return lambda plan: _match(problems, plan, found, effort, pursue=True)
+
+
+def _match(problems: Problems, plan: PagePlan, found: Survey, effort: Effort, pursue: bool = False) -> BiasedCompressed:
     selected = fit(problems, plan, found, "select", effort)
     fitted = BiasedCompressed(**vars(selected), biases=[torch.zeros(len(k)) for k in selected.keys])
     rows = problems.thin_rows(effort.fit_positions * problems.group)
@@ -56,8 +67,13 @@ def _match(problems: Problems, plan: PagePlan, found: Survey, effort: Effort) ->
         index = torch.tensor([b], device=keys.device)
         own, teacher = fitted_on.take(index), teachers.take(index)
         train, held_out = (_with_bias(part) for part in Target.split(own, teacher.teacher_out, teacher.teacher_lse))
-        start = selected.values[b][None].float()
         with fast_matmul():
+            if pursue:
+                chosen = _pursue(train, own.keys, len(keys))
+                keys, start = problems.keys[b, chosen], own.values[:, chosen]
+                fitted.keys[b] = keys
+            else:
+                start = selected.values[b][None].float()
             biases = _masses(train, keys[None].float()).clamp_min(LEAST_WEIGHT).log()
             biased = torch.cat([keys[None].float(), biases.unsqueeze(-1)], dim=-1)
             solver = ValueFit(train, biased, start)
@@ -75,18 +91,48 @@ def _with_bias(target: Target) -> Target:
 
 
 def _masses(target: Target, keys: Tensor) -> Tensor:
-    """The weights w (B, m) of step 1, by accelerated projected gradient from w = 1, which is plain selection."""
-    features = target.weights(torch.cat([keys, torch.zeros_like(keys[..., :1])], dim=-1), None)  # (B, Q, m)
-    wanted = 1.0 - target.retained_mass  # of a total mass of 1
+    """The weights w (B, m) of step 1, from w = 1, which is plain selection."""
+    features, wanted = _mass_problem(target, keys)
     gram = torch.bmm(features.transpose(1, 2), features)
     right = torch.bmm(features.transpose(1, 2), wanted)
+    return _non_negative(gram, right, torch.ones_like(right), NNLS_STEPS).squeeze(-1)
+
+
+def _pursue(target: Target, keys: Tensor, count: int) -> Tensor:
+    """Indices (count,) of the keys (1, n, D) that orthogonal matching pursuit picks."""
+    features, wanted = _mass_problem(target, keys)
+    gram = torch.bmm(features.transpose(1, 2), features)
+    right = torch.bmm(features.transpose(1, 2), wanted)
+    length = gram[0].diagonal().sqrt().clamp_min(torch.finfo(gram.dtype).tiny)
+    chosen, weights = torch.empty(0, dtype=torch.long, device=keys.device), right[:, :0]
+    left = right
+    while len(chosen) < count:
+        fit = (left[0, :, 0] / length).index_fill(0, chosen, -torch.inf)
+        more = fit.topk(min(PICKS, count - len(chosen))).indices
+        chosen, weights = (
+            torch.cat([chosen, more]),
+            torch.cat([weights, torch.zeros_like(right[:, : len(more)])], dim=1),
+        )
+        within = gram[:, chosen]
+        weights = _non_negative(within[..., chosen], right[:, chosen], weights, PURSUIT_STEPS)
+        left = right - torch.bmm(within.transpose(1, 2), weights)
+    return chosen
+
+
+def _mass_problem(target: Target, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Each key's mass (B, Q, m) and the span's (B, Q, 1), in parts of the whole mass."""
+    features = target.weights(torch.cat([keys, torch.zeros_like(keys[..., :1])], dim=-1), None)
+    return features, 1.0 - target.retained_mass
+
+
+def _non_negative(gram: Tensor, right: Tensor, weights: Tensor, steps: int) -> Tensor:
+    """Non-negative least squares (B, m, 1) from its normal equations, by accelerated projected gradient."""
     # The largest row sum bounds the largest eigenvalue of a matrix without negative elements.
     step = 1.0 / gram.sum(-1).amax(-1).clamp_min(torch.finfo(gram.dtype).tiny)[:, None, None]
-    weights = momentum = torch.ones_like(right)
-    pace = 1.0
-    for _ in range(NNLS_STEPS):
+    momentum, pace = weights, 1.0
+    for _ in range(steps):
         ahead = (momentum - step * (torch.bmm(gram, momentum) - right)).clamp_min(0.0)
         faster = (1.0 + (1.0 + 4.0 * pace * pace) ** 0.5) / 2.0
         momentum = ahead + (pace - 1.0) / faster * (ahead - weights)
         weights, pace = ahead, faster
-    return weights.squeeze(-1)
+    return weights
