@@ -1,37 +1,55 @@
-"""What the scheduler tells the workers to compress, attached to vLLM's scheduler output."""
+"""What scheduler and workers tell each other, attached to vLLM's scheduler output and model runner output.
+
+A compression has two phases. The scheduler takes blocks for a packed prefix and has the workers *solve*: they fill
+those blocks, and nothing else changes. Once it hears that they did, it *commits*: the request's block list is
+rewritten, and the blocks of its span go back to the pool. Until then the exact cache is there, and a solve that fails
+costs nothing.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-_ATTRIBUTE = "kv_compression_commands"
+_ATTRIBUTE = "kv_compression"
 
 
 @dataclass(frozen=True)
-class CompressCommand:
-    """Compress one request before the next forward pass. Block ids are those of vLLM's pool."""
+class SolveCommand:
+    """Compress one request into blocks of its own, before the next forward pass. Block ids are those of vLLM's pool."""
 
     request_id: str
+    attempt: int  # tells the answers to different commands for one request apart
     num_prompt_tokens: int
     span_tokens: int
-    prompt_blocks: list[int]  # the blocks that hold the prompt now: the span's, then the tail's
+    prompt_blocks: list[int]  # the blocks that hold the prompt: the span's, then the tail's
+    packed: list[int]  # the blocks to fill
+
+
+@dataclass(frozen=True)
+class CommitCommand:
+    """From this step on, read what was solved."""
+
+    request_id: str
     row: list[int]  # the request's new block list: packed, then null (0) up to the span's length, then the tail
-    packed_blocks: int
     blocks_freed: int  # by how much the pool's free count rose
     steps_waited: int  # scheduler steps in which the pool had too few free blocks for the packed prefix
 
-    @property
-    def first_block(self) -> int:
-        """The block that the directory knows this packed prefix by."""
-        return self.row[0]
+
+@dataclass(frozen=True)
+class Solved:
+    """A worker's answer to a `SolveCommand`."""
+
+    request_id: str
+    attempt: int
+    failure: str | None = None  # why nothing was written that may be used
 
 
-def attach(scheduler_output: Any, commands: list[CompressCommand]) -> None:
-    """Send `commands` along with a scheduler output; a plain attribute survives pickling to every rank."""
-    setattr(scheduler_output, _ATTRIBUTE, commands)
+def attach(carrier: Any, messages: list[Any]) -> None:
+    """Send `messages` along; a plain attribute survives pickling."""
+    setattr(carrier, _ATTRIBUTE, messages)
 
 
-def attached(scheduler_output: Any) -> list[CompressCommand]:
-    """The commands that came along with a scheduler output."""
-    return getattr(scheduler_output, _ATTRIBUTE, [])
+def attached(carrier: Any) -> list[Any]:
+    """The messages that came along."""
+    return getattr(carrier, _ATTRIBUTE, [])

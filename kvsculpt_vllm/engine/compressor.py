@@ -1,9 +1,9 @@
-"""Executes one compress command: read the span, fit, write packed pages, publish them."""
+"""Executes the scheduler's commands: read the span, fit, write packed pages; later, publish them."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from vllm.logger import init_logger
 
 from kvsculpt_vllm.engine import pages as page_layout
 from kvsculpt_vllm.engine.capture import QuerySample
-from kvsculpt_vllm.engine.command import CompressCommand
+from kvsculpt_vllm.engine.command import CommitCommand, SolveCommand
 from kvsculpt_vllm.engine.state import CompressionState
 from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.compress import Compressed, compress
@@ -44,6 +44,16 @@ class CompressionRecord:
     heads_at_start: int  # (layer, KV head)s for which selection was not beaten
 
 
+@dataclass(frozen=True)
+class PackedPrefix:
+    """What is written and not yet read: per (layer, KV head) its first cell and number of pages."""
+
+    starts: list[int]
+    pages: list[int]
+    span_blocks: int
+    record: CompressionRecord
+
+
 class Compressor:
     """Bound to one worker's state; `softmax_scale` is the attention layers' common one."""
 
@@ -51,30 +61,28 @@ class Compressor:
         self.state, self.rotaries, self.softmax_scale = state, rotaries, softmax_scale
 
     @torch.no_grad()
-    def run(self, command: CompressCommand) -> CompressionRecord:
-        """Compress the request's span into its packed blocks. The old blocks may be reused right after."""
+    def solve(self, command: SolveCommand) -> None:
+        """Compress the request's span into the blocks taken for it. The request's own blocks are only read.
+
+        Raises:
+            RuntimeError: queries are missing, or what came out is not finite; and whatever torch raises.
+        """
         begin = time.perf_counter()
         state, geometry = self.state, self.state.geometry
-        request = state.tracked(command.request_id)
-        config = request.config
+        config = state.tracked(command.request_id).config
         sample = state.samples.pop(command.request_id)
-        block_bytes = geometry.num_cells * state.pages.buffer[0].nbytes
-
         blocks = torch.tensor(command.prompt_blocks, device=state.pages.buffer.device)
         keys, values = state.pages.read(geometry.block_pages(blocks))
         keys = keys.flatten(0, 1)[:, : command.num_prompt_tokens]
         values = values.flatten(0, 1)[:, : command.num_prompt_tokens]
         problems = self._problems(command, config.sink, sample, keys, values)
-        plan = PagePlan(
-            block_size=geometry.block_size,
-            span_pages=command.span_tokens // geometry.block_size,
-            total=command.packed_blocks * geometry.num_cells,
-            sinks=config.sink,
-        )
-        fitted = compress(problems, plan, config.method, config.budget, EFFORTS[config.effort])
-        self._write(command, fitted, keys[:, : config.sink], values[:, : config.sink])
-        kept = torch.tensor([len(k) for k in fitted.keys], dtype=torch.float32) + config.sink
         span_blocks = command.span_tokens // geometry.block_size
+        plan = PagePlan(geometry.block_size, span_blocks, len(command.packed) * geometry.num_cells, config.sink)
+        fitted = compress(problems, plan, config.method, config.budget, EFFORTS[config.effort])
+        if not all(entries.isfinite().all() for entries in (*fitted.keys, *fitted.values)):
+            raise RuntimeError("compressed entries are not finite")
+        starts = self._write(command, fitted, keys[:, : config.sink], values[:, : config.sink])
+        kept = torch.tensor([len(k) for k in fitted.keys], dtype=torch.float32) + config.sink
         record = CompressionRecord(
             request_id=command.request_id,
             method=config.method,
@@ -83,19 +91,38 @@ class Compressor:
             span_tokens=command.span_tokens,
             entries_kept=float(kept.mean()),
             blocks_before=len(command.prompt_blocks),
-            blocks_after=len(command.prompt_blocks) - span_blocks + command.packed_blocks,
-            blocks_freed=command.blocks_freed,
-            bytes_freed=command.blocks_freed * block_bytes,
-            steps_waited=command.steps_waited,
+            blocks_after=len(command.prompt_blocks) - span_blocks + len(command.packed),
+            blocks_freed=0,
+            bytes_freed=0,
+            steps_waited=0,
             seconds=time.perf_counter() - begin,
             error_before=float(fitted.start_error.mean()),
             error_after=float(fitted.error.mean()),
             heads_at_start=int(((fitted.error >= fitted.start_error) & (fitted.start_error > 0)).sum()),
         )
-        return record
+        state.solved[command.request_id] = PackedPrefix(starts, fitted.pages, span_blocks, record)
+
+    def commit(self, command: CommitCommand) -> CompressionRecord:
+        """Publish what was solved: the request's block list starts with it from now on."""
+        state, geometry = self.state, self.state.geometry
+        prefix = state.solved.pop(command.request_id)
+        shape = (geometry.num_layers, geometry.num_heads)
+        state.directory.publish(
+            command.request_id,
+            command.row[0],
+            torch.tensor(prefix.starts).view(shape),
+            torch.tensor(prefix.pages).view(shape),
+            prefix.span_blocks,
+        )
+        return replace(
+            prefix.record,
+            blocks_freed=command.blocks_freed,
+            bytes_freed=command.blocks_freed * geometry.num_cells * state.pages.buffer[0].nbytes,
+            steps_waited=command.steps_waited,
+        )
 
     def _problems(
-        self, command: CompressCommand, sinks: int, sample: QuerySample, keys: Tensor, values: Tensor
+        self, command: SolveCommand, sinks: int, sample: QuerySample, keys: Tensor, values: Tensor
     ) -> Problems:
         if not sample.complete:
             raise RuntimeError(f"request {command.request_id}: some sampled queries of its prompt were never computed")
@@ -111,26 +138,18 @@ class Compressor:
             scale=self.softmax_scale,
         )
 
-    def _write(self, command: CompressCommand, fitted: Compressed, sink_keys: Tensor, sink_values: Tensor) -> None:
-        """Write every head's entries, sinks first, into its cells of the packed blocks, and publish where they are."""
-        state, geometry = self.state, self.state.geometry
+    def _write(self, command: SolveCommand, fitted: Compressed, sink_keys: Tensor, sink_values: Tensor) -> list[int]:
+        """Write every head's entries, sinks first, into its cells of the packed blocks; returns its first cell."""
+        state = self.state
         starts = page_layout.place(fitted.pages)
-        packed = torch.tensor(command.row[: command.packed_blocks], device=state.pages.buffer.device)
-        cells = geometry.packed_pages(packed)
+        cells = state.geometry.packed_pages(torch.tensor(command.packed, device=state.pages.buffer.device))
         for b, (start, count) in enumerate(zip(starts, fitted.pages, strict=True)):
             state.pages.write(
                 cells[start : start + count],
                 torch.cat([sink_keys[b], fitted.keys[b]]),
                 torch.cat([sink_values[b], fitted.values[b]]),
             )
-        shape = (geometry.num_layers, geometry.num_heads)
-        state.directory.publish(
-            command.request_id,
-            command.first_block,
-            torch.tensor(starts).view(shape),
-            torch.tensor(fitted.pages).view(shape),
-            command.span_tokens // geometry.block_size,
-        )
+        return starts
 
 
 def log(record: CompressionRecord) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from vllm.utils import length_from_prompt_token_ids_or_embeds
@@ -18,6 +18,9 @@ from kvsculpt_vllm.engine.directory import Directory
 from kvsculpt_vllm.engine.pages import PageGeometry, VectorPages
 from kvsculpt_vllm.sculpt.effort import EFFORTS
 from kvsculpt_vllm.sculpt.queries import sample_positions
+
+if TYPE_CHECKING:
+    from kvsculpt_vllm.engine.compressor import PackedPrefix
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class CompressionState:
             num_blocks, max_num_seqs, self.geometry.num_layers, self.geometry.num_heads, buffer.device
         )
         self.samples: dict[str, QuerySample] = {}
+        self.solved: dict[str, PackedPrefix] = {}
         self._tracked: dict[str, TrackedRequest] = {}
         view = buffer.view(-1, 1, 2 * self.geometry.block_size, self.pages.head_size)
         self.page_views = view.chunk(2, dim=2)  # keys, values: (pages, 1, N, D), as the stock kernel wants them
@@ -55,12 +59,10 @@ class CompressionState:
     def begin_step(self, output: SchedulerOutput) -> None:
         """Follow requests coming, going, losing their blocks and coming back, before the step's forward pass."""
         for request_id in output.finished_req_ids:
-            self.directory.release(request_id)
-            self.samples.pop(request_id, None)
+            self._lose(request_id)
             self._tracked.pop(request_id, None)
         for request_id in output.preempted_req_ids or ():
-            self.directory.release(request_id)
-            self.samples.pop(request_id, None)
+            self._lose(request_id)
         for new in output.scheduled_new_reqs:
             self.directory.release(new.req_id)
             if new.sampling_params is None:
@@ -94,6 +96,11 @@ class CompressionState:
             if rows is not None:
                 captures.append(rows)
         return captures
+
+    def _lose(self, request_id: str) -> None:
+        self.directory.release(request_id)
+        self.samples.pop(request_id, None)
+        self.solved.pop(request_id, None)
 
     def _track(self, request_id: str, request: TrackedRequest, num_computed: int) -> None:
         if spans.plan_span(request.config, request.num_prompt_tokens, self.geometry.block_size) is None:

@@ -3,25 +3,47 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from copy import copy
 from dataclasses import asdict
 from typing import Any
 
 from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from kvsculpt_vllm.config import CompressionConfig
-from kvsculpt_vllm.engine.command import attached
+from kvsculpt_vllm.engine.command import SolveCommand, Solved, attach, attached
 from kvsculpt_vllm.engine.compat import replace_block_row
 from kvsculpt_vllm.engine.compressor import CompressionRecord, Compressor, log
 from kvsculpt_vllm.engine.refusals import check_attention_layers
 from kvsculpt_vllm.engine.rope import rotary_of_layers
 from kvsculpt_vllm.engine.state import CompressionState
 
+logger = init_logger("vllm.kvsculpt")
+
 RECORDS_KEPT = 256
+
+
+class AnsweringOutput(AsyncModelRunnerOutput):
+    """An output that is still being computed, with messages to the scheduler."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, answers: list[Solved]) -> None:
+        self._output, self._answers = output, answers
+
+    def get_output(self) -> ModelRunnerOutput:
+        """The finished output."""
+        return _answering(self._output.get_output(), self._answers)
+
+
+def _answering(output: ModelRunnerOutput, answers: list[Solved]) -> ModelRunnerOutput:
+    output = copy(output)  # vLLM shares one empty output among steps
+    attach(output, answers)
+    return output
 
 
 class SculptCPUWorker(CPUWorker):
@@ -35,6 +57,8 @@ class SculptCPUWorker(CPUWorker):
         self.compressor: Compressor | None = None
         self._records: deque[CompressionRecord] = deque(maxlen=RECORDS_KEPT)
         self._totals: Counter[str] = Counter()
+        self._answers: list[Solved] = []
+        self._causes: set[str] = set()
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Bind the layers once the KV cache exists."""
@@ -56,18 +80,53 @@ class SculptCPUWorker(CPUWorker):
         self.compressor = Compressor(self.compression_state, rotaries, layers[0].impl.scale)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        """Compress what the scheduler asks for, then run the step."""
+        """Do what the scheduler asks for, then run the step."""
         if self.compression_state is not None:
             self.compression_state.begin_step(scheduler_output)
             for command in attached(scheduler_output):
-                record = self.compressor.run(command)
-                replace_block_row(self.model_runner, command.request_id, command.row)
-                self._record(record)
-        return super().execute_model(scheduler_output)
+                if isinstance(command, SolveCommand):
+                    self._answers.append(self._solve(command))
+                else:
+                    record = self.compressor.commit(command)
+                    replace_block_row(self.model_runner, command.request_id, command.row)
+                    self._record(record)
+        return self._with_answers(super().execute_model(scheduler_output))
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """The step's second half, where the model runner has one."""
+        return self._with_answers(super().sample_tokens(*args, **kwargs))
 
     def kv_compression_report(self) -> dict[str, Any]:
         """Totals since start and the newest compressions, JSON-serialisable; for `collective_rpc`."""
         return {"totals": dict(self._totals), "requests": [asdict(record) for record in self._records]}
+
+    def _solve(self, command: SolveCommand) -> Solved:
+        try:
+            self.compressor.solve(command)
+        # Whatever it was (no memory, a matrix that cannot be factored, a bug): the request's own blocks are as they
+        # were, so it goes on with them, and so do all others.
+        except Exception as error:
+            cause = f"{type(error).__name__}: {error}"
+            self._totals["failures"] += 1
+            if self.is_driver_worker:
+                logger.warning(
+                    "kvsculpt: request %s stays exact, its compression failed: %s",
+                    command.request_id,
+                    cause,
+                    exc_info=cause not in self._causes,  # the traceback once
+                )
+            self._causes.add(cause)
+            return Solved(command.request_id, command.attempt, failure=cause)
+        return Solved(command.request_id, command.attempt)
+
+    def _with_answers(self, output: Any) -> Any:
+        """The step's output with what there is to tell the scheduler; None (more to come) stays as it is."""
+        if output is None or not self._answers:
+            return output
+        answers, self._answers = self._answers, []
+        if isinstance(output, AsyncModelRunnerOutput):
+            return AnsweringOutput(output, answers)
+        return _answering(output, answers)
 
     def _record(self, record: CompressionRecord) -> None:
         self._records.append(record)

@@ -4,7 +4,7 @@ A process per engine, because the attention backend is chosen per process. Not a
 
 A job has `engine` (arguments of `LLM`), `batches` (lists of requests that run together, one list after the other; a
 request is `start`, `length` and `max_tokens` plus optionally `extra_args`, `priority` and the step it arrives after),
-and `identity`/`poison`/`v2`.
+and `identity`/`poison`/`v2`/`fault`.
 """
 
 import json
@@ -33,7 +33,8 @@ def install_identity(poison: bool) -> None:
     from kvsculpt_vllm.engine import compressor, pages, spans
     from kvsculpt_vllm.sculpt.compress import Compressed
 
-    stock_plan, stock_run, shuffle = spans.plan_span, compressor.Compressor.run, random.Random(0)
+    stock_plan, shuffle = spans.plan_span, random.Random(0)
+    stock_solve, stock_commit, spans_of = compressor.Compressor.solve, compressor.Compressor.commit, {}
 
     def plan_span(config, num_prompt_tokens, block_size):
         span = stock_plan(config, num_prompt_tokens, block_size)
@@ -50,14 +51,45 @@ def install_identity(poison: bool) -> None:
             starts[b], cell = cell, cell + page_counts[b]
         return starts
 
-    def run(self, command):
-        record = stock_run(self, command)
+    def solve(self, command):
+        stock_solve(self, command)
+        span_blocks = command.span_tokens // self.state.geometry.block_size
+        spans_of[command.request_id] = torch.tensor(command.prompt_blocks[:span_blocks])
+
+    def commit(self, command):
+        record = stock_commit(self, command)
         if poison:
-            blocks = torch.tensor(command.prompt_blocks[: command.span_tokens // self.state.geometry.block_size])
-            self.state.pages.buffer[self.state.geometry.block_pages(blocks)] = POISON
+            self.state.pages.buffer[self.state.geometry.block_pages(spans_of[command.request_id])] = POISON
         return record
 
-    spans.plan_span, compressor.compress, pages.place, compressor.Compressor.run = plan_span, keep_all, place, run
+    spans.plan_span, compressor.compress, pages.place = plan_span, keep_all, place
+    compressor.Compressor.solve, compressor.Compressor.commit = solve, commit
+
+
+def install_fault(fault: str) -> None:
+    """The first compression of the process fails."""
+    import torch
+
+    from kvsculpt_vllm.engine import compressor
+
+    stock_compress, stock_write, left = compressor.compress, compressor.Compressor._write, ["once"]
+
+    def compress(*args):
+        result = stock_compress(*args)
+        if fault != "while writing" and left and left.pop():
+            if fault == "not finite":
+                result.values[3][5, 0] = torch.nan
+                return result
+            raise {"raises": ValueError("injected"), "out of memory": torch.OutOfMemoryError("injected")}[fault]
+        return result
+
+    def write(self, *args):
+        starts = stock_write(self, *args)
+        if fault == "while writing" and left and left.pop():
+            raise IndexError("injected")
+        return starts
+
+    compressor.compress, compressor.Compressor._write = compress, write
 
 
 def use_v2_model_runner() -> None:
@@ -91,6 +123,8 @@ def main() -> None:
 
     if job.get("identity"):
         install_identity(job.get("poison", False))
+    if fault := job.get("fault"):
+        install_fault(fault)
     llm = LLM(enforce_eager=True, kv_cache_memory_bytes=1 << 28, disable_log_stats=False, **job["engine"])
     text = " ".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
     tokens = llm.get_tokenizer().encode(text[:60000])
@@ -125,6 +159,7 @@ def main() -> None:
     worker = engine.engine_core.engine_core.model_executor.driver_worker
     report = getattr(worker.worker, "kv_compression_report", None)
     result["report"] = report() if report else None
+    result["failures"] = getattr(scheduler, "compression_failures", None)
     result["waits"] = getattr(scheduler, "compression_waits", None)
     result["published"] = len(worker.worker.compression_state.directory) if report else None
     result["preemptions"] = next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")

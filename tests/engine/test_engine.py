@@ -45,7 +45,7 @@ IDENTITY_CASES = {
 
 
 def test_the_v2_model_runner_gives_the_same_tokens(run_engine):
-    job = {"batches": [[request(0, 600, 3), request(5000, 64, 3)]], "v2": True}
+    job = {"batches": [[request(0, 600, 5), request(5000, 64, 5)]], "v2": True}
     engine = {"enable_prefix_caching": False}
     stock = run_engine(engine=engine, **job)
     ours = run_engine(engine={**engine, "additional_config": ON}, identity=True, poison=True, **job)
@@ -134,6 +134,21 @@ def test_a_prompt_whose_blocks_are_shared_stays_exact_until_letting_go_of_them_f
     assert record["blocks_freed"] == 54 - 38
     assert result["tokens"][0][0] == result["tokens"][0][1][:6]
     assert result["free"][0][-1] == result["free_at_start"]
+
+
+@pytest.mark.parametrize("fault", ["raises", "not finite", "out of memory", "while writing"])
+def test_a_compression_that_fails_leaves_the_exact_cache(run_engine, fault):
+    """The first of two requests fails, wherever it is: its tokens are stock vLLM's, the other one is compressed."""
+    engine = {"enable_prefix_caching": False}
+    batches = [[request(0, 600, 6), request(2000, 600, 6)]]
+    stock = run_engine(engine=engine, batches=batches)
+    ours = run_engine(engine={**engine, "additional_config": ON}, batches=batches, fault=fault)
+    assert ours["tokens"][0][0] == stock["tokens"][0][0]
+    (record,) = ours["report"]["requests"]
+    assert record["request_id"].startswith("0-1")
+    assert ours["report"]["totals"]["failures"] == ours["failures"] == 1
+    assert ours["free"][0][-1] == ours["free_at_start"]
+    assert ours["published"] == 0
 
 
 def test_an_aborted_request_returns_its_packed_blocks(run_engine):
