@@ -61,6 +61,12 @@ class CompressionConfig(BaseModel):
     effort: Literal["fast", "balanced", "thorough"] = Field(
         "balanced", description="How much time the optimisation takes for its quality."
     )
+    max_error: float = Field(
+        1.0,
+        gt=0,
+        description="A prompt whose compression has a larger error on held-out queries (relative squared output error "
+        "plus squared log-sum-exp error, mean over layers and heads) stays exact. 1 is an output as far off as none.",
+    )
 
     @field_validator("*", mode="before")
     @classmethod

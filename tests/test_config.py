@@ -27,6 +27,7 @@ configs = st.builds(
     sink=st.integers(0, 2**40),
     window=st.integers(1, 2**40),
     effort=st.sampled_from(["fast", "balanced", "thorough"]),
+    max_error=st.floats(1e-9, 1e9),
 )
 
 

@@ -54,6 +54,10 @@ class PackedPrefix:
     record: CompressionRecord
 
 
+class TooMuchLost(Exception):
+    """The compression's held-out error is above the bound that the request or the server sets."""
+
+
 class Compressor:
     """Bound to one worker's state; `softmax_scale` is the attention layers' common one."""
 
@@ -65,6 +69,7 @@ class Compressor:
         """Compress the request's span into the blocks taken for it. The request's own blocks are only read.
 
         Raises:
+            TooMuchLost: the error is above the bound.
             RuntimeError: queries are missing, or what came out is not finite; and whatever torch raises.
         """
         begin = time.perf_counter()
@@ -79,6 +84,9 @@ class Compressor:
         span_blocks = command.span_tokens // geometry.block_size
         plan = PagePlan(geometry.block_size, span_blocks, len(command.packed) * geometry.num_cells, config.sink)
         fitted = compress(problems, plan, config.method, config.budget, EFFORTS[config.effort])
+        error = float(fitted.error.mean())
+        if not error <= config.max_error:
+            raise TooMuchLost(f"held-out error {error:.4g}, at most {config.max_error:g} is allowed")
         if not all(entries.isfinite().all() for entries in (*fitted.keys, *fitted.values)):
             raise RuntimeError("compressed entries are not finite")
         starts = self._write(command, fitted, keys[:, : config.sink], values[:, : config.sink])
@@ -97,7 +105,7 @@ class Compressor:
             steps_waited=0,
             seconds=time.perf_counter() - begin,
             error_before=float(fitted.start_error.mean()),
-            error_after=float(fitted.error.mean()),
+            error_after=error,
             heads_at_start=int(((fitted.error >= fitted.start_error) & (fitted.start_error > 0)).sum()),
         )
         state.solved[command.request_id] = PackedPrefix(starts, fitted.pages, span_blocks, record)

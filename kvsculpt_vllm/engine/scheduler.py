@@ -52,7 +52,7 @@ class SculptSchedulerMixin(SchedulerHooks):
         check_kv_cache_config(self.kv_cache_config)
         self.compression = CompressionConfig.from_additional_config(self.vllm_config.additional_config)
         self.compression_waits = 0
-        self.compression_failures = 0
+        self.kept_exact = 0  # requests whose compression failed or lost too much
         self._pending: dict[str, Pending] = {}
         self._attempts = count()
         self._settled: set[str] = set()  # being compressed, compressed, or to stay exact
@@ -167,7 +167,7 @@ class SculptSchedulerMixin(SchedulerHooks):
         if solved.failure is None:
             pending.solved = True
         else:
-            self.compression_failures += 1
+            self.kept_exact += 1
             self._drop(solved.request_id)
 
     def _drop(self, request_id: str) -> None:

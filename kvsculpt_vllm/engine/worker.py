@@ -19,7 +19,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.command import SolveCommand, Solved, attach, attached
 from kvsculpt_vllm.engine.compat import replace_block_row
-from kvsculpt_vllm.engine.compressor import CompressionRecord, Compressor, log
+from kvsculpt_vllm.engine.compressor import CompressionRecord, Compressor, TooMuchLost, log
 from kvsculpt_vllm.engine.refusals import check_attention_layers
 from kvsculpt_vllm.engine.rope import rotary_of_layers
 from kvsculpt_vllm.engine.state import CompressionState
@@ -103,6 +103,11 @@ class SculptCPUWorker(CPUWorker):
     def _solve(self, command: SolveCommand) -> Solved:
         try:
             self.compressor.solve(command)
+        except TooMuchLost as reason:
+            self._totals["kept_exact"] += 1
+            if self.is_driver_worker:
+                logger.info("kvsculpt: request %s stays exact: %s", command.request_id, reason)
+            return Solved(command.request_id, command.attempt, failure=str(reason))
         # Whatever it was (no memory, a matrix that cannot be factored, a bug): the request's own blocks are as they
         # were, so it goes on with them, and so do all others.
         except Exception as error:

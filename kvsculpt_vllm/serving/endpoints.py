@@ -19,7 +19,7 @@ class CompressionReport(BaseModel):
 
     active: bool
     settings: dict[str, Any]
-    totals: dict[str, float]  # compressions, blocks_freed, bytes_freed, seconds
+    totals: dict[str, float]  # compressions, blocks_freed, bytes_freed, seconds, failures, kept_exact (too much lost)
     requests: list[dict[str, Any]]  # the newest compressions, oldest first: see engine/compressor.py
 
 

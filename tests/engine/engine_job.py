@@ -159,7 +159,7 @@ def main() -> None:
     worker = engine.engine_core.engine_core.model_executor.driver_worker
     report = getattr(worker.worker, "kv_compression_report", None)
     result["report"] = report() if report else None
-    result["failures"] = getattr(scheduler, "compression_failures", None)
+    result["kept_exact"] = getattr(scheduler, "kept_exact", None)
     result["waits"] = getattr(scheduler, "compression_waits", None)
     result["published"] = len(worker.worker.compression_state.directory) if report else None
     result["preemptions"] = next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")

@@ -146,9 +146,20 @@ def test_a_compression_that_fails_leaves_the_exact_cache(run_engine, fault):
     assert ours["tokens"][0][0] == stock["tokens"][0][0]
     (record,) = ours["report"]["requests"]
     assert record["request_id"].startswith("0-1")
-    assert ours["report"]["totals"]["failures"] == ours["failures"] == 1
+    assert ours["report"]["totals"]["failures"] == ours["kept_exact"] == 1
     assert ours["free"][0][-1] == ours["free_at_start"]
     assert ours["published"] == 0
+
+
+def test_a_compression_that_loses_too_much_is_not_used(run_engine):
+    engine = {"enable_prefix_caching": False}
+    strict, plain = request(0, 600, 6, kv_compression_max_error=1e-9), request(2000, 600, 6)
+    stock = run_engine(engine=engine, batches=[[request(0, 600, 6), request(2000, 600, 6)]])
+    ours = run_engine(engine={**engine, "additional_config": ON}, batches=[[strict, plain]])
+    assert ours["tokens"][0][0] == stock["tokens"][0][0]
+    assert ours["report"]["totals"]["kept_exact"] == ours["kept_exact"] == 1
+    assert [record["request_id"][:3] for record in ours["report"]["requests"]] == ["0-1"]
+    assert ours["free"][0][-1] == ours["free_at_start"]
 
 
 def test_an_aborted_request_returns_its_packed_blocks(run_engine):
