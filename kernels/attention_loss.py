@@ -92,6 +92,7 @@ def attention_loss(
         block_q=block_q,
         block_m=block_m,
         block_d=block_d,
+        num_stages=1,
     )
     loss = partial.sum(1) / num_queries
     if not with_grad:
@@ -105,12 +106,14 @@ def attention_loss(
         block_q=block_q,
         block_m=block_m,
         block_d=block_d,
+        num_stages=1,
     )
     return loss, grad
 
 
 def tiling(head_size: int) -> tuple[int, int, int]:
-    """Queries and keys of a tile, and the head size padded to a power of two. Three float32 tiles fit shared memory."""
+    """Queries and keys of a tile, and the head size padded to a power of two. Launched with one stage:
+    more float32 tiles than a stage's do not fit the shared memory of most GPUs."""
     block_d = max(16, triton.next_power_of_2(head_size))
     return (64, 64, block_d) if block_d <= 128 else (32, 32, block_d)
 

@@ -62,6 +62,7 @@ def attend(
         block_q=block_q,
         block_m=block_m,
         block_d=block_d,
+        num_stages=1,
     )
     return out, lse
 
@@ -100,6 +101,7 @@ def received(
         block_q=block_q,
         block_m=block_m,
         block_d=block_d,
+        num_stages=1,
     )
     return scores
 

@@ -57,7 +57,7 @@ def gram(
     m = keys.shape[1]
     check_problems(queries, shift, out, retained_mass, retained_sum, keys, values, sizes)
     block_q, block_m, block_d = tiling(head_size)
-    constants = {"head_size": head_size, "block_q": block_q, "block_m": block_m, "block_d": block_d}
+    constants = {"head_size": head_size, "block_q": block_q, "block_m": block_m, "block_d": block_d, "num_stages": 1}
     mass = queries.new_empty(batch, num_queries)
     residual = queries.new_empty(batch, num_queries, head_size)
     _residual[(triton.cdiv(num_queries, block_q), batch)](

@@ -156,6 +156,7 @@ def paged_attention(
         block_rows=block_rows,
         block_n=64 if head_size <= 128 else 32,
         block_d=block_d,
+        num_stages=1 if query.dtype == torch.float32 else 2,
     )
     if num_parts > 1:
         _merge[(tokens, heads)](
@@ -186,7 +187,7 @@ def _row_of(tile, query_start_loc, rows, block_t: tl.constexpr):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "rows", "tokens"])
 def _attend_pages(
     query, query_t, query_h,
     parts, parts_t, parts_h, parts_s,

@@ -68,6 +68,8 @@ def scatter(pages: Pages, index: Tensor, keys: Tensor, values: Tensor) -> None:
 def _check(pages: Pages, index: Tensor, head_size: int) -> None:
     check_head_size(head_size)
     check_tensors(pages.buffer, FLOATS, buffer=(pages.buffer, (None, None)))
+    if pages.buffer.stride(1) != 1:
+        raise ValueError(f"buffer: strides {pages.buffer.stride()} given, the last must be 1")
     check_tensors(pages.buffer, torch.int64, index=(index, (None,) * index.dim()))
 
 

@@ -123,6 +123,14 @@ _RULES = (
         Refusal("HiSparse", "it keeps the KV cache on the host", "remove hisparse_config from --attention-config"),
     ),
     _Rule(
+        lambda c: c.parallel_config.world_size > 1,
+        Refusal(
+            "tensor and pipeline parallelism",
+            "the ranks do not agree yet on whether a compression has succeeded",
+            "remove --tensor-parallel-size and --pipeline-parallel-size (data parallelism works)",
+        ),
+    ),
+    _Rule(
         lambda c: c.parallel_config.decode_context_parallel_size > 1,
         Refusal(
             "decode context parallelism",

@@ -135,7 +135,7 @@ class SculptSchedulerMixin(SchedulerHooks):
         than the packed prefix takes, compression would cost memory.
         """
         pool, blocks = self.kv_cache_manager.block_pool, self._blocks(request.request_id)
-        if sum(block.ref_cnt == 1 for block in blocks[: span.blocks]) < span.packed_blocks:
+        if not self._comes_free(request.request_id, span):
             return None
         free = pool.get_num_free_blocks()
         if free < span.packed_blocks:
@@ -176,7 +176,10 @@ class SculptSchedulerMixin(SchedulerHooks):
 
     def _commit_solved(self) -> Iterator[CommitCommand]:
         for request_id in [request_id for request_id, pending in self._pending.items() if pending.solved]:
-            yield self._commit(request_id, self._pending.pop(request_id))
+            if self._comes_free(request_id, self._pending[request_id].span):
+                yield self._commit(request_id, self._pending.pop(request_id))
+            else:  # others have come to share its blocks meanwhile
+                self._drop(request_id)
 
     def _commit(self, request_id: str, pending: Pending) -> CommitCommand:
         """Rewrite the request's block list."""
@@ -195,6 +198,10 @@ class SculptSchedulerMixin(SchedulerHooks):
             blocks_freed=pool.get_num_free_blocks() - free_before - span.packed_blocks,
             steps_waited=self._steps_waited.pop(request_id, 0),
         )
+
+    def _comes_free(self, request_id: str, span: spans.Span) -> bool:
+        """Whether letting go of the span's blocks frees at least as many as the packed prefix takes."""
+        return sum(block.ref_cnt == 1 for block in self._blocks(request_id)[: span.blocks]) >= span.packed_blocks
 
     def _blocks(self, request_id: str) -> list[KVCacheBlock]:
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers

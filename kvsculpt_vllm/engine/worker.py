@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from copy import copy
 from dataclasses import asdict
+from traceback import extract_tb
 from typing import Any
 
 from vllm.config import get_layers_from_vllm_config
@@ -40,6 +41,12 @@ class AnsweringOutput(AsyncModelRunnerOutput):
         return _answering(self._output.get_output(), self._answers)
 
 
+def _raised_at(error: Exception) -> tuple[str, int | None]:
+    """File and line that an exception came from."""
+    frame = extract_tb(error.__traceback__)[-1]
+    return frame.filename, frame.lineno
+
+
 def _answering(output: ModelRunnerOutput, answers: list[Solved]) -> ModelRunnerOutput:
     output = copy(output)  # vLLM shares one empty output among steps
     attach(output, answers)
@@ -58,7 +65,7 @@ class SculptCPUWorker(CPUWorker):
         self._records: deque[CompressionRecord] = deque(maxlen=RECORDS_KEPT)
         self._totals: Counter[str] = Counter()
         self._answers: list[Solved] = []
-        self._causes: set[str] = set()
+        self._failed_at: set[tuple[str, int | None]] = set()
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Bind the layers once the KV cache exists."""
@@ -111,16 +118,16 @@ class SculptCPUWorker(CPUWorker):
         # Whatever it was (no memory, a matrix that cannot be factored, a bug): the request's own blocks are as they
         # were, so it goes on with them, and so do all others.
         except Exception as error:
-            cause = f"{type(error).__name__}: {error}"
+            cause, where = f"{type(error).__name__}: {error}", _raised_at(error)
             self._totals["failures"] += 1
             if self.is_driver_worker:
                 logger.warning(
                     "kvsculpt: request %s stays exact, its compression failed: %s",
                     command.request_id,
                     cause,
-                    exc_info=cause not in self._causes,  # the traceback once
+                    exc_info=where not in self._failed_at,  # the traceback once
                 )
-            self._causes.add(cause)
+            self._failed_at.add(where)
             return Solved(command.request_id, command.attempt, failure=cause)
         return Solved(command.request_id, command.attempt)
 

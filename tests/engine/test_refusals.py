@@ -47,7 +47,7 @@ def supported() -> SimpleNamespace:
             prefix_match_unit=None,
         ),
         parallel_config=SimpleNamespace(
-            decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False
+            world_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False
         ),
         model_config=SimpleNamespace(
             hf_text_config=SimpleNamespace(model_type="llama"),
@@ -77,6 +77,7 @@ CASES = [
     ("kv_transfer_config", object(), "KV connectors"),
     ("cache_config.kv_offloading_size", 1.0, "KV connectors and KV offloading"),
     ("attention_config.hisparse_config", object(), "HiSparse"),
+    ("parallel_config.world_size", 2, "tensor and pipeline parallelism"),
     ("parallel_config.decode_context_parallel_size", 2, "decode context parallelism"),
     ("parallel_config.prefill_context_parallel_size", 2, "prefill context parallelism"),
     ("parallel_config.use_ubatching", True, "dual batch overlap"),
