@@ -1,0 +1,70 @@
+"""Every kernel compiles for an H100, without one, and fits its shared memory: the interpreter checks neither."""
+
+import pytest
+import triton
+from kvsculpt_vllm.kernels import attention_loss, attention_scores, gram, paged_attention, pages
+from triton import compile as compile_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing is compiled")
+
+H100 = GPUTarget("cuda", 90, 32)
+SHARED_BYTES = 227 << 10
+FLOAT32, BF16, INT64, INT32 = "*fp32", "*bf16", "*i64", "*i32"
+OTHERS = {"sizes": INT64, "lse_weight": "fp32"}  # of the solver's kernels; what has no strides is a plain number
+PAGED = {
+    **{"query": BF16, "buffer": BF16, "parts": FLOAT32, "lse": FLOAT32, "bias": FLOAT32, "scale": "fp32"},
+    **{"cell_pages": INT64, "slot_of_block": INT64, "starts": INT64, "lengths": INT64, "span_blocks": INT64},
+    **{"block_table": INT32, "query_start_loc": INT32, "seq_lens": INT32},
+}
+
+
+def shared_bytes(kernel, types, constants, num_stages):
+    """Shared memory of `kernel` compiled for an H100; arguments not in `types` are 32-bit integers."""
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    compiled = compile_kernel(ASTSource(kernel, signature, places), target=H100, options={"num_stages": num_stages})
+    return compiled.metadata.shared
+
+
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        attention_loss._forward,
+        attention_loss._backward,
+        gram._residual,
+        gram._products,
+        attention_scores._attend,
+        attention_scores._received,
+    ],
+    ids=lambda kernel: kernel.fn.__qualname__,
+)
+def test_the_solvers_kernels(kernel, head_size):
+    block_q, block_m, block_d = attention_loss.tiling(head_size)
+    constants = {"head_size": head_size, "block_q": block_q, "block_m": block_m, "block_d": block_d}
+    if "tiny" in kernel.arg_names:
+        constants["tiny"] = attention_loss.TINY
+    # A tensor's strides follow it, as `queries_b`.
+    tensors = [name for name in kernel.arg_names if any(other.startswith(f"{name}_") for other in kernel.arg_names)]
+    types = dict.fromkeys([*tensors, "out_norm", "partial", "mass_out"], FLOAT32) | OTHERS
+    assert shared_bytes(kernel, types, constants, num_stages=1) <= SHARED_BYTES
+
+
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+def test_paged_attention(head_size):
+    constants = {
+        **{"num_kv_heads": 8, "group": 4, "head_size": head_size, "block_size": 16, "has_bias": False},
+        **{"in_parts": True, "widen": False, "block_t": 1, "block_rows": 16},
+        **{"block_n": 64 if head_size <= 128 else 32, "block_d": head_size},
+    }
+    assert shared_bytes(paged_attention._attend_pages, PAGED, constants, num_stages=2) <= SHARED_BYTES
+    merge = {"head_size": head_size, "block_d": head_size, "block_parts": 16}
+    shared_bytes(paged_attention._merge, {"parts": FLOAT32, "lse": FLOAT32, "out": BF16}, merge, num_stages=2)
+
+
+@pytest.mark.parametrize("out_of_pages", [True, False])
+def test_page_copies(out_of_pages):
+    constants = {"block_size": 16, "head_size": 96, "block_n": 16, "block_d": 128, "out_of_pages": out_of_pages}
+    shared_bytes(pages._copy, {"buffer": BF16, "index": INT64, "keys": BF16, "values": BF16}, constants, num_stages=2)
