@@ -100,7 +100,7 @@ def main(
 
 
 def _draw(path: Path, kl: dict[tuple[str, str], dict[float, float]]) -> Path:
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
     for origin, numbers, style in (("paper", PAPER, "--"), ("ours", kl, "-")):
         for (method, budget), values in numbers.items():
             axes.plot(
@@ -108,7 +108,7 @@ def _draw(path: Path, kl: dict[tuple[str, str], dict[float, float]]) -> Path:
             )
     axes.set(yscale="log", xlabel="keep ratio", ylabel="mean KL(full || compressed), nats")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
