@@ -127,7 +127,7 @@ _RULES = (
         Refusal(
             "tensor and pipeline parallelism",
             "the ranks do not agree yet on whether a compression has succeeded",
-            "remove --tensor-parallel-size and --pipeline-parallel-size (data parallelism works)",
+            "remove --tensor-parallel-size and --pipeline-parallel-size",
         ),
     ),
     _Rule(

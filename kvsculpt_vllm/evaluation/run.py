@@ -28,8 +28,7 @@ from kvsculpt_vllm.evaluation.retrieval import Found, Retrieval
 from kvsculpt_vllm.evaluation.tasks import TASKS, Sample, samples
 from kvsculpt_vllm.evaluation.texts import Passage, passages, read_text
 from kvsculpt_vllm.sculpt.effort import EFFORTS
-
-BUDGETS = ("uniform", "adaptive")
+from kvsculpt_vllm.sculpt.survey import BUDGETS
 
 COLUMNS = {
     "kept_fraction": ("kept\nfraction", "{:.3f}"),

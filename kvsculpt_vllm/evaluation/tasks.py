@@ -130,7 +130,7 @@ def _sample(
         parts, hidden = list(sentences[:number]), zip(depths, task.facts, strict=True)
         for depth, fact in sorted(hidden, reverse=True):
             parts.insert(round(depth * number), fact)
-        before, _, after = _chat(tokenizer, f"{INTRODUCTION}\n\n{' '.join(parts)}\n\n", task.question)
+        before, after = _chat(tokenizer, f"{INTRODUCTION}\n\n{' '.join(parts)}\n\n", task.question)
         return tokens(before), after
 
     few, many = 0, len(sentences)  # the most sentences that fit, by bisection
@@ -146,16 +146,16 @@ def _sample(
     return Sample(before, tokens(after + task.answer_starts), task.references, task.limit)
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, text: str, question: str) -> tuple[str, str, str]:
-    """The conversation so far, nothing, and what follows: the question and the start of the answer's turn."""
+def _chat(tokenizer: PreTrainedTokenizerBase, text: str, question: str) -> tuple[str, str]:
+    """The conversation so far, and what follows: the question and the start of the answer's turn."""
     if tokenizer.chat_template is None:
-        return text, "", f"{question}\n"
+        return text, f"{question}\n"
     mark = "\x00"
     conversation = [{"role": "user", "content": f"{text}{mark}{question}"}]
     before, _, after = tokenizer.apply_chat_template(
         conversation, tokenize=False, add_generation_prompt=True
     ).partition(mark)
-    return before, "", after
+    return before, after
 
 
 def score(answer: str, references: Sequence[str]) -> float:

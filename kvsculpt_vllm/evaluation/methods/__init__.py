@@ -11,16 +11,15 @@ from kvsculpt_vllm.evaluation.methods.attention_matching import (
     attention_matching_omp,
     attention_matching_our_budgets,
 )
-from kvsculpt_vllm.evaluation.methods.base import Method
+from kvsculpt_vllm.evaluation.methods.base import Method, surveyed
 from kvsculpt_vllm.evaluation.methods.expected_attention import expected_attention
 from kvsculpt_vllm.evaluation.methods.keydiff import keydiff
 from kvsculpt_vllm.evaluation.methods.kvsculpt_paper import kvsculpt_paper
 from kvsculpt_vllm.evaluation.methods.random_choice import random_choice
-from kvsculpt_vllm.evaluation.methods.sculpted import sculpted
 from kvsculpt_vllm.evaluation.methods.snapkv import snapkv
 from kvsculpt_vllm.sculpt.survey import METHODS as OURS
 
-METHODS: dict[str, Method] = {name: sculpted(name) for name in OURS} | {
+METHODS: dict[str, Method] = {name: surveyed(name) for name in OURS} | {
     "attention_matching": attention_matching,
     "attention_matching_omp": attention_matching_omp,
     "attention_matching_our_budgets": attention_matching_our_budgets,

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from kvsculpt_vllm.evaluation.methods.base import ToPages
+from kvsculpt_vllm.evaluation.methods.base import ToPages, heads_to_fit
 from kvsculpt_vllm.evaluation.methods.biased import BiasedCompressed
 from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.compress import fit
@@ -57,15 +57,11 @@ def attention_matching_omp(problems: Problems, plan: PagePlan, budget: str, effo
 
 def _match(problems: Problems, plan: PagePlan, found: Survey, effort: Effort, pursue: bool = False) -> BiasedCompressed:
     selected = fit(problems, plan, found, "select", effort)
-    fitted = BiasedCompressed(**vars(selected), biases=[torch.zeros(len(k)) for k in selected.keys])
-    rows = problems.thin_rows(effort.fit_positions * problems.group)
-    fitted_on, teachers = problems.with_rows(rows), found.ranking.with_rows(rows)
-    for b, keys in enumerate(selected.keys):
-        if len(keys) == problems.num_entries:
-            fitted.biases[b] = fitted.biases[b].to(keys.device)
-            continue
-        index = torch.tensor([b], device=keys.device)
-        own, teacher = fitted_on.take(index), teachers.take(index)
+    # A bias of 0 for the heads that keep everything.
+    biases = [torch.zeros(len(keys), device=keys.device) for keys in selected.keys]
+    fitted = BiasedCompressed(**vars(selected), biases=biases)
+    for b, own, teacher in heads_to_fit(problems, found, selected.keys, effort):
+        keys = selected.keys[b]
         train, held_out = (_with_bias(part) for part in Target.split(own, teacher.teacher_out, teacher.teacher_lse))
         with fast_matmul():
             if pursue:

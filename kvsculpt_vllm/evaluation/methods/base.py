@@ -1,15 +1,18 @@
-"""What a method is, and those that only choose entries."""
+"""What a method is, and what several of them do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
 
 from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.compress import Compressed, fit
 from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.problem import Problems
-from kvsculpt_vllm.sculpt.selection import Score
-from kvsculpt_vllm.sculpt.survey import survey
+from kvsculpt_vllm.sculpt.selection import Ranking, Score, by_attention
+from kvsculpt_vllm.sculpt.survey import Survey, survey
 
 ToPages = Callable[[PagePlan], Compressed]
 """Compresses the problems it was prepared for to the total of a plan, which may differ from call to call."""
@@ -18,11 +21,27 @@ Method = Callable[[Problems, PagePlan, str, Effort], ToPages]
 """Does, for problems, a budget rule and an effort, what serves any number of pages; the plan's total plays no part."""
 
 
-def selection(score: Score) -> Method:
-    """Keep the entries with the highest score, exactly."""
+def surveyed(name: str, score: Score = by_attention) -> Method:
+    """Method `name` of `sculpt.compress` (select, select_fit or sculpt), by the very calls that the engine makes; the
+    entries with the highest `score` come first.
+    """
 
     def prepare(problems: Problems, plan: PagePlan, budget: str, effort: Effort) -> ToPages:
-        found = survey(problems, plan, "select", budget, effort, score)
-        return lambda plan: fit(problems, plan, found, "select", effort)
+        found = survey(problems, plan, name, budget, effort, score)
+        return lambda plan: fit(problems, plan, found, name, effort)
 
     return prepare
+
+
+def heads_to_fit(
+    problems: Problems, found: Survey, kept: Sequence[Tensor], effort: Effort
+) -> Iterator[tuple[int, Problems, Ranking]]:
+    """The heads of which `kept` holds less than everything, one by one: their number, their problem and its teacher,
+    both on the queries of about `effort.fit_positions`.
+    """
+    rows = problems.thin_rows(effort.fit_positions * problems.group)
+    fitted_on, teachers = problems.with_rows(rows), found.ranking.with_rows(rows)
+    for b, keys in enumerate(kept):
+        if len(keys) < problems.num_entries:
+            index = torch.tensor([b], device=keys.device)
+            yield b, fitted_on.take(index), teachers.take(index)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvsculpt_vllm.evaluation.methods.base import ToPages, selection
+from kvsculpt_vllm.evaluation.methods.base import ToPages, surveyed
 from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.problem import Problems
@@ -19,7 +19,7 @@ def expected_attention(problems: Problems, plan: PagePlan, budget: str, effort: 
     positions after its end. The paper rotates the moments of the unrotated queries by the mean rotation instead;
     those of the rotated queries describe the same distribution without that approximation.
     """
-    return selection(_expected)(problems, plan, budget, effort)
+    return surveyed("select", _expected)(problems, plan, budget, effort)
 
 
 def _expected(problems: Problems, teacher: Teacher) -> Tensor:

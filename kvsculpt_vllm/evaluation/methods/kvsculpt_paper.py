@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from kvsculpt_vllm.evaluation.methods.base import ToPages
+from kvsculpt_vllm.evaluation.methods.base import ToPages, heads_to_fit
 from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.compress import Compressed, fit
 from kvsculpt_vllm.sculpt.effort import Effort
@@ -37,13 +37,8 @@ def kvsculpt_paper(problems: Problems, plan: PagePlan, budget: str, effort: Effo
 
 def _as_published(problems: Problems, plan: PagePlan, found: Survey, effort: Effort) -> Compressed:
     fitted = fit(problems, plan, found, "select", effort)
-    rows = problems.thin_rows(effort.fit_positions * problems.group)
-    fitted_on, teachers = problems.with_rows(rows), found.ranking.with_rows(rows)
-    for b, keys in enumerate(fitted.keys):
-        if len(keys) == problems.num_entries:
-            continue
-        index = torch.tensor([b], device=keys.device)
-        own, teacher = fitted_on.take(index), teachers.take(index)
+    for b, own, teacher in heads_to_fit(problems, found, fitted.keys, effort):
+        keys = fitted.keys[b]
         none = torch.zeros_like(own.held_out)
         everything, _ = Target.split(dataclasses.replace(own, held_out=none), teacher.teacher_out, teacher.teacher_lse)
         _, held_out = Target.split(own, teacher.teacher_out, teacher.teacher_lse)

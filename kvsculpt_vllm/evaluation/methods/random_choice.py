@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvsculpt_vllm.evaluation.methods.base import ToPages, selection
+from kvsculpt_vllm.evaluation.methods.base import ToPages, surveyed
 from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.problem import Problems
@@ -19,4 +19,4 @@ def random_choice(problems: Problems, plan: PagePlan, budget: str, effort: Effor
     def score(part: Problems, teacher: Teacher) -> Tensor:
         return torch.rand(part.keys.shape[:2], generator=generator).to(part.keys.device)
 
-    return selection(score)(problems, plan, budget, effort)
+    return surveyed("select", score)(problems, plan, budget, effort)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
-from kvsculpt_vllm.evaluation.methods.base import ToPages, selection
+from kvsculpt_vllm.evaluation.methods.base import ToPages, surveyed
 from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.problem import Problems
@@ -21,7 +21,7 @@ def snapkv(problems: Problems, plan: PagePlan, budget: str, effort: Effort) -> T
 
     The window is the prompt's last 64 positions, whose real queries every problem has.
     """
-    return selection(_observed)(problems, plan, budget, effort)
+    return surveyed("select", _observed)(problems, plan, budget, effort)
 
 
 def _observed(problems: Problems, teacher: Teacher) -> Tensor:
