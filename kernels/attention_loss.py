@@ -18,10 +18,18 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from kvsculpt_vllm.kernels.checks import check_head_size, check_tensors
+from kvsculpt_vllm.kernels.checks import check_tensors
+from kvsculpt_vllm.kernels.tiles import (
+    TINY,
+    attend_tile,
+    check_problems,
+    load_queries,
+    load_rows,
+    relative_weights,
+    tiling,
+    with_strides,
+)
 from torch import Tensor
-
-TINY = torch.finfo(torch.float32).tiny
 
 
 def attention_loss_twin(
@@ -75,8 +83,8 @@ def attention_loss(
     m = keys.shape[1]
     check_problems(queries, shift, out, retained_mass, retained_sum, keys, values, sizes)
     check_tensors(queries, torch.float32, out_norm=(out_norm, (batch,)))
-    block_q, block_m, block_d = tiling(head_size)
-    blocks = triton.cdiv(num_queries, block_q)
+    constants = tiling(head_size)
+    blocks = triton.cdiv(num_queries, constants["block_q"])
     partial = queries.new_empty(batch, blocks)
     pull = queries.new_empty(batch, num_queries, head_size)  # a
     push = queries.new_empty(batch, num_queries)  # c
@@ -87,49 +95,20 @@ def attention_loss(
         partial,
         num_queries,
         lse_weight,
-        head_size=head_size,
         tiny=TINY,
-        block_q=block_q,
-        block_m=block_m,
-        block_d=block_d,
-        num_stages=1,
+        **constants,
     )
     loss = partial.sum(1) / num_queries
     if not with_grad:
         return loss, None
     grad = torch.zeros_like(keys, memory_format=torch.contiguous_format)
-    _backward[(triton.cdiv(m, block_m), batch)](
+    _backward[(triton.cdiv(m, constants["block_m"]), batch)](
         *with_strides(queries, shift, keys, values, pull, push, grad),
         sizes,
         num_queries,
-        head_size=head_size,
-        block_q=block_q,
-        block_m=block_m,
-        block_d=block_d,
-        num_stages=1,
+        **constants,
     )
     return loss, grad
-
-
-def tiling(head_size: int) -> tuple[int, int, int]:
-    """Queries and keys of a tile, and the head size padded to a power of two. Launched with one stage:
-    more float32 tiles than a stage's do not fit the shared memory of most GPUs."""
-    block_d = max(16, triton.next_power_of_2(head_size))
-    return (64, 64, block_d) if block_d <= 128 else (32, 32, block_d)
-
-
-@triton.jit
-def load_rows(base, row_stride, rows, count, columns, width):
-    """A tile (rows, columns) with zeros outside; columns are contiguous."""
-    inside = (rows[:, None] < count) & (columns[None, :] < width)
-    return tl.load(base + rows[:, None] * row_stride + columns[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def relative_weights(q, k, z, columns, size):
-    """e^(q·k - z), 0 for columns that are padding."""
-    logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") - z[:, None]
-    return tl.where(columns[None, :] < size, tl.exp(logits), 0.0)
 
 
 @triton.jit
@@ -151,20 +130,14 @@ def _forward(
     block, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     rows, d = block * block_q + tl.arange(0, block_q), tl.arange(0, block_d)
     inside = rows < num_queries
-    q = load_rows(queries + b * queries_b, queries_q, rows, num_queries, d, head_size)
-    z = tl.load(shift + b * shift_b + rows * shift_q, mask=inside, other=0.0)
-    size = tl.load(sizes + b)
-    summed = load_rows(retained_sum + b * retained_sum_b, retained_sum_q, rows, num_queries, d, head_size)
-    mass = tl.load(retained_mass + b * retained_mass_b + rows * retained_mass_q, mask=inside, other=1.0)
-    for first in range(0, size, block_m):
-        columns = first + tl.arange(0, block_m)
-        k = load_rows(keys + b * keys_b, keys_m, columns, size, d, head_size)
-        v = load_rows(values + b * values_b, values_m, columns, size, d, head_size)
-        w = relative_weights(q, k, z, columns, size)
-        mass += tl.sum(w, 1)
-        summed += tl.dot(w, v, input_precision="tf32")
-    mass = tl.maximum(mass, tiny)
-    given = summed / mass[:, None]
+    q, z = load_queries(
+        queries + b * queries_b, queries_q, shift + b * shift_b, shift_q, rows, num_queries, d, head_size
+    )
+    mass, given = attend_tile(
+        q, z, keys + b * keys_b, keys_m, values + b * values_b, values_m,
+        retained_mass + b * retained_mass_b, retained_mass_q, retained_sum + b * retained_sum_b, retained_sum_q,
+        rows, num_queries, tl.load(sizes + b), d, tiny, "tf32", head_size, block_m,
+    )  # fmt: skip
     error = given - load_rows(out + b * out_b, out_q, rows, num_queries, d, head_size)
     norm, lse_error = tl.load(out_norm + b), tl.log(mass)
     each = tl.sum(error * error, 1) / norm + lse_weight * lse_error * lse_error
@@ -200,8 +173,9 @@ def _backward(
         for first in range(0, num_queries, block_q):
             rows = first + tl.arange(0, block_q)
             inside = rows < num_queries
-            q = load_rows(queries + b * queries_b, queries_q, rows, num_queries, d, head_size)
-            z = tl.load(shift + b * shift_b + rows * shift_q, mask=inside, other=0.0)
+            q, z = load_queries(
+                queries + b * queries_b, queries_q, shift + b * shift_b, shift_q, rows, num_queries, d, head_size
+            )
             a = load_rows(pull + b * pull_b, pull_q, rows, num_queries, d, head_size)
             c = tl.load(push + b * push_b + rows * push_q, mask=inside, other=0.0)
             w = relative_weights(q, k, z, columns, size)
@@ -212,41 +186,3 @@ def _backward(
             gradient,
             mask=(columns[:, None] < size) & (d[None, :] < head_size),
         )
-
-
-def check_problems(
-    queries: Tensor,
-    shift: Tensor,
-    out: Tensor,
-    retained_mass: Tensor,
-    retained_sum: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    sizes: Tensor,
-) -> None:
-    """Raises ValueError for a shape, dtype, device or head size that does not fit."""
-    batch, num_queries, head_size = queries.shape
-    by_query, by_entry = (batch, num_queries, head_size), (batch, keys.shape[1], head_size)
-    check_head_size(head_size)
-    check_tensors(
-        queries,
-        torch.float32,
-        queries=(queries, by_query),
-        shift=(shift, by_query[:2]),
-        out=(out, by_query),
-        retained_mass=(retained_mass, by_query[:2]),
-        retained_sum=(retained_sum, by_query),
-        keys=(keys, by_entry),
-        values=(values, by_entry),
-    )
-    check_tensors(queries, (torch.int32, torch.int64), sizes=(sizes, (batch,)))
-
-
-def with_strides(*tensors: Tensor) -> list[Tensor | int]:
-    """Each tensor, its strides of the first two dimensions; a last dimension must be contiguous."""
-    flat: list[Tensor | int] = []
-    for tensor in tensors:
-        if tensor.dim() == 3 and tensor.stride(2) != 1:
-            tensor = tensor.contiguous()
-        flat += [tensor, tensor.stride(0), tensor.stride(1)]
-    return flat

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from kvsculpt_vllm.kernels.attention_loss import load_rows, tiling, with_strides
 from kvsculpt_vllm.kernels.checks import check_head_size, check_tensors
+from kvsculpt_vllm.kernels.tiles import load_rows, tiling, with_strides
 from torch import Tensor
 
 
@@ -52,17 +52,13 @@ def attend(
     )
     if n == 0:
         raise ValueError("keys: none given, at least one is needed")
-    block_q, block_m, block_d = tiling(head_size)
+    constants = tiling(head_size)
     out, lse = torch.empty_like(queries, memory_format=torch.contiguous_format), queries.new_empty(batch, num_queries)
-    _attend[(triton.cdiv(num_queries, block_q), batch)](
+    _attend[(triton.cdiv(num_queries, constants["block_q"]), batch)](
         *with_strides(queries, keys, values, out, lse),
         num_queries,
         n,
-        head_size=head_size,
-        block_q=block_q,
-        block_m=block_m,
-        block_d=block_d,
-        num_stages=1,
+        **constants,
     )
     return out, lse
 
@@ -90,18 +86,14 @@ def received(
     )
     if power < 1:
         raise ValueError(f"power: {power} given, at least 1 is needed")
-    block_q, block_m, block_d = tiling(head_size)
+    constants = tiling(head_size)
     scores = queries.new_empty(batch, n)
-    _received[(triton.cdiv(n, block_m), batch)](
+    _received[(triton.cdiv(n, constants["block_m"]), batch)](
         *with_strides(queries, lse, keys, scores),
         num_queries,
         n,
         power,
-        head_size=head_size,
-        block_q=block_q,
-        block_m=block_m,
-        block_d=block_d,
-        num_stages=1,
+        **constants,
     )
     return scores
 

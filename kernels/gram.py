@@ -15,7 +15,16 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from kvsculpt_vllm.kernels.attention_loss import TINY, check_problems, load_rows, relative_weights, tiling, with_strides
+from kvsculpt_vllm.kernels.tiles import (
+    TINY,
+    attend_tile,
+    check_problems,
+    load_queries,
+    load_rows,
+    relative_weights,
+    tiling,
+    with_strides,
+)
 from torch import Tensor
 
 
@@ -56,18 +65,17 @@ def gram(
     batch, num_queries, head_size = queries.shape
     m = keys.shape[1]
     check_problems(queries, shift, out, retained_mass, retained_sum, keys, values, sizes)
-    block_q, block_m, block_d = tiling(head_size)
-    constants = {"head_size": head_size, "block_q": block_q, "block_m": block_m, "block_d": block_d, "num_stages": 1}
+    constants = tiling(head_size)
     mass = queries.new_empty(batch, num_queries)
     residual = queries.new_empty(batch, num_queries, head_size)
-    _residual[(triton.cdiv(num_queries, block_q), batch)](
+    _residual[(triton.cdiv(num_queries, constants["block_q"]), batch)](
         *with_strides(queries, shift, out, retained_mass, retained_sum, keys, values, mass, residual),
         sizes,
         num_queries,
         tiny=TINY,
         **constants,
     )
-    blocks = triton.cdiv(m, block_m)
+    blocks = triton.cdiv(m, constants["block_m"])
     system = queries.new_zeros(batch, m, m)
     right = queries.new_zeros(batch, m, head_size)
     _products[(blocks * (blocks + 1) // 2 + blocks, batch)](
@@ -98,20 +106,15 @@ def _residual(
     b = tl.program_id(1).to(tl.int64)
     rows, d = tl.program_id(0) * block_q + tl.arange(0, block_q), tl.arange(0, block_d)
     inside = rows < num_queries
-    q = load_rows(queries + b * queries_b, queries_q, rows, num_queries, d, head_size)
-    z = tl.load(shift + b * shift_b + rows * shift_q, mask=inside, other=0.0)
-    size = tl.load(sizes + b)
-    summed = load_rows(retained_sum + b * retained_sum_b, retained_sum_q, rows, num_queries, d, head_size)
-    mass = tl.load(retained_mass + b * retained_mass_b + rows * retained_mass_q, mask=inside, other=1.0)
-    for first in range(0, size, block_m):
-        columns = first + tl.arange(0, block_m)
-        k = load_rows(keys + b * keys_b, keys_m, columns, size, d, head_size)
-        v = load_rows(values + b * values_b, values_m, columns, size, d, head_size)
-        w = relative_weights(q, k, z, columns, size)
-        mass += tl.sum(w, 1)
-        summed += tl.dot(w, v, input_precision="tf32x3")
-    mass = tl.maximum(mass, tiny)
-    left = load_rows(out + b * out_b, out_q, rows, num_queries, d, head_size) - summed / mass[:, None]
+    q, z = load_queries(
+        queries + b * queries_b, queries_q, shift + b * shift_b, shift_q, rows, num_queries, d, head_size
+    )
+    mass, given = attend_tile(
+        q, z, keys + b * keys_b, keys_m, values + b * values_b, values_m,
+        retained_mass + b * retained_mass_b, retained_mass_q, retained_sum + b * retained_sum_b, retained_sum_q,
+        rows, num_queries, tl.load(sizes + b), d, tiny, "tf32x3", head_size, block_m,
+    )  # fmt: skip
+    left = load_rows(out + b * out_b, out_q, rows, num_queries, d, head_size) - given
     tl.store(mass_out + b * mass_b + rows * mass_q, mass, mask=inside)
     tl.store(
         residual + b * residual_b + rows[:, None] * residual_q + d[None, :],
@@ -151,8 +154,9 @@ def _products(
             for first in range(0, num_queries, block_q):
                 rows = first + tl.arange(0, block_q)
                 inside = rows < num_queries
-                q = load_rows(queries + b * queries_b, queries_q, rows, num_queries, d, head_size)
-                z = tl.load(shift + b * shift_b + rows * shift_q, mask=inside, other=0.0)
+                q, z = load_queries(
+                    queries + b * queries_b, queries_q, shift + b * shift_b, shift_q, rows, num_queries, d, head_size
+                )
                 # A row beyond the last query weighs nothing.
                 share = 1.0 / tl.load(mass + b * mass_b + rows * mass_q, mask=inside, other=float("inf"))
                 p_down = relative_weights(q, k_down, z, down, size) * share[:, None]
@@ -172,8 +176,9 @@ def _products(
             for first in range(0, num_queries, block_q):
                 rows = first + tl.arange(0, block_q)
                 inside = rows < num_queries
-                q = load_rows(queries + b * queries_b, queries_q, rows, num_queries, d, head_size)
-                z = tl.load(shift + b * shift_b + rows * shift_q, mask=inside, other=0.0)
+                q, z = load_queries(
+                    queries + b * queries_b, queries_q, shift + b * shift_b, shift_q, rows, num_queries, d, head_size
+                )
                 share = 1.0 / tl.load(mass + b * mass_b + rows * mass_q, mask=inside, other=float("inf"))
                 e = load_rows(residual + b * residual_b, residual_q, rows, num_queries, d, head_size)
                 p = relative_weights(q, k, z, down, size) * share[:, None]

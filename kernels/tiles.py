@@ -1,0 +1,102 @@
+"""What the solver's kernels share: tiles of queries and entries, the weights between them, and what is checked first.
+
+All of them take tensors with the strides of their first two dimensions behind each (`with_strides`).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from kvsculpt_vllm.kernels.checks import check_head_size, check_tensors
+from torch import Tensor
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+def tiling(head_size: int) -> dict[str, int]:
+    """Constants of a launch: the head size, queries and keys of a tile, the head size padded to a power of two, and
+    one stage: more float32 tiles than a stage's do not fit the shared memory of most GPUs.
+    """
+    block_d = max(16, triton.next_power_of_2(head_size))
+    block = 64 if block_d <= 128 else 32
+    return {"head_size": head_size, "block_q": block, "block_m": block, "block_d": block_d, "num_stages": 1}
+
+
+def check_problems(
+    queries: Tensor,
+    shift: Tensor,
+    out: Tensor,
+    retained_mass: Tensor,
+    retained_sum: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    sizes: Tensor,
+) -> None:
+    """Raises ValueError for a shape, dtype, device or head size that does not fit."""
+    batch, num_queries, head_size = queries.shape
+    by_query, by_entry = (batch, num_queries, head_size), (batch, keys.shape[1], head_size)
+    check_head_size(head_size)
+    check_tensors(
+        queries,
+        torch.float32,
+        queries=(queries, by_query),
+        shift=(shift, by_query[:2]),
+        out=(out, by_query),
+        retained_mass=(retained_mass, by_query[:2]),
+        retained_sum=(retained_sum, by_query),
+        keys=(keys, by_entry),
+        values=(values, by_entry),
+    )
+    check_tensors(queries, (torch.int32, torch.int64), sizes=(sizes, (batch,)))
+
+
+def with_strides(*tensors: Tensor) -> list[Tensor | int]:
+    """Each tensor, its strides of the first two dimensions; a last dimension must be contiguous."""
+    flat: list[Tensor | int] = []
+    for tensor in tensors:
+        if tensor.dim() == 3 and tensor.stride(2) != 1:
+            tensor = tensor.contiguous()
+        flat += [tensor, tensor.stride(0), tensor.stride(1)]
+    return flat
+
+
+@triton.jit
+def load_rows(base, row_stride, rows, count, columns, width):
+    """A tile (rows, columns) with zeros outside; columns are contiguous."""
+    inside = (rows[:, None] < count) & (columns[None, :] < width)
+    return tl.load(base + rows[:, None] * row_stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def relative_weights(q, k, z, columns, size):
+    """e^(q·k - z), 0 for columns that are padding."""
+    logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") - z[:, None]
+    return tl.where(columns[None, :] < size, tl.exp(logits), 0.0)
+
+
+@triton.jit
+def load_queries(queries, queries_q, shift, shift_q, rows, count, columns, width):
+    """A tile of queries and their shifts, 0 for rows beyond the last."""
+    q = load_rows(queries, queries_q, rows, count, columns, width)
+    return q, tl.load(shift + rows * shift_q, mask=rows < count, other=0.0)
+
+
+@triton.jit
+def attend_tile(
+    q, z, keys, keys_m, values, values_m, retained_mass, retained_mass_q, retained_sum, retained_sum_q,
+    rows, num_queries, size, d, tiny: tl.constexpr, precision: tl.constexpr,
+    head_size: tl.constexpr, block_m: tl.constexpr,
+):  # fmt: skip
+    """Mass M (at least `tiny`) and output o of a tile of queries over a problem's entries and the retained ones."""
+    summed = load_rows(retained_sum, retained_sum_q, rows, num_queries, d, head_size)
+    mass = tl.load(retained_mass + rows * retained_mass_q, mask=rows < num_queries, other=1.0)
+    for first in range(0, size, block_m):
+        columns = first + tl.arange(0, block_m)
+        k = load_rows(keys, keys_m, columns, size, d, head_size)
+        v = load_rows(values, values_m, columns, size, d, head_size)
+        w = relative_weights(q, k, z, columns, size)
+        mass += tl.sum(w, 1)
+        summed += tl.dot(w, v, input_precision=precision)
+    mass = tl.maximum(mass, tiny)
+    return mass, summed / mass[:, None]
