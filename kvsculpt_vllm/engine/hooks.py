@@ -28,7 +28,7 @@ from kvsculpt_vllm.engine.request_checks import install_request_checks
 # vLLM sets up handlers for its own loggers only.
 logger = init_logger("vllm.kvsculpt")
 
-WORKER = "kvsculpt_vllm.engine.worker.SculptCPUWorker"
+WORKER = "kvsculpt_vllm.engine.worker_cpu.SculptCPUWorker"
 SCHEDULER = "kvsculpt_vllm.engine.scheduler.SculptScheduler"
 ASYNC_SCHEDULER = "kvsculpt_vllm.engine.scheduler.SculptAsyncScheduler"
 

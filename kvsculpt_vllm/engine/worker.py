@@ -1,4 +1,7 @@
-"""Worker side: bind compression to the attention layers and run the scheduler's commands before each forward pass."""
+"""Worker side: bind compression to the attention layers and run the scheduler's commands before each forward pass.
+
+On every device alike; `worker_cpu` puts it over vLLM's CPU worker.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,9 @@ from typing import Any
 from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
-from vllm.v1.worker.cpu_worker import CPUWorker
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.command import SolveCommand, Solved, attach, attached
@@ -53,12 +54,10 @@ def _answering(output: ModelRunnerOutput, answers: list[Solved]) -> ModelRunnerO
     return output
 
 
-class SculptCPUWorker(CPUWorker):
-    """vLLM's CPU worker with compression."""
+class SculptWorkerMixin:
+    """Compression over one of vLLM's workers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Here and not at import, so that the backend is replaced only where compression is on.
-        register_backend(AttentionBackendEnum.CPU_ATTN, "kvsculpt_vllm.engine.attention_cpu.SculptCPUBackend")
         super().__init__(*args, **kwargs)
         self.compression_state: CompressionState | None = None
         self.compressor: Compressor | None = None

@@ -142,7 +142,7 @@ def test_without_compression_the_configuration_is_stock(log, additional_config):
 def test_compression_chooses_classes_and_block_size_and_says_so(log, block_size, is_async, scheduler):
     given = {"other": 1, "kv_compression": {"method": "sculpt", "keep_ratio": "0.5"}}
     config = create_engine_config(StockArgs(given, block_size, is_async))
-    assert config.parallel_config.worker_cls == "kvsculpt_vllm.engine.worker.SculptCPUWorker"
+    assert config.parallel_config.worker_cls == "kvsculpt_vllm.engine.worker_cpu.SculptCPUWorker"
     assert config.scheduler_config.scheduler_cls == f"kvsculpt_vllm.engine.scheduler.{scheduler}Scheduler"
     assert config.cache_config.block_size == (block_size or 32)
     assert config.additional_config == {"other": 1, "kv_compression": HALF.model_dump()}
