@@ -20,7 +20,7 @@ from kvsculpt_vllm.sculpt.effort import EFFORTS
 from kvsculpt_vllm.sculpt.queries import sample_positions
 
 if TYPE_CHECKING:
-    from kvsculpt_vllm.engine.compressor import PackedPrefix
+    from kvsculpt_vllm.engine.record import CompressionRecord
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,13 @@ class CompressionState:
         self.geometry, buffer = PageGeometry.of(layer_views)
         self.pages = VectorPages(buffer, self.geometry.block_size)
         self.num_query_heads = num_query_heads
+        self.block_bytes = self.geometry.num_cells * buffer[0].nbytes
         num_blocks = layer_views[0].shape[0]
         self.directory = Directory(
             num_blocks, max_num_seqs, self.geometry.num_layers, self.geometry.num_heads, buffer.device
         )
         self.samples: dict[str, QuerySample] = {}
-        self.solved: dict[str, PackedPrefix] = {}
+        self.solved: dict[str, CompressionRecord] = {}  # written and not yet read
         self._tracked: dict[str, TrackedRequest] = {}
         view = buffer.view(-1, 1, 2 * self.geometry.block_size, self.pages.head_size)
         self.page_views = view.chunk(2, dim=2)  # keys, values: (pages, 1, N, D), as the stock kernel wants them
