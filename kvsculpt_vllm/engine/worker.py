@@ -105,13 +105,12 @@ class SculptWorkerMixin:
         """The step's second half, where the model runner has one."""
         return self._with_answers(super().sample_tokens(*args, **kwargs))
 
-    def kv_compression_stats(self) -> dict[str, Any]:
-        """Totals since start and the pool as it is now, JSON-serialisable; for `collective_rpc`."""
-        return self.ledger.stats()
+    def kv_compression_report(self, newest: int) -> dict[str, Any]:
+        """Totals since start, the pool as it is now, and what became of the last so many requests, the newest first.
 
-    def kv_compression_newest(self, limit: int) -> list[dict[str, Any]]:
-        """What became of the last requests, the newest first; for `collective_rpc`."""
-        return self.ledger.newest(limit)
+        JSON-serialisable; for `collective_rpc`.
+        """
+        return {"stats": self.ledger.stats(), "newest": self.ledger.newest(newest)}
 
     def kv_compression_request(self, request_id: str) -> dict[str, Any] | None:
         """What became of one request, None if it is not known (any more); for `collective_rpc`."""

@@ -136,19 +136,43 @@ def test_a_prompt_whose_blocks_are_shared_stays_exact_until_letting_go_of_them_f
     assert result["free"][0][-1] == result["free_at_start"]
 
 
-@pytest.mark.parametrize("fault", ["raises", "not finite", "out of memory", "while writing"])
-def test_a_compression_that_fails_leaves_the_exact_cache(run_engine, fault):
-    """The first of two requests fails, wherever it is: its tokens are stock vLLM's, the other one is compressed."""
+FAULTS = {
+    "capture": "queries_missing",
+    "gather": "exception",
+    "queries not finite": "not_finite",
+    "solve": "exception",
+    "out of memory": "out_of_memory",
+    "values not finite": "not_finite",
+    "scatter": "exception",
+    "directory": "exception",
+}
+
+
+def test_a_compression_that_fails_anywhere_leaves_the_exact_cache(run_engine):
+    """One request a fault, wherever and whatever it is: its tokens are stock vLLM's; those beside it are compressed."""
     engine = {"enable_prefix_caching": False}
-    batches = [[request(0, 600, 6), request(2000, 600, 6)]]
-    stock = run_engine(engine=engine, batches=batches)
-    ours = run_engine(engine={**engine, "additional_config": ON}, batches=batches, fault=fault)
-    assert ours["tokens"][0][0] == stock["tokens"][0][0]
-    (record,) = ours["compressions"]
-    assert record["request_id"].startswith("0-1")
-    (reason,) = ours["stats"]["requests"]["failed"]
-    assert ours["stats"]["requests"]["failed"][reason] == 1
-    assert ours["free"][0][-1] == ours["free_at_start"]
+    faulty = [[request(i * 700, 560, 6), request(3000, 600, 6)] for i in range(len(FAULTS))]
+    # With --kv-compression-on-failure select, selection takes the place of what failed; exact if it fails too.
+    select = {"kv_compression": "select_fit", "kv_compression_on_failure": "select", "kv_compression_effort": "fast"}
+    faulty.append([request(0, 560, 6, **select), request(700, 560, 6, **select)])
+    faults = [[fault, None] for fault in FAULTS] + [["once", "always"]]
+    batches = [
+        [{**r, "fault": fault} if fault else r for r, fault in zip(batch, whats, strict=True)]
+        for batch, whats in zip(faulty, faults, strict=True)
+    ]
+    stock = run_engine(engine=engine, batches=[[{**r, "extra_args": None} for r in batch] for batch in faulty])
+    ours = run_engine(engine={**engine, "additional_config": ON}, batches=batches)
+    stories = {"-".join(story["request_id"].split("-")[:2]): story for story in ours["stories"]}
+    for b, reason in enumerate(FAULTS.values()):
+        assert ours["tokens"][b][0] == stock["tokens"][b][0]
+        assert (stories[f"{b}-0"]["outcome"], stories[f"{b}-0"]["reason"]) == ("failed", reason)
+        assert stories[f"{b}-1"]["outcome"] == "compressed"
+    once, always = stories[f"{len(FAULTS)}-0"], stories[f"{len(FAULTS)}-1"]
+    assert (once["outcome"], once["reason"]) == ("fallback", "exception")
+    assert (once["compression"]["method"], once["compression"]["budget"]) == ("select", "uniform")
+    assert (always["outcome"], always["reason"]) == ("failed", "exception")
+    assert ours["tokens"][-1][1] == stock["tokens"][-1][1]
+    assert all(free[-1] == ours["free_at_start"] for free in ours["free"])
     assert ours["published"] == 0
 
 
