@@ -13,12 +13,15 @@ class CaptureRows:
     """Rows of one forward pass to copy into one request's sample."""
 
     sample: QuerySample
-    source: Tensor  # (r,) token indices in the batch
+    source: Tensor  # (r,) token indices in the batch, on the queries' device
     target: slice  # of the sample's positions
 
     def store(self, layer: int, query: Tensor) -> None:
         """Copy rows of `query` (T, heads, D) of one layer."""
         self.sample.queries[layer, self.target] = query[self.source]
+        # Here and not when the step was planned: a step that replays a CUDA graph never comes here.
+        if layer == 0:
+            self.sample.saw(self.target)
 
 
 class QuerySample:
@@ -29,11 +32,12 @@ class QuerySample:
     ) -> None:
         self.positions, self.recent = positions, recent
         self.queries = like.new_empty(num_layers, len(positions), num_heads, head_size)
+        self._positions_there = positions.to(like.device)
         self._seen = torch.zeros(len(positions), dtype=torch.bool)
 
     @property
     def complete(self) -> bool:
-        """Whether every sampled position has been computed."""
+        """Whether the queries of all positions are there."""
         return bool(self._seen.all())
 
     def rows(self, first_position: int, num_tokens: int, first_row: int) -> CaptureRows | None:
@@ -42,5 +46,8 @@ class QuerySample:
         if lo == hi:
             return None
         target = slice(int(lo), int(hi))
+        return CaptureRows(self, self._positions_there[target] - first_position + first_row, target)
+
+    def saw(self, target: slice) -> None:
+        """The queries of these positions are there."""
         self._seen[target] = True
-        return CaptureRows(self, self.positions[target] - first_position + first_row, target)

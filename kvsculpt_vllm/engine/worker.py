@@ -1,6 +1,6 @@
 """Worker side: bind compression to the attention layers and run the scheduler's commands before each forward pass.
 
-On every device alike; `worker_cpu` puts it over vLLM's CPU worker.
+On every device alike; `worker_cpu` and `worker_gpu` put it over vLLM's workers.
 """
 
 from __future__ import annotations
@@ -9,19 +9,21 @@ from collections import Counter, deque
 from copy import copy
 from dataclasses import asdict
 from traceback import extract_tb
-from typing import Any
+from typing import Any, ClassVar
 
 from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.command import SolveCommand, Solved, attach, attached
-from kvsculpt_vllm.engine.compat import replace_block_row
+from kvsculpt_vllm.engine.compat import BlockRows
 from kvsculpt_vllm.engine.compressor import CompressionRecord, Compressor, TooMuchLost, log
+from kvsculpt_vllm.engine.pages import PageFormat
 from kvsculpt_vllm.engine.refusals import check_attention_layers
 from kvsculpt_vllm.engine.rope import rotary_of_layers
 from kvsculpt_vllm.engine.state import CompressionState
@@ -55,12 +57,18 @@ def _answering(output: ModelRunnerOutput, answers: list[Solved]) -> ModelRunnerO
 
 
 class SculptWorkerMixin:
-    """Compression over one of vLLM's workers."""
+    """Compression over one of vLLM's workers, whose class says by which attention backend the cache is read."""
+
+    attention_backend: ClassVar[tuple[AttentionBackendEnum, str]]  # the name that vLLM looks up, and our class
+    page_format: ClassVar[PageFormat]  # what that backend's pages hold
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Here and not at import, so that a backend is replaced only where compression is on.
+        register_backend(*self.attention_backend)
         super().__init__(*args, **kwargs)
         self.compression_state: CompressionState | None = None
         self.compressor: Compressor | None = None
+        self.block_rows: BlockRows | None = None
         self._records: deque[CompressionRecord] = deque(maxlen=RECORDS_KEPT)
         self._totals: Counter[str] = Counter()
         self._answers: list[Solved] = []
@@ -76,10 +84,12 @@ class SculptWorkerMixin:
         self.compression_state = CompressionState(
             CompressionConfig.from_additional_config(self.vllm_config.additional_config),
             self.model_runner,
+            self.page_format,
             [layer.kv_cache for layer in layers],
             layers[0].num_heads,
             self.scheduler_config.max_num_seqs,
         )
+        self.block_rows = BlockRows(self.model_runner)
         for index, layer in enumerate(layers):
             layer.impl.state, layer.impl.layer_index = self.compression_state, index
         rotaries = rotary_of_layers(self.model_runner.get_model(), layers, self.model_config.hf_text_config)
@@ -94,7 +104,7 @@ class SculptWorkerMixin:
                     self._answers.append(self._solve(command))
                 else:
                     record = self.compressor.commit(command)
-                    replace_block_row(self.model_runner, command.request_id, command.row)
+                    self.block_rows.replace(command.request_id, command.row)
                     self._record(record)
         return self._with_answers(super().execute_model(scheduler_output))
 
