@@ -327,6 +327,6 @@ def _check(
     for name, tensor in (("query", query), ("out", out), ("buffer", pages.buffer), ("block_table", block_table)):
         if tensor.stride(-1) != 1:
             raise ValueError(f"{name}: strides {tensor.stride()} given, the last must be 1")
-    for name in ("starts", "lengths"):
-        if not getattr(prefixes, name).is_contiguous():
+    for name, tensor in (("cell_pages", pages.cell_pages), *zip(prefixes._fields, prefixes, strict=True)):
+        if not tensor.is_contiguous():
             raise ValueError(f"{name}: must be contiguous")

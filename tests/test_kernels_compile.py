@@ -68,3 +68,17 @@ def test_paged_attention(head_size):
 def test_page_copies(out_of_pages):
     constants = {"block_size": 16, "head_size": 96, "block_n": 16, "block_d": 128, "out_of_pages": out_of_pages}
     shared_bytes(pages._copy, {"buffer": BF16, "index": INT64, "keys": BF16, "values": BF16}, constants, num_stages=2)
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 8])
+def test_the_store_of_a_steps_entries(num_heads):
+    constants = {
+        "block_size": 16,
+        "num_heads": num_heads,
+        "head_size": 96,
+        "block_t": 2,
+        "block_h": num_heads,
+        "block_d": 128,
+    }
+    types = {"buffer": BF16, "cell_pages": INT64, "slots": INT64, "keys": BF16, "values": BF16}
+    shared_bytes(pages._store, types, constants, num_stages=2)

@@ -204,7 +204,7 @@ class SculptCPUImpl(CPUAttentionBackendImpl):
         shape = (len(query), self.num_kv_heads, self.num_queries_per_kv, self.head_size)
         by_head = query.view(shape).transpose(0, 1).reshape(-1, *shape[2:])
         result = torch.empty_like(by_head)
-        keys, values = self.state.page_views
+        keys, values = self.state.pages.kernel_views
         ops.cpu_attention_with_kv_cache(
             query=by_head,
             key_cache=keys,

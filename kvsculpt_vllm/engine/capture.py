@@ -16,7 +16,7 @@ class CaptureRows:
     """Rows of one forward pass to copy into one request's sample."""
 
     sample: QuerySample
-    source: Tensor  # (r,) token indices in the batch
+    source: Tensor  # (r,) token indices in the batch, on the queries' device
     target: slice  # of the sample's positions
 
     def store(self, layer: int, query: Tensor) -> None:
@@ -27,6 +27,10 @@ class CaptureRows:
             self.sample.queries[layer, self.target] = query[self.source]
         except Exception as error:  # noqa: BLE001 - the prompt stays exact, and the reason is logged
             self.sample.fail(error)
+            return
+        # Here and not when the step was planned: a step that replays a CUDA graph never comes here.
+        if layer == 0:
+            self.sample.saw(self.target)
 
 
 class QuerySample:
@@ -39,13 +43,14 @@ class QuerySample:
         self.failure: str | None = None  # why there will be no sample
         self._seen = torch.zeros(len(positions), dtype=torch.bool)
         try:
+            self._positions_there = positions.to(like.device)
             self.queries = like.new_empty(num_layers, len(positions), num_heads, head_size)
         except Exception as error:  # noqa: BLE001 - most likely no memory: the prompt stays exact
             self.fail(error)
 
     @property
     def complete(self) -> bool:
-        """Whether every sampled position has been computed."""
+        """Whether the queries of all positions are there."""
         return self.failure is None and bool(self._seen.all())
 
     def fail(self, error: Exception) -> None:
@@ -62,5 +67,8 @@ class QuerySample:
         if lo == hi:
             return None
         target = slice(int(lo), int(hi))
+        return CaptureRows(self, self._positions_there[target] - first_position + first_row, target)
+
+    def saw(self, target: slice) -> None:
+        """The queries of these positions are there."""
         self._seen[target] = True
-        return CaptureRows(self, self.positions[target] - first_position + first_row, target)

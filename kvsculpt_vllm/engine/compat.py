@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # the start-up hooks import this file in every vLLM process: 
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
 
@@ -43,20 +44,43 @@ class SchedulerHooks:
         return super()._free_request(request, *args, **kwargs)
 
 
-def replace_block_row(runner: Any, request_id: str, row: list[int]) -> None:
-    """Replace a request's block list in a model runner, V1 or V2, before its next forward pass.
+class BlockRows:
+    """Replaces running requests' block lists in a model runner, V1 or V2, before its next forward pass.
 
-    The V1 way writes the host-side table at once, which is right where steps are synchronous (CPU); with an
-    asynchronous copy in flight it must run inside the runner's own state update. Can go when a scheduler output
-    can say that a running request's block list was replaced.
+    V2 stages changes of its tables and applies them at the beginning of its step. V1 has one table on the host, from
+    which the copy of an earlier step may still be read: there a change waits for the runner's own update of its
+    state, before which the runner waits for that copy. Can go when a scheduler output can say that a running request's
+    block list was replaced.
     """
-    if hasattr(runner, "req_states"):  # V2
-        runner.block_tables.append_block_ids(runner.req_states.req_id_to_index[request_id], (row,), overwrite=True)
-        return
-    runner.requests[request_id].block_ids[0][:] = row
-    index = runner.input_batch.req_id_to_index.get(request_id)
-    if index is not None:  # else it is not in the batch now and comes back with the list above
-        runner.input_batch.block_table[0].add_row(row, index)
+
+    def __init__(self, runner: Any) -> None:
+        self._runner, self._waiting = runner, {}
+        self._staged = hasattr(runner, "req_states")  # V2
+        if not self._staged:
+            update_states = runner._update_states
+
+            def with_replaced_rows(scheduler_output: SchedulerOutput) -> Any:
+                self._apply()  # first: blocks that come with this step are appended to the new list
+                return update_states(scheduler_output)
+
+            runner._update_states = with_replaced_rows
+
+    def replace(self, request_id: str, row: list[int]) -> None:
+        """From the next step on, `row` is the request's block list."""
+        if self._staged:
+            index = self._runner.req_states.req_id_to_index[request_id]
+            self._runner.block_tables.append_block_ids(index, (row,), overwrite=True)
+        else:
+            self._waiting[request_id] = row
+
+    def _apply(self) -> None:
+        batch = self._runner.input_batch
+        for request_id, row in self._waiting.items():
+            self._runner.requests[request_id].block_ids[0][:] = row
+            index = batch.req_id_to_index.get(request_id)
+            if index is not None:  # else it is not in the batch now and comes back with the list above
+                batch.block_table[0].add_row(row, index)
+        self._waiting.clear()
 
 
 def row_request_ids(runner: Any, metadata: CommonAttentionMetadata) -> list[str]:

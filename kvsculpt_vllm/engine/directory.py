@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvsculpt_vllm.kernels.paged_attention import Prefixes
+
 
 class Packed(NamedTuple):
     """What `page_lists` needs to know of each row of a batch."""
@@ -25,10 +27,10 @@ class Directory:
 
     def __init__(self, num_blocks: int, num_slots: int, num_layers: int, num_heads: int, device: torch.device) -> None:
         shape = (num_slots + 1, num_layers, num_heads)
-        self._slot_of_block = torch.zeros(num_blocks, dtype=torch.int64, device=device)
-        self._starts = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._lengths = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._span_blocks = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
+        # For kernels, which look rows up by themselves. Never replaced: a recorded graph holds their addresses.
+        self.prefixes = Prefixes(
+            *(torch.zeros(size, dtype=torch.int64, device=device) for size in (num_blocks, shape, shape, num_slots + 1))
+        )
         self._free_slots = list(range(num_slots, 0, -1))
         self._entries: dict[str, tuple[int, int]] = {}  # request -> (first block, 0 until it is published; slot)
 
@@ -43,19 +45,20 @@ class Directory:
         self.release(request_id)
         slot = self._free_slots.pop()
         self._entries[request_id] = (0, slot)
-        self._starts[slot], self._lengths[slot], self._span_blocks[slot] = starts, lengths, span_blocks
+        table = self.prefixes
+        table.starts[slot], table.lengths[slot], table.span_blocks[slot] = starts, lengths, span_blocks
 
     def publish(self, request_id: str, first_block: int) -> None:
         """From now on, rows that begin with `first_block` read what was prepared."""
         _, slot = self._entries[request_id]
         self._entries[request_id] = (first_block, slot)
-        self._slot_of_block[first_block] = slot
+        self.prefixes.slot_of_block[first_block] = slot
 
     def release(self, request_id: str) -> None:
         """Forget a request that lost its blocks (finished, aborted, preempted); unknown ones are fine."""
         if (entry := self._entries.pop(request_id, None)) is not None:
             first_block, slot = entry
-            self._slot_of_block[first_block] = 0
+            self.prefixes.slot_of_block[first_block] = 0
             self._free_slots.append(slot)
 
     def slots(self, first_blocks: Tensor) -> Tensor | None:
@@ -65,9 +68,10 @@ class Directory:
         """
         if not self._entries:
             return None
-        slots = self._slot_of_block[first_blocks.long()]
+        slots = self.prefixes.slot_of_block[first_blocks.long()]
         return slots if slots.any() else None
 
     def entries(self, slots: Tensor) -> Packed:
         """The packed prefixes in `slots` (R,)."""
-        return Packed(self._starts[slots], self._lengths[slots], self._span_blocks[slots])
+        table = self.prefixes
+        return Packed(table.starts[slots], table.lengths[slots], table.span_blocks[slots])

@@ -8,6 +8,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from kvsculpt_vllm.kernels import pages as kernel
+from kvsculpt_vllm.kernels.dispatch import use_triton
+
 
 @dataclass(frozen=True)
 class PageGeometry:
@@ -120,10 +123,15 @@ def page_lists(
 class VectorPages:
     """Page content of vLLM's CPU `vec` and `vec16` kernels: keys transposed ``D × N``, then values ``N × D``."""
 
-    def __init__(self, buffer: Tensor, block_size: int) -> None:
+    def __init__(self, buffer: Tensor, geometry: PageGeometry) -> None:
         """`buffer` is (pages, 2 · N · D) in the cache's dtype."""
-        self.buffer, self.block_size = buffer, block_size
-        self.head_size = buffer.shape[1] // (2 * block_size)
+        self.buffer, self.block_size = buffer, geometry.block_size
+        self.head_size = buffer.shape[1] // (2 * self.block_size)
+
+    @property
+    def kernel_views(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all pages (pages, 1, N, D) as the stock kernel wants them."""
+        return self.buffer.view(-1, 1, 2 * self.block_size, self.head_size).chunk(2, dim=2)
 
     def read(self, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (..., n · N, D) of pages (..., n)."""
@@ -137,3 +145,33 @@ class VectorPages:
         keys = keys.unflatten(0, (-1, self.block_size)).transpose(1, 2).flatten(1)
         values = values.unflatten(0, (-1, self.block_size)).flatten(1)
         self.buffer[pages] = torch.cat([keys, values], dim=1)
+
+
+class TokenPages:
+    """Page content of vLLM's GPU kernels: token by token, each its key and then its value."""
+
+    def __init__(self, buffer: Tensor, geometry: PageGeometry) -> None:
+        """`buffer` is (pages, N · 2 · D) in the cache's dtype."""
+        width = buffer.shape[1] // geometry.block_size
+        self.buffer, self.head_size = buffer, width // 2
+        self.kernel_pages = kernel.Pages(
+            buffer=buffer,
+            cell_pages=geometry.cell_pages,
+            block_stride=geometry.block_stride,
+            block_size=geometry.block_size,
+            entry_stride=width,
+            value_offset=self.head_size,
+        )
+
+    def read(self, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (..., n · N, D) of pages (..., n)."""
+        gather = kernel.gather if use_triton(self.buffer) else kernel.gather_twin
+        return gather(self.kernel_pages, pages, self.head_size)
+
+    def write(self, pages: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Fill pages (n,) with keys and values (n · N, D), in the cache's dtype."""
+        scatter = kernel.scatter if use_triton(self.buffer) else kernel.scatter_twin
+        scatter(self.kernel_pages, pages, keys, values)
+
+
+PageFormat = type[VectorPages] | type[TokenPages]

@@ -15,7 +15,7 @@ from kvsculpt_vllm.engine import spans
 from kvsculpt_vllm.engine.capture import CaptureRows, QuerySample
 from kvsculpt_vllm.engine.compat import row_request_ids
 from kvsculpt_vllm.engine.directory import Directory
-from kvsculpt_vllm.engine.pages import PageGeometry, VectorPages
+from kvsculpt_vllm.engine.pages import PageFormat, PageGeometry
 from kvsculpt_vllm.sculpt.effort import EFFORTS
 from kvsculpt_vllm.sculpt.queries import sample_positions
 
@@ -38,13 +38,14 @@ class CompressionState:
         self,
         config: CompressionConfig,
         runner: Any,
+        page_format: PageFormat,
         layer_views: list[Tensor],  # per layer: (blocks, heads, block_size, 2D)
         num_query_heads: int,
         max_num_seqs: int,
     ) -> None:
         self.config, self.runner = config, runner
         self.geometry, buffer = PageGeometry.of(layer_views)
-        self.pages = VectorPages(buffer, self.geometry.block_size)
+        self.pages = page_format(buffer, self.geometry)
         self.num_query_heads = num_query_heads
         self.block_bytes = self.geometry.num_cells * buffer[0].nbytes
         num_blocks = layer_views[0].shape[0]
@@ -54,8 +55,7 @@ class CompressionState:
         self.samples: dict[str, QuerySample] = {}
         self.solved: dict[str, CompressionRecord] = {}  # written and not yet read
         self._tracked: dict[str, TrackedRequest] = {}
-        view = buffer.view(-1, 1, 2 * self.geometry.block_size, self.pages.head_size)
-        self.page_views = view.chunk(2, dim=2)  # keys, values: (pages, 1, N, D), as the stock kernel wants them
+        self._computed: dict[str, int] = {}  # tokens of each request of this step that were computed before it
 
     def begin_step(self, output: SchedulerOutput) -> None:
         """Follow requests coming, going, losing their blocks and coming back, before the step's forward pass."""
@@ -64,6 +64,10 @@ class CompressionState:
             self._tracked.pop(request_id, None)
         for request_id in output.preempted_req_ids or ():
             self._lose(request_id)
+        cached = output.scheduled_cached_reqs
+        # From the scheduler and not from the batch's tensors: reading those would wait for the device.
+        self._computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        self._computed |= {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         for new in output.scheduled_new_reqs:
             self.directory.release(new.req_id)
             if new.sampling_params is None:
@@ -71,11 +75,10 @@ class CompressionState:
             num_prompt = length_from_prompt_token_ids_or_embeds(new.prompt_token_ids, new.prompt_embeds)
             config = self.config.for_request(new.sampling_params.extra_args)
             self._track(new.req_id, TrackedRequest(config, num_prompt), new.num_computed_tokens)
-        cached = output.scheduled_cached_reqs
-        for request_id, num_computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-            if request_id in cached.resumed_req_ids and request_id in self._tracked:
+        for request_id in cached.resumed_req_ids:
+            if request_id in self._tracked:
                 self.directory.release(request_id)
-                self._track(request_id, self._tracked[request_id], num_computed)
+                self._track(request_id, self._tracked[request_id], self._computed[request_id])
 
     def tracked(self, request_id: str) -> TrackedRequest:
         """The request's settings and prompt length."""
@@ -87,13 +90,12 @@ class CompressionState:
             return []
         captures = []
         starts = metadata.query_start_loc_cpu.tolist()
-        ends = metadata.seq_lens.tolist()
         for row, request_id in enumerate(row_request_ids(self.runner, metadata)):
             sample = self.samples.get(request_id)
             if sample is None or sample.complete:
                 continue
             num_tokens = starts[row + 1] - starts[row]
-            rows = sample.rows(ends[row] - num_tokens, num_tokens, starts[row])
+            rows = sample.rows(self._computed[request_id], num_tokens, starts[row])
             if rows is not None:
                 captures.append(rows)
         return captures

@@ -1,6 +1,6 @@
 """Worker side: bind compression to the attention layers and run the scheduler's commands before each forward pass.
 
-On every device alike; `worker_cpu` puts it over vLLM's CPU worker.
+On every device alike; `worker_cpu` and `worker_gpu` put it over vLLM's workers.
 """
 
 from __future__ import annotations
@@ -8,20 +8,22 @@ from __future__ import annotations
 import logging
 from copy import copy
 from traceback import extract_tb
-from typing import Any
+from typing import Any, ClassVar
 
 from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.command import CommitCommand, SolveCommand, Solved, attach, attached
-from kvsculpt_vllm.engine.compat import replace_block_row
+from kvsculpt_vllm.engine.compat import BlockRows
 from kvsculpt_vllm.engine.compressor import Cause, Compressor, cause_of
 from kvsculpt_vllm.engine.ledger import FAILED, FALLBACK, Ledger
+from kvsculpt_vllm.engine.pages import PageFormat
 from kvsculpt_vllm.engine.record import log, printable
 from kvsculpt_vllm.engine.refusals import check_attention_layers
 from kvsculpt_vllm.engine.rope import rotary_of_layers
@@ -58,13 +60,19 @@ def _answering(output: ModelRunnerOutput, answers: list[Solved]) -> ModelRunnerO
 
 
 class SculptWorkerMixin:
-    """Compression over one of vLLM's workers."""
+    """Compression over one of vLLM's workers, whose class says by which attention backend the cache is read."""
+
+    attention_backend: ClassVar[tuple[AttentionBackendEnum, str]]  # the name that vLLM looks up, and our class
+    page_format: ClassVar[PageFormat]  # what that backend's pages hold
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Here and not at import, so that a backend is replaced only where compression is on.
+        register_backend(*self.attention_backend)
         super().__init__(*args, **kwargs)
         self.compression_state: CompressionState | None = None
         self.compressor: Compressor | None = None
         self.ledger: Ledger | None = None
+        self.block_rows: BlockRows | None = None
         self._answers: list[Solved] = []
         self._failed_at: set[tuple[str, int | None]] = set()
 
@@ -78,11 +86,13 @@ class SculptWorkerMixin:
         self.compression_state = CompressionState(
             CompressionConfig.from_additional_config(self.vllm_config.additional_config),
             self.model_runner,
+            self.page_format,
             [layer.kv_cache for layer in layers],
             layers[0].num_heads,
             self.scheduler_config.max_num_seqs,
         )
         self.ledger = Ledger(self.compression_state.block_bytes)
+        self.block_rows = BlockRows(self.model_runner)
         for index, layer in enumerate(layers):
             layer.impl.state, layer.impl.layer_index = self.compression_state, index
         rotaries = rotary_of_layers(self.model_runner.get_model(), layers, self.model_config.hf_text_config)
@@ -118,7 +128,7 @@ class SculptWorkerMixin:
 
     def _commit(self, command: CommitCommand) -> None:
         record = self.compressor.commit(command)
-        replace_block_row(self.model_runner, command.request_id, command.row)
+        self.block_rows.replace(command.request_id, command.row)
         self.ledger.compressed(record)
         if self.is_driver_worker:
             log(record)

@@ -4,7 +4,7 @@ A process per engine, because the attention backend is chosen per process. Not a
 
 A job has `engine` (arguments of `LLM`), `batches` (lists of requests that run together, one list after the other; a
 request is `start`, `length` and `max_tokens` plus optionally `extra_args`, `priority`, `fault` and the step it arrives
-after), and `identity`/`poison`/`v2`.
+after), and `identity`/`poison`/`v2`/`gpu_path`/`asynchronous`.
 """
 
 import json
@@ -125,9 +125,9 @@ def install_faults(faults: dict[str, str]) -> None:
     directory.Directory.prepare = failing(directory.Directory.prepare, "directory")
 
 
-def use_v2_model_runner() -> None:
-    """Run vLLM's V2 model runner on a CPU: its Triton kernels interpreted, with a stub where Triton wants a driver."""
-    os.environ.update(TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1")
+def interpret_triton() -> None:
+    """Run Triton's kernels on a CPU, with a stub where Triton wants a driver: vLLM's V2 model runner needs them."""
+    os.environ["TRITON_INTERPRET"] = "1"
     from triton import backends
     from triton.backends.driver import DriverBase
 
@@ -146,15 +146,47 @@ def use_v2_model_runner() -> None:
     backends.backends["cpu"] = backends.Backend(compiler=None, driver=Driver)
 
 
+def use_gpu_path() -> None:
+    """Give the CPU worker what the GPU worker has: its attention backend and its pages."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from kvsculpt_vllm.engine.worker_cpu import SculptCPUWorker
+    from kvsculpt_vllm.engine.worker_gpu import SculptGPUWorker
+
+    # Under the only name that vLLM's CPU platform asks for.
+    SculptCPUWorker.attention_backend = (AttentionBackendEnum.CPU_ATTN, SculptGPUWorker.attention_backend[1])
+    SculptCPUWorker.page_format = SculptGPUWorker.page_format
+
+
+def schedule_asynchronously() -> None:
+    """Let steps overlap as they do on a GPU: vLLM's CPU platform switches it off."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    stock = CpuPlatform.check_and_update_config
+
+    def check_and_update_config(vllm_config):
+        stock(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)
+
+
 def main() -> None:
     job = json.load(sys.stdin)
-    if job.get("v2"):
-        use_v2_model_runner()
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(job.get("v2", False)))
+    if job.get("v2") or job.get("gpu_path"):
+        interpret_triton()
+    if job.get("gpu_path"):
+        use_gpu_path()
+    if job.get("asynchronous"):
+        schedule_asynchronously()
     import pydoc_data.topics
 
     from vllm import LLM, SamplingParams
 
     if job.get("identity"):
+        # No solver runs, so that the copies of pages can be kernels too.
+        os.environ["KVSCULPT_KERNELS"] = "triton" if job.get("gpu_path") else ""
         install_identity(job.get("poison", False))
     faults = {
         f"{b}-{r}": request["fault"]
@@ -200,6 +232,7 @@ def main() -> None:
         report = worker.worker.kv_compression_report(1000)
         result["stats"], result["stories"] = report["stats"], report["newest"][::-1]
         result["compressions"] = [story["compression"] for story in result["stories"] if story["compression"]]
+    result["scheduler"] = type(scheduler).__name__
     result["published"] = len(worker.worker.compression_state.directory) if ours else None
     result["preemptions"] = next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
     json.dump(result, RESULT)

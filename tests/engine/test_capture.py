@@ -73,6 +73,8 @@ def test_decoding_adds_nothing():
 class NoMemory:
     """What samples are allocated like, on a device that is full; and what they are written to then."""
 
+    device = "cpu"
+
     def new_empty(self, *shape):
         raise RuntimeError("injected")
 

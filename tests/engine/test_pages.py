@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvsculpt_vllm.engine.pages import PageGeometry, VectorPages, page_lists, place
+from kvsculpt_vllm.engine.pages import PageGeometry, TokenPages, VectorPages, page_lists, place
 
 LAYOUTS = ["BLHNC", "LBHNC", "BLHNC, padded blocks"]
 
@@ -185,7 +185,7 @@ def test_pages_hold_what_the_stock_kernel_wrote(layout, isa, head_size, dtype):
         order = torch.randperm(num_tokens)
         ops.cpu_attn_reshape_and_cache(key[order], value[order], *caches, slots[order], isa)
         written.append((key.transpose(0, 1), value.transpose(0, 1)))
-    keys, values = VectorPages(buffer, size).read(geometry.block_pages(blocks))
+    keys, values = VectorPages(buffer, geometry).read(geometry.block_pages(blocks))
     for layer, (key, value) in enumerate(written):
         assert torch.equal(keys[layer, :, :num_tokens], key)
         assert torch.equal(values[layer, :, :num_tokens], value)
@@ -195,9 +195,26 @@ def test_pages_hold_what_the_stock_kernel_wrote(layout, isa, head_size, dtype):
     assert (buffer[untouched] == buffer.new_tensor(3e4)).all()
 
 
-def test_written_pages_are_read_back_and_others_are_not_touched():
-    buffer = torch.full((9, 2 * 4 * 3), 3e4)
-    pages, at = VectorPages(buffer, 4), torch.tensor([7, 2, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gpu_pages_hold_each_tokens_key_and_then_its_value(layout):
+    """As vLLM's GPU backends see a layer's view: (blocks, heads, N, K|V)."""
+    size, heads, head_size, blocks = 16, 2, 8, torch.tensor([3, 1])
+    views = layer_views(layout, 5, 3, heads, size, 2 * head_size, torch.bfloat16)
+    geometry, buffer = PageGeometry.of(views)
+    for view in views:
+        view.copy_(torch.randn(view.shape))
+    keys, values = TokenPages(buffer, geometry).read(geometry.block_pages(blocks))
+    for layer, view in enumerate(views):
+        wanted = view[blocks].transpose(0, 1).flatten(1, 2)  # (heads, 2 · size, K|V)
+        assert torch.equal(keys[layer], wanted[..., :head_size])
+        assert torch.equal(values[layer], wanted[..., head_size:])
+
+
+@pytest.mark.parametrize("page_format", [VectorPages, TokenPages])
+def test_written_pages_are_read_back_and_others_are_not_touched(page_format):
+    geometry, buffer = PageGeometry.of(layer_views("LBHNC", 3, 3, 1, 4, 2 * 3, torch.float32))
+    buffer.fill_(3e4)
+    pages, at = page_format(buffer, geometry), torch.tensor([7, 2, 3])
     assert pages.head_size == 3
     keys, values = torch.randn(2, 12, 3)
     pages.write(at, keys, values)

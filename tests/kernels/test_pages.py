@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kvsculpt_vllm.kernels.pages import Pages, gather, gather_twin, scatter
+from kvsculpt_vllm.kernels.pages import Pages, gather, gather_twin, scatter, scatter_twin, store, store_twin
 
 BLOCK = 16
 
@@ -14,18 +14,43 @@ def make_pages(head_size, dtype, device, gap=0):
     return Pages(buffer, torch.zeros(1, dtype=torch.int64, device=device), 1, BLOCK, width, head_size)
 
 
+@pytest.mark.parametrize("write", [scatter, scatter_twin])
 @pytest.mark.parametrize("gap", [0, 3])
 @pytest.mark.parametrize(("head_size", "dtype"), [(64, torch.float32), (96, torch.bfloat16), (256, torch.float16)])
-def test_what_is_scattered_is_gathered_and_nothing_else_is_touched(head_size, dtype, gap, device):
+def test_what_is_scattered_is_gathered_and_nothing_else_is_touched(head_size, dtype, gap, write, device):
     pages = make_pages(head_size, dtype, device, gap)
     index = torch.tensor([7, 2, 19, 0], device=device)
     keys, values = (torch.randn(4 * BLOCK, head_size).to(dtype).to(device) for _ in range(2))
-    scatter(pages, index, keys, values)
+    write(pages, index, keys, values)
     assert int(pages.buffer.isnan().sum()) == pages.buffer.numel() - 8 * BLOCK * head_size
     for found in (gather(pages, index, head_size), gather_twin(pages, index, head_size)):
         assert torch.equal(found[0], keys) and torch.equal(found[1], values)
     some = gather(pages, index.view(2, 2).flip(0), head_size)[0]
     assert torch.equal(some[0], keys[2 * BLOCK :]) and torch.equal(some[1], keys[: 2 * BLOCK])
+
+
+@pytest.mark.parametrize("write", [store, store_twin])
+@pytest.mark.parametrize(("num_heads", "head_size", "dtype"), [(3, 64, torch.float32), (1, 96, torch.bfloat16)])
+@pytest.mark.parametrize("layout", ["LBHNC", "BLHNC"])
+def test_a_steps_entries_go_to_their_slots_and_padding_nowhere(layout, num_heads, head_size, dtype, write, device):
+    layers, blocks, layer = 2, 4, 1
+    shape = (layers, blocks, num_heads) if layout == "LBHNC" else (blocks, layers, num_heads)
+    pages = torch.arange(layers * blocks * num_heads).view(shape)
+    by_block = pages.transpose(0, 1) if layout == "LBHNC" else pages  # (blocks, layers, heads)
+    buffer = torch.full((pages.numel(), BLOCK * 2 * head_size), torch.nan, dtype=dtype, device=device)
+    stride = int(by_block[1, 0, 0] - by_block[0, 0, 0])
+    cache = Pages(buffer, by_block[0].reshape(-1).contiguous().to(device), stride, BLOCK, 2 * head_size, head_size)
+    slots = torch.tensor([37, -1, 0, 63, 16], device=device)
+    # As they come out of one projection: strided, and with a padded token more.
+    keys, values = torch.randn(6, num_heads, 2 * head_size).to(dtype).to(device).split(head_size, dim=-1)
+    write(cache, layer, slots, keys, values)
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            for head in range(num_heads):
+                page = buffer[by_block[slot // BLOCK, layer, head]].view(BLOCK, 2, head_size)
+                assert torch.equal(page[slot % BLOCK, 0], keys[token, head])
+                assert torch.equal(page[slot % BLOCK, 1], values[token, head])
+    assert int(buffer.isnan().sum()) == buffer.numel() - 4 * num_heads * 2 * head_size
 
 
 def test_what_does_not_fit_is_named(device):
@@ -37,3 +62,7 @@ def test_what_does_not_fit_is_named(device):
         scatter(pages, index, keys.double(), keys)
     with pytest.raises(ValueError, match=r"index: dtype torch\.int32 given"):
         gather(pages, index.int(), 64)
+    with pytest.raises(ValueError, match=r"cell_pages: strides \(2,\) given"):
+        store(pages._replace(cell_pages=index.repeat(2)[::2]), 0, index, keys[:, None], keys[:, None])
+    with pytest.raises(ValueError, match="keys: 1 tokens given, 2 slots need as many"):
+        store(pages, 0, index, keys[:1, None], keys[:1, None])
