@@ -149,30 +149,27 @@ FAULTS = {
 
 
 def test_a_compression_that_fails_anywhere_leaves_the_exact_cache(run_engine):
-    """One request a fault, wherever and whatever it is: its tokens are stock vLLM's; those beside it are compressed."""
-    engine = {"enable_prefix_caching": False}
-    faulty = [[request(i * 700, 560, 6), request(3000, 600, 6)] for i in range(len(FAULTS))]
+    """One request a fault, wherever and whatever it is: its tokens are stock vLLM's; one beside it is compressed."""
+    uniform = {"kv_compression": "select", "kv_compression_budget": "uniform", "kv_compression_effort": "fast"}
+    requests = [{**request(i * 700, 520, 6, **uniform), "fault": fault} for i, fault in enumerate(FAULTS)]
+    requests.append(request(100, 520, 6, **uniform))
     # With --kv-compression-on-failure select, selection takes the place of what failed; exact if it fails too.
-    select = {"kv_compression": "select_fit", "kv_compression_on_failure": "select", "kv_compression_effort": "fast"}
-    faulty.append([request(0, 560, 6, **select), request(700, 560, 6, **select)])
-    faults = [[fault, None] for fault in FAULTS] + [["once", "always"]]
-    batches = [
-        [{**r, "fault": fault} if fault else r for r, fault in zip(batch, whats, strict=True)]
-        for batch, whats in zip(faulty, faults, strict=True)
-    ]
-    stock = run_engine(engine=engine, batches=[[{**r, "extra_args": None} for r in batch] for batch in faulty])
-    ours = run_engine(engine={**engine, "additional_config": ON}, batches=batches)
-    stories = {"-".join(story["request_id"].split("-")[:2]): story for story in ours["stories"]}
-    for b, reason in enumerate(FAULTS.values()):
-        assert ours["tokens"][b][0] == stock["tokens"][b][0]
-        assert (stories[f"{b}-0"]["outcome"], stories[f"{b}-0"]["reason"]) == ("failed", reason)
-        assert stories[f"{b}-1"]["outcome"] == "compressed"
-    once, always = stories[f"{len(FAULTS)}-0"], stories[f"{len(FAULTS)}-1"]
+    select = {**uniform, "kv_compression": "select_fit", "kv_compression_on_failure": "select"}
+    requests += [{**request(200 + i, 520, 6, **select), "fault": fault} for i, fault in enumerate(("once", "always"))]
+    engine = {"enable_prefix_caching": False}
+    stock = run_engine(engine=engine, batches=[[request(r["start"], 520, 6) for r in requests]])
+    ours = run_engine(engine={**engine, "additional_config": ON}, batches=[requests])
+    stories = {int(story["request_id"].split("-")[1]): story for story in ours["stories"]}
+    for r, reason in enumerate(FAULTS.values()):
+        assert ours["tokens"][0][r] == stock["tokens"][0][r]
+        assert (stories[r]["outcome"], stories[r]["reason"]) == ("failed", reason)
+    healthy, once, always = (stories[len(FAULTS) + i] for i in range(3))
+    assert healthy["outcome"] == "compressed"
     assert (once["outcome"], once["reason"]) == ("fallback", "exception")
     assert (once["compression"]["method"], once["compression"]["budget"]) == ("select", "uniform")
     assert (always["outcome"], always["reason"]) == ("failed", "exception")
-    assert ours["tokens"][-1][1] == stock["tokens"][-1][1]
-    assert all(free[-1] == ours["free_at_start"] for free in ours["free"])
+    assert ours["tokens"][0][-1] == stock["tokens"][0][-1]
+    assert ours["free"][0][-1] == ours["free_at_start"]
     assert ours["published"] == 0
 
 
