@@ -32,7 +32,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from kvsculpt_vllm.evaluation.texts import read_text
-from kvsculpt_vllm.models import MODELS, prepare
+from kvsculpt_vllm.models import MODELS, fast_dtype, prepare
 from kvsculpt_vllm.serving.launch import Server, serve
 
 MODEL = "model"  # the name it is served under
@@ -189,13 +189,14 @@ def agreement(exact: System, sculpted: System, prompts: list[str], tokens: int) 
 
 @contextmanager
 def servers(
-    model: Path, device: str, blocks: int, max_tokens: int, flags: list[str]
+    model: Path, device: str, blocks: int, max_tokens: int, dtype: str, flags: list[str]
 ) -> Iterator[tuple[Server, Server]]:
     """Stock vLLM and one with compression, each with so many KV blocks for requests."""
     common = ["--served-model-name", MODEL, "--max-model-len", str(max_tokens), "--block-size", str(BLOCK_SIZE[device])]
     common += ["--num-gpu-blocks-override", str(blocks + 1), "--no-enable-prefix-caching"]  # one is the null block
     if device == "cpu":
         common += ["--enforce-eager", "--kv-cache-memory-bytes", str(1 << 30)]
+    common += ["--dtype", dtype]
     with ExitStack() as stack:
         stock = stack.enter_context(serve(model, *common))
         yield stock, stack.enter_context(serve(model, *common, *flags))
@@ -259,6 +260,7 @@ def main(
     concurrency: Annotated[list[int], typer.Option(help="May be given several times.")] = [4, 8, 16],  # noqa: B006
     keep_ratio: float = 0.3,
     effort: str = "fast",
+    dtype: Annotated[str, typer.Option(help="On a CPU without bfloat16 instructions float32.")] = fast_dtype(),
     rounds: Annotated[int, typer.Option(help="Of stock and none, alternating, for their ratio.")] = 3,
     json_path: Annotated[Path | None, typer.Option("--json")] = None,
     png: Annotated[Path | None, typer.Option("--png")] = None,
@@ -282,6 +284,7 @@ def main(
         "output_tokens": output_tokens,
         "keep_ratio": keep_ratio,
         "effort": effort,
+        "dtype": dtype,
         "sequences": sequences,
         "capacity": [],
         "throughput": [],
@@ -294,7 +297,7 @@ def main(
                 row = throughput(system, directory, prompts[: 2 * sequences], output_tokens, level)
                 results["throughput"].append({"room": room} | row)
 
-    with servers(directory, device, sequences * blocks, max_tokens, flags) as (stock_server, plugin_server):
+    with servers(directory, device, sequences * blocks, max_tokens, dtype, flags) as (stock_server, plugin_server):
         stock = System("stock", stock_server, {})
         none = System("none", plugin_server, {"kv_compression": "none"})
         sculpt = System("sculpt", plugin_server, {})
@@ -313,7 +316,7 @@ def main(
             console.print(f"{system.name}: {len(prompts)} prompts at once …")
             results["capacity"].append(held_at_once(system, prompts, output_tokens))
         measure(sequences, concurrency, [stock, sculpt])
-    with servers(directory, device, 4 * sequences * blocks, max_tokens, flags) as (stock_server, plugin_server):
+    with servers(directory, device, 4 * sequences * blocks, max_tokens, dtype, flags) as (stock_server, plugin_server):
         measure(4 * sequences, [sequences], [System("stock", stock_server, {}), System("sculpt", plugin_server, {})])
     held = {row["system"]: row["held_at_once"] for row in results["capacity"]}
     results["held_ratio"] = held["sculpt"] / held["stock"]

@@ -26,24 +26,26 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from kvsculpt_vllm.models import MODELS, prepare
+from kvsculpt_vllm.models import MODELS, fast_dtype, prepare
 from kvsculpt_vllm.serving.launch import Server, serve
 
 MODEL = "model"
-LENGTHS = (1, 31, 32, 33, 120, 300, 511, 512, 513, 700, 1000, 1500)
+LENGTHS = (1, 31, 32, 33, 120, 200, 300, 511, 512, 513, 700, 1000)
 OUTPUT_TOKENS = (1, 2, 3, 8, 24)
 PROMPTS = 36
 SETTLE_SECONDS = 60
 
+UNIFORM = {"kv_compression_budget": "uniform"}  # without a pilot, so that hundreds of compressions take minutes
 SETTINGS: list[tuple[int, dict[str, Any]]] = [  # weight, vllm_xargs
     (40, {"kv_compression": "none"}),
-    (20, {"kv_compression": "select", "kv_compression_budget": "uniform", "kv_compression_min_tokens": 96}),
-    (10, {"kv_compression": "select", "kv_compression_keep_ratio": 0.1}),
-    (8, {"kv_compression": "select_fit", "kv_compression_budget": "uniform", "kv_compression_window": 200}),
-    (5, {"kv_compression": "sculpt", "kv_compression_keep_ratio": 0.5}),
-    (5, {"kv_compression": "select", "kv_compression_max_error": 1e-6}),
-    (4, {"kv_compression": "select", "kv_compression_keep_ratio": 1.0}),
-    (4, {"kv_compression_on_failure": "select", "kv_compression_sink": 0, "kv_compression_budget": "uniform"}),
+    (24, {"kv_compression": "select", "kv_compression_min_tokens": 96} | UNIFORM),
+    (8, {"kv_compression": "select", "kv_compression_keep_ratio": 0.1} | UNIFORM),
+    (5, {"kv_compression": "select_fit", "kv_compression_window": 200} | UNIFORM),
+    (3, {"kv_compression": "select"}),
+    (2, {"kv_compression": "sculpt", "kv_compression_keep_ratio": 0.5} | UNIFORM),
+    (5, {"kv_compression": "select", "kv_compression_max_error": 1e-6} | UNIFORM),
+    (5, {"kv_compression": "select", "kv_compression_keep_ratio": 1.0}),
+    (4, {"kv_compression": "select", "kv_compression_on_failure": "select", "kv_compression_sink": 0} | UNIFORM),
 ]
 WRONG: list[tuple[int, dict[str, Any]]] = [
     (2, {"kv_compression_keep_ratio": 7}),
@@ -171,8 +173,8 @@ def main(
         for _ in range(requests)
     ]
     common = ["--served-model-name", MODEL, "--max-model-len", "2048", "--block-size", "32", "--enforce-eager"]
-    common += ["--num-gpu-blocks-override", str(blocks), "--kv-cache-memory-bytes", str(1 << 28)]
-    common += ["--max-num-batched-tokens", "512", "--max-num-seqs", str(concurrency)]
+    common += ["--num-gpu-blocks-override", str(blocks), "--kv-cache-memory-bytes", str(1 << 29)]
+    common += ["--dtype", fast_dtype(), "--max-num-batched-tokens", "512", "--max-num-seqs", str(concurrency)]
     plain = {(job.prompt, job.output_tokens) for job in jobs if job.exact}
     references = [Job(prompt, tokens, {}, None) for prompt, tokens in sorted(plain)]
     with serve(directory, *common) as stock:

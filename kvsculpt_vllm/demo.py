@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
-from kvsculpt_vllm.models import prepare
+from kvsculpt_vllm.models import fast_dtype, prepare
 from kvsculpt_vllm.serving.launch import Server, serve
 
 MODEL = "smollm2-135m"
@@ -133,6 +133,7 @@ def log_lines(server: Server, marker: str) -> None:
 def main() -> None:
     """Run the demo; exits non-zero if anything failed."""
     flags = ["--max-model-len", "4096", "--kv-cache-memory-bytes", str(1 << 29), "--enforce-eager"]
+    flags += ["--dtype", fast_dtype()]
     # Each request shall compute its own prompt, so that the two are alike but for compression.
     flags += ["--no-enable-prefix-caching", "--served-model-name", MODEL]
     flags += ["--kv-compression", "sculpt", "--kv-compression-keep-ratio", str(KEEP_RATIO)]

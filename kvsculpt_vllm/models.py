@@ -7,6 +7,7 @@ a quantised GGUF file, whole or in parts. vLLM wants safetensors, so :func:`prep
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,19 @@ MODELS = {
         5.0,
     ),
 }
+
+
+def fast_dtype() -> str:
+    """The dtype, as vLLM's `--dtype` names it, that small models are to be served in on this CPU.
+
+    A CPU that has no bfloat16 instructions emulates its products, sixty times slower than float32 (measured on an AMD
+    EPYC of the third generation: 1.2 against 74 GFLOP/s a core).
+    """
+    try:
+        cpu = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "float32"
+    return "bfloat16" if re.search(r"^flags\b.*\b(avx512_bf16|amx_bf16)\b", cpu, re.MULTILINE) else "float32"
 
 
 def prepare(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:

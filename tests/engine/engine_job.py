@@ -1,6 +1,7 @@
-"""Run one vLLM engine in a process of its own: `python engine_job.py < job.json > result.json`.
+"""Run one vLLM engine in a process of its own, which reads jobs and writes results, a line of JSON each.
 
 A process per engine, because the attention backend is chosen per process. Not a test module: `conftest.py` calls it.
+The first job starts the engine; jobs after it may differ in `batches` and `abort_after`.
 
 A job has `engine` (arguments of `LLM`), `batches` (lists of requests that run together, one list after the other; a
 request is `start`, `length` and `max_tokens` plus optionally `extra_args`, `priority`, `fault` and the step it arrives
@@ -51,8 +52,8 @@ def install_identity(poison: bool) -> None:
             starts[b], cell = cell, cell + page_counts[b]
         return starts
 
-    def solve(self, command):
-        stock_solve(self, command)
+    def solve(self, command, *args):
+        stock_solve(self, command, *args)
         span_blocks = command.span_tokens // self.state.geometry.block_size
         spans_of[command.request_id] = torch.tensor(command.prompt_blocks[:span_blocks])
 
@@ -171,8 +172,8 @@ def schedule_asynchronously() -> None:
     CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)
 
 
-def main() -> None:
-    job = json.load(sys.stdin)
+def start(job: dict):
+    """The engine that this job and those after it run on."""
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(job.get("v2", False)))
     if job.get("v2") or job.get("gpu_path"):
         interpret_triton()
@@ -180,9 +181,8 @@ def main() -> None:
         use_gpu_path()
     if job.get("asynchronous"):
         schedule_asynchronously()
-    import pydoc_data.topics
 
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     if job.get("identity"):
         # No solver runs, so that the copies of pages can be kernels too.
@@ -196,12 +196,24 @@ def main() -> None:
     }
     if faults:
         install_faults(faults)
-    llm = LLM(enforce_eager=True, kv_cache_memory_bytes=1 << 28, disable_log_stats=False, **job["engine"])
-    text = " ".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
-    tokens = llm.get_tokenizer().encode(text[:60000])
+    return LLM(enforce_eager=True, kv_cache_memory_bytes=1 << 29, disable_log_stats=False, **job["engine"])
+
+
+def run(job: dict, llm, tokens: list[int]) -> dict:
+    """What became of the job's batches."""
+    from vllm import SamplingParams
+
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
+    worker = engine.engine_core.engine_core.model_executor.driver_worker.worker
     pool = scheduler.kv_cache_manager.block_pool
+    if ours := hasattr(worker, "kv_compression_report"):
+        worker.ledger = type(worker.ledger)(worker.compression_state.block_bytes)  # the books of this job alone
+
+    def preemptions():
+        return next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+
+    preempted = preemptions()
     result = {"tokens": [], "free": [], "cached": [], "free_at_start": pool.get_num_free_blocks()}
     for b, batch in enumerate(job["batches"]):
         ids, final, free = [f"{b}-{r}" for r in range(len(batch))], {}, []
@@ -227,15 +239,27 @@ def main() -> None:
         result["cached"].append([final[i].num_cached_tokens for i in ids])
         engine.step()  # the workers hear of what finished
         result["free"].append([*free, pool.get_num_free_blocks()])
-    worker = engine.engine_core.engine_core.model_executor.driver_worker
-    if ours := hasattr(worker.worker, "kv_compression_report"):
-        report = worker.worker.kv_compression_report(1000)
+    if ours:
+        report = worker.kv_compression_report(1000)
         result["stats"], result["stories"] = report["stats"], report["newest"][::-1]
         result["compressions"] = [story["compression"] for story in result["stories"] if story["compression"]]
     result["scheduler"] = type(scheduler).__name__
-    result["published"] = len(worker.worker.compression_state.directory) if ours else None
-    result["preemptions"] = next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
-    json.dump(result, RESULT)
+    result["published"] = len(worker.compression_state.directory) if ours else None
+    result["preemptions"] = preemptions() - preempted
+    return result
+
+
+def main() -> None:
+    import pydoc_data.topics
+
+    llm = None
+    for line in sys.stdin:
+        job = json.loads(line)
+        if llm is None:
+            llm = start(job)
+            text = " ".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+            tokens = llm.get_tokenizer().encode(text[:60000])
+        print(json.dumps(run(job, llm, tokens)), file=RESULT, flush=True)
 
 
 if __name__ == "__main__":

@@ -150,14 +150,18 @@ FAULTS = {
 
 def test_a_compression_that_fails_anywhere_leaves_the_exact_cache(run_engine):
     """One request a fault, wherever and whatever it is: its tokens are stock vLLM's; one beside it is compressed."""
+    # One is compressed a step: all have to be there until the last one's turn.
+    steps = len(FAULTS) + 8
     uniform = {"kv_compression": "select", "kv_compression_budget": "uniform", "kv_compression_effort": "fast"}
-    requests = [{**request(i * 700, 520, 6, **uniform), "fault": fault} for i, fault in enumerate(FAULTS)]
-    requests.append(request(100, 520, 6, **uniform))
+    requests = [{**request(i * 700, 520, steps, **uniform), "fault": fault} for i, fault in enumerate(FAULTS)]
+    requests.append(request(100, 520, steps, **uniform))
     # With --kv-compression-on-failure select, selection takes the place of what failed; exact if it fails too.
     select = {**uniform, "kv_compression": "select_fit", "kv_compression_on_failure": "select"}
-    requests += [{**request(200 + i, 520, 6, **select), "fault": fault} for i, fault in enumerate(("once", "always"))]
+    requests += [
+        {**request(200 + i, 520, steps, **select), "fault": fault} for i, fault in enumerate(("once", "always"))
+    ]
     engine = {"enable_prefix_caching": False}
-    stock = run_engine(engine=engine, batches=[[request(r["start"], 520, 6) for r in requests]])
+    stock = run_engine(engine=engine, batches=[[request(r["start"], 520, steps) for r in requests]])
     ours = run_engine(engine={**engine, "additional_config": ON}, batches=[requests])
     stories = {int(story["request_id"].split("-")[1]): story for story in ours["stories"]}
     for r, reason in enumerate(FAULTS.values()):

@@ -6,10 +6,12 @@ import urllib.request
 import pytest
 from openai import OpenAI
 
+from kvsculpt_vllm.models import fast_dtype
 from kvsculpt_vllm.serving.launch import serve
 
 KEY = "a secret"
-FLAGS = ("--max-model-len", "4096", "--kv-cache-memory-bytes", str(1 << 28), "--enforce-eager", "--block-size", "32")
+FLAGS = ("--max-model-len", "4096", "--kv-cache-memory-bytes", str(1 << 29), "--enforce-eager", "--block-size", "32")
+FLAGS += ("--dtype", fast_dtype())
 FLAGS += ("--kv-compression", "sculpt", "--kv-compression-effort", "fast", "--served-model-name", "tiny")
 
 

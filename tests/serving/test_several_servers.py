@@ -9,6 +9,7 @@ import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
+from kvsculpt_vllm.models import fast_dtype
 from kvsculpt_vllm.serving.launch import serve
 
 pytestmark = pytest.mark.engine
@@ -22,7 +23,9 @@ def pair(model_path):
         "--max-model-len",
         "2048",
         "--kv-cache-memory-bytes",
-        str(1 << 27),
+        str(1 << 28),
+        "--dtype",
+        fast_dtype(),
         "--enforce-eager",
         "--block-size",
         "32",
