@@ -47,10 +47,8 @@ setup(
         "eval": ["matplotlib", "transformers"],
         "dev": ["accelerate", "hypothesis", "matplotlib", "openai", "pytest", "ruff", "scipy"],
     },
-    # One name in every group, because VLLM_PLUGINS filters all groups by name.
     entry_points={
         "console_scripts": ["kvsculpt = kvsculpt_vllm.cli:main"],
         "vllm.general_plugins": ["kvsculpt = kvsculpt_vllm.plugin:register"],
-        "vllm.endpoint_plugins": ["kvsculpt = kvsculpt_vllm.serving.endpoints:create_plugin"],
     },
 )

@@ -1,5 +1,6 @@
 """The command line ``kvsculpt``. Commands import what is heavy when they run, so that ``--help`` is quick."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -151,6 +152,41 @@ def evaluate(
     except (ValueError, OSError, NotImplementedError, models.ModelError) as error:
         typer.echo(f"kvsculpt eval: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Option(help="A model's directory: would compression be refused for it?")] = None,
+    url: Annotated[str | None, typer.Option(help="A running server, such as http://localhost:8000.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="VLLM_API_KEY", show_envvar=True, help="That server's API key.")
+    ] = None,
+    refused: Annotated[
+        bool, typer.Option("--refusals", help="Also list all that --kv-compression cannot be combined with, and why.")
+    ] = False,
+) -> None:
+    """Say whether compression can work here: versions, plugin, device, refusals, a short self-test, a running server.
+
+    The exit code is 0 if everything is well, and 1 if something is not.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # before vLLM is imported: its start-up would drown the rest
+    from kvsculpt_vllm import doctor as checks
+
+    console, well = Console(soft_wrap=True), True
+    for finding in checks.examine(model, url, api_key):
+        mark = {True: "[green]ok  [/green]", False: "[red]BAD [/red]", None: "    "}[finding.good]
+        console.print(f"{mark} {escape(finding.name)}: {escape(finding.detail)}", highlight=False)
+        well = well and finding.good is not False
+    if refused:
+        table = Table("--kv-compression is refused with", "because", "cure")
+        for row in checks.refusals():
+            table.add_row(*map(escape, row))
+        console.print(table)
+    raise typer.Exit(0 if well else 1)
 
 
 def _names(given: str) -> list[str]:

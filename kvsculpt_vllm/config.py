@@ -68,6 +68,13 @@ class CompressionConfig(BaseModel):
         "plus squared log-sum-exp error, mean over layers and heads) stays exact. 1 is an output as far off as none.",
     )
 
+    on_failure: Literal["exact", "select"] = Field(
+        "exact",
+        description="What a prompt is left with whose compression fails (out of memory, numbers that are not finite, a "
+        "bug). exact: its whole cache. select: its entries with the highest attention scores, as many for every head; "
+        "exact if that fails too.",
+    )
+
     @field_validator("*", mode="before")
     @classmethod
     def _no_booleans(cls, value: Any) -> Any:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from vllm.logger import init_logger
+
+logger = init_logger("vllm.kvsculpt")
 
 
 @dataclass(frozen=True)
@@ -17,8 +20,13 @@ class CaptureRows:
     target: slice  # of the sample's positions
 
     def store(self, layer: int, query: Tensor) -> None:
-        """Copy rows of `query` (T, heads, D) of one layer."""
-        self.sample.queries[layer, self.target] = query[self.source]
+        """Copy rows of `query` (T, heads, D) of one layer. What goes wrong ends the sampling, not the forward pass."""
+        if self.sample.failure is not None:
+            return
+        try:
+            self.sample.queries[layer, self.target] = query[self.source]
+        except Exception as error:  # noqa: BLE001 - the prompt stays exact, and the reason is logged
+            self.sample.fail(error)
         # Here and not when the step was planned: a step that replays a CUDA graph never comes here.
         if layer == 0:
             self.sample.saw(self.target)
@@ -31,17 +39,29 @@ class QuerySample:
         self, positions: Tensor, recent: int, num_layers: int, num_heads: int, head_size: int, like: Tensor
     ) -> None:
         self.positions, self.recent = positions, recent
-        self.queries = like.new_empty(num_layers, len(positions), num_heads, head_size)
         self._positions_there = positions.to(like.device)
+        self.failure: str | None = None  # why there will be no sample
         self._seen = torch.zeros(len(positions), dtype=torch.bool)
+        try:
+            self.queries = like.new_empty(num_layers, len(positions), num_heads, head_size)
+        except Exception as error:  # noqa: BLE001 - most likely no memory: the prompt stays exact
+            self.fail(error)
 
     @property
     def complete(self) -> bool:
         """Whether the queries of all positions are there."""
-        return bool(self._seen.all())
+        return self.failure is None and bool(self._seen.all())
+
+    def fail(self, error: Exception) -> None:
+        """Give the sample up and its memory back."""
+        self.failure = f"sampling queries failed: {type(error).__name__}: {error}"
+        self.queries = None
+        logger.warning("kvsculpt: a prompt will stay exact, %s", self.failure, exc_info=error)
 
     def rows(self, first_position: int, num_tokens: int, first_row: int) -> CaptureRows | None:
         """What to copy from a chunk of tokens that starts at `first_position` and at batch row `first_row`."""
+        if self.failure is not None:
+            return None
         lo, hi = torch.searchsorted(self.positions, torch.tensor([first_position, first_position + num_tokens]))
         if lo == hi:
             return None

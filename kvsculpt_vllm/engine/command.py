@@ -33,7 +33,7 @@ class CommitCommand:
     request_id: str
     row: list[int]  # the request's new block list: packed, then null (0) up to the span's length, then the tail
     blocks_freed: int  # by how much the pool's free count rose
-    steps_waited: int  # scheduler steps in which the pool had too few free blocks for the packed prefix
+    steps_waited: int  # scheduler steps in which it could not begin: no blocks were free, or its own were shared
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,37 @@ class Solved:
 
     request_id: str
     attempt: int
-    failure: str | None = None  # why nothing was written that may be used
+    succeeded: bool = True  # or nothing was written that may be used
+
+
+@dataclass(frozen=True)
+class Settled:
+    """For the books: the scheduler decided about a request without a solve that counts."""
+
+    request_id: str
+    num_prompt_tokens: int
+    outcome: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """For the books: a request waits for the first time, uncompressed and running."""
+
+    request_id: str
+    num_prompt_tokens: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class PoolState:
+    """For the books: vLLM's block pool after a step was scheduled."""
+
+    total: int  # blocks there are for requests: all but the null block
+    used: int
+    saved: int  # that stock vLLM would hold besides, for the requests compressed now
+    compressed: int  # requests whose prompt is compressed now
+    pending: int  # requests whose prompt is computed and waits for its compression, or is in it
 
 
 def attach(carrier: Any, messages: list[Any]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 if TYPE_CHECKING:  # the start-up hooks import this file in every vLLM process: it must stay light
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.engine.protocol import EngineClient
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -25,7 +26,7 @@ class SchedulerHooks:
         """The part of a local prefix-cache hit to use."""
         raise NotImplementedError
 
-    def forget(self, request_id: str) -> None:
+    def forget(self, request: Request) -> None:
         """The request's blocks are about to go back to the pool."""
         raise NotImplementedError
 
@@ -35,11 +36,11 @@ class SchedulerHooks:
         return blocks, num_tokens, boundary, diverged
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        self.forget(request.request_id)
+        self.forget(request)
         super()._preempt_request(request, *args, **kwargs)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        self.forget(request.request_id)
+        self.forget(request)
         return super()._free_request(request, *args, **kwargs)
 
 
@@ -108,3 +109,13 @@ def is_extra_api_server(args: EngineArgs) -> bool:
     Can go when vLLM's configuration says so publicly.
     """
     return args._api_process_count > 1 and args._api_process_rank >= 0
+
+
+async def ask_engines(client: EngineClient, method: str, args: tuple) -> list[Any]:
+    """What the first worker of every engine answers to `method`.
+
+    `EngineClient.collective_rpc` answers for the first engine only where there are several (data parallelism). Can go
+    when it answers for all.
+    """
+    call = ("collective_rpc", method, None, args, None)
+    return [workers[0] for workers in await client.engine_core.call_utility_all_async(*call)]

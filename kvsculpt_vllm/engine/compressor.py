@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
+from enum import StrEnum
 
 import torch
 from torch import Tensor
-from vllm.logger import init_logger
 
+from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine import pages as page_layout
-from kvsculpt_vllm.engine.capture import QuerySample
 from kvsculpt_vllm.engine.command import CommitCommand, SolveCommand
+from kvsculpt_vllm.engine.record import CompressionRecord
 from kvsculpt_vllm.engine.state import CompressionState
 from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.compress import Compressed, compress
@@ -20,42 +21,32 @@ from kvsculpt_vllm.sculpt.problem import Problems
 from kvsculpt_vllm.sculpt.queries import build_problems
 from kvsculpt_vllm.sculpt.rotary import Rotary
 
-logger = init_logger("vllm.kvsculpt")
+
+class Cause(StrEnum):
+    """Why a compression is not used."""
+
+    ERROR_BOUND = "error_bound"  # it loses more than the request or the server allows
+    NOT_FINITE = "not_finite"
+    OUT_OF_MEMORY = "out_of_memory"
+    QUERIES_MISSING = "queries_missing"  # they could not be sampled while the prompt was computed
+    EXCEPTION = "exception"
 
 
-@dataclass(frozen=True)
-class CompressionRecord:
-    """What one compression did, as logged and reported."""
+class NotUsable(Exception):
+    """What came out of a compression must not be used."""
 
-    request_id: str
-    method: str
-    budget: str
-    prompt_tokens: int
-    span_tokens: int
-    entries_kept: float  # mean over layers and KV heads
-    blocks_before: int  # that the prompt held
-    blocks_after: int  # that it holds now: packed and tail
-    blocks_freed: int  # by which the pool's free count rose (shared blocks stay in use)
-    bytes_freed: int
-    steps_waited: int  # scheduler steps spent uncompressed because the pool was full
-    seconds: float
-    error_before: float  # held-out loss of plain selection, mean over heads
-    error_after: float  # held-out loss of what was written
-    heads_at_start: int  # (layer, KV head)s for which selection was not beaten
+    def __init__(self, cause: Cause, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
-@dataclass(frozen=True)
-class PackedPrefix:
-    """What is written and not yet read: per (layer, KV head) its first cell and number of pages."""
-
-    starts: list[int]
-    pages: list[int]
-    span_blocks: int
-    record: CompressionRecord
-
-
-class TooMuchLost(Exception):
-    """The compression's held-out error is above the bound that the request or the server sets."""
+def cause_of(error: Exception) -> Cause:
+    """The class of what a compression raised."""
+    if isinstance(error, NotUsable):
+        return error.cause
+    # The CPU's allocator has no exception of its own.
+    no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return Cause.OUT_OF_MEMORY if no_memory else Cause.EXCEPTION
 
 
 class Compressor:
@@ -65,86 +56,107 @@ class Compressor:
         self.state, self.rotaries, self.softmax_scale = state, rotaries, softmax_scale
 
     @torch.no_grad()
-    def solve(self, command: SolveCommand) -> None:
+    def solve(self, command: SolveCommand, fallback: Cause | None = None) -> None:
         """Compress the request's span into the blocks taken for it. The request's own blocks are only read.
 
+        After a failure, whose `fallback` it is, by plain selection with uniform budgets.
+
         Raises:
-            TooMuchLost: the error is above the bound.
-            RuntimeError: queries are missing, or what came out is not finite; and whatever torch raises.
+            NotUsable: the error is above the bound, queries are missing, or what came out is not finite.
+            Exception: whatever torch raises.
         """
         begin = time.perf_counter()
         state, geometry = self.state, self.state.geometry
         config = state.tracked(command.request_id).config
-        sample = state.samples.pop(command.request_id)
-        blocks = torch.tensor(command.prompt_blocks, device=state.pages.buffer.device)
-        keys, values = state.pages.read(geometry.block_pages(blocks))
-        keys = keys.flatten(0, 1)[:, : command.num_prompt_tokens]
-        values = values.flatten(0, 1)[:, : command.num_prompt_tokens]
-        problems = self._problems(command, config.sink, sample, keys, values)
+        if fallback is not None:
+            config = config.model_copy(update={"method": "select", "budget": "uniform"})
+        problems, sinks = self._problems(command, config.sink)
         span_blocks = command.span_tokens // geometry.block_size
         plan = PagePlan(geometry.block_size, span_blocks, len(command.packed) * geometry.num_cells, config.sink)
         fitted = compress(problems, plan, config.method, config.budget, EFFORTS[config.effort])
         error = float(fitted.error.mean())
-        if not error <= config.max_error:
-            raise TooMuchLost(f"held-out error {error:.4g}, at most {config.max_error:g} is allowed")
-        if not all(entries.isfinite().all() for entries in (*fitted.keys, *fitted.values)):
-            raise RuntimeError("compressed entries are not finite")
-        starts = self._write(command, fitted, keys[:, : config.sink], values[:, : config.sink])
-        kept = torch.tensor([len(k) for k in fitted.keys], dtype=torch.float32) + config.sink
-        record = CompressionRecord(
+        if not all(entries.isfinite().all() for entries in (fitted.error, *fitted.keys, *fitted.values)):
+            raise NotUsable(Cause.NOT_FINITE, "what came out is not finite")
+        if error > config.max_error:
+            raise NotUsable(Cause.ERROR_BOUND, f"held-out error {error:.4g}, at most {config.max_error:g} is allowed")
+        starts = self._write(command, fitted, *sinks)
+        shape = (geometry.num_layers, geometry.num_heads)
+        pages = torch.tensor(fitted.pages)
+        state.directory.prepare(command.request_id, torch.tensor(starts).view(shape), pages.view(shape), span_blocks)
+        seconds = time.perf_counter() - begin
+        state.solved[command.request_id] = self._record(command, config, fitted, seconds, fallback)
+
+    def commit(self, command: CommitCommand) -> CompressionRecord:
+        """Publish what was solved: the request's block list starts with it from now on."""
+        record = self.state.solved.pop(command.request_id)
+        self.state.directory.publish(command.request_id, command.row[0])
+        return replace(
+            record,
+            blocks_freed=command.blocks_freed,
+            bytes_freed=command.blocks_freed * self.state.block_bytes,
+            steps_waited=command.steps_waited,
+        )
+
+    def _record(
+        self,
+        command: SolveCommand,
+        config: CompressionConfig,
+        fitted: Compressed,
+        seconds: float,
+        fallback: Cause | None,
+    ) -> CompressionRecord:
+        geometry = self.state.geometry
+        shape = (geometry.num_layers, geometry.num_heads)
+        kept = torch.tensor([len(keys) for keys in fitted.keys]) + config.sink
+        span_blocks = command.span_tokens // geometry.block_size
+        return CompressionRecord(
             request_id=command.request_id,
             method=config.method,
+            keep_ratio=config.keep_ratio,
             budget=config.budget,
+            effort=config.effort,
             prompt_tokens=command.num_prompt_tokens,
             span_tokens=command.span_tokens,
-            entries_kept=float(kept.mean()),
+            entries_kept=float(kept.float().mean()),
             blocks_before=len(command.prompt_blocks),
             blocks_after=len(command.prompt_blocks) - span_blocks + len(command.packed),
             blocks_freed=0,
             bytes_freed=0,
             steps_waited=0,
-            seconds=time.perf_counter() - begin,
+            seconds=seconds,
             error_before=float(fitted.start_error.mean()),
-            error_after=error,
+            error_after=float(fitted.error.mean()),
+            solver_steps=int(fitted.steps.sum()),
             heads_at_start=int(((fitted.error >= fitted.start_error) & (fitted.start_error > 0)).sum()),
-        )
-        state.solved[command.request_id] = PackedPrefix(starts, fitted.pages, span_blocks, record)
-
-    def commit(self, command: CommitCommand) -> CompressionRecord:
-        """Publish what was solved: the request's block list starts with it from now on."""
-        state, geometry = self.state, self.state.geometry
-        prefix = state.solved.pop(command.request_id)
-        shape = (geometry.num_layers, geometry.num_heads)
-        state.directory.publish(
-            command.request_id,
-            command.row[0],
-            torch.tensor(prefix.starts).view(shape),
-            torch.tensor(prefix.pages).view(shape),
-            prefix.span_blocks,
-        )
-        return replace(
-            prefix.record,
-            blocks_freed=command.blocks_freed,
-            bytes_freed=command.blocks_freed * geometry.num_cells * state.pages.buffer[0].nbytes,
-            steps_waited=command.steps_waited,
+            failed_solves=int(fitted.failed_solves.sum()),
+            budgets=kept.view(shape).tolist(),
+            errors=fitted.error.view(shape).tolist(),
+            fallback=fallback or "",
         )
 
-    def _problems(
-        self, command: SolveCommand, sinks: int, sample: QuerySample, keys: Tensor, values: Tensor
-    ) -> Problems:
+    def _problems(self, command: SolveCommand, num_sinks: int) -> tuple[Problems, tuple[Tensor, Tensor]]:
+        """What to fit, and the sinks' keys and values (L · H, sinks, D), which are kept as they are."""
+        state = self.state
+        sample = state.samples[command.request_id]
         if not sample.complete:
-            raise RuntimeError(f"request {command.request_id}: some sampled queries of its prompt were never computed")
-        return build_problems(
+            cause = sample.failure or "some sampled queries of the prompt were never computed"
+            raise NotUsable(Cause.QUERIES_MISSING, cause)
+        blocks = torch.tensor(command.prompt_blocks, device=state.pages.buffer.device)
+        keys, values = state.pages.read(state.geometry.block_pages(blocks))
+        keys = keys.flatten(0, 1)[:, : command.num_prompt_tokens]
+        values = values.flatten(0, 1)[:, : command.num_prompt_tokens]
+        problems = build_problems(
             queries=sample.queries,
             positions=sample.positions.to(keys.device),
             recent=sample.recent,
             keys=keys,
             values=values,
             span=command.span_tokens,
-            sinks=sinks,
+            sinks=num_sinks,
             rotaries=self.rotaries,
             scale=self.softmax_scale,
         )
+        return problems, (keys[:, :num_sinks], values[:, :num_sinks])
 
     def _write(self, command: SolveCommand, fitted: Compressed, sink_keys: Tensor, sink_values: Tensor) -> list[int]:
         """Write every head's entries, sinks first, into its cells of the packed blocks; returns its first cell."""
@@ -158,13 +170,3 @@ class Compressor:
                 torch.cat([sink_values[b], fitted.values[b]]),
             )
         return starts
-
-
-def log(record: CompressionRecord) -> None:
-    """The one line a compressed request leaves in the log."""
-    logger.info(
-        "kvsculpt: request %(request_id)s: %(method)s/%(budget)s, span %(span_tokens)d tokens, "
-        "%(entries_kept).0f entries kept a head, %(blocks_freed)d blocks freed (%(blocks_before)d -> "
-        "%(blocks_after)d), %(seconds).2f s, held-out error %(error_before).4f -> %(error_after).4f",
-        asdict(record),
-    )

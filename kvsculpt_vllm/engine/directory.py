@@ -32,19 +32,27 @@ class Directory:
             *(torch.zeros(size, dtype=torch.int64, device=device) for size in (num_blocks, shape, shape, num_slots + 1))
         )
         self._free_slots = list(range(num_slots, 0, -1))
-        self._entries: dict[str, tuple[int, int]] = {}  # request -> (first block, slot)
+        self._entries: dict[str, tuple[int, int]] = {}  # request -> (first block, 0 until it is published; slot)
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def publish(self, request_id: str, first_block: int, starts: Tensor, lengths: Tensor, span_blocks: int) -> None:
-        """Enter a request's packed prefix; starts and lengths are (L, H), in pages."""
+    def prepare(self, request_id: str, starts: Tensor, lengths: Tensor, span_blocks: int) -> None:
+        """Write down a packed prefix that no row reads yet; starts and lengths are (L, H), in pages.
+
+        What can fail is done here, before the request has given up its exact cache.
+        """
         self.release(request_id)
         slot = self._free_slots.pop()
-        self._entries[request_id] = (first_block, slot)
+        self._entries[request_id] = (0, slot)
         table = self.prefixes
         table.starts[slot], table.lengths[slot], table.span_blocks[slot] = starts, lengths, span_blocks
-        table.slot_of_block[first_block] = slot
+
+    def publish(self, request_id: str, first_block: int) -> None:
+        """From now on, rows that begin with `first_block` read what was prepared."""
+        _, slot = self._entries[request_id]
+        self._entries[request_id] = (first_block, slot)
+        self.prefixes.slot_of_block[first_block] = slot
 
     def release(self, request_id: str) -> None:
         """Forget a request that lost its blocks (finished, aborted, preempted); unknown ones are fine."""

@@ -33,6 +33,14 @@ SCHEDULER = "kvsculpt_vllm.engine.scheduler.SculptScheduler"
 ASYNC_SCHEDULER = "kvsculpt_vllm.engine.scheduler.SculptAsyncScheduler"
 
 
+_compresses = False
+
+
+def compresses_here() -> bool:
+    """Whether this process has made an engine's configuration with compression."""
+    return _compresses
+
+
 def install() -> None:
     """Wrap `EngineArgs.add_cli_args` and `EngineArgs.create_engine_config`, once per process."""
     if hasattr(EngineArgs.create_engine_config, "kvsculpt_hook"):
@@ -71,6 +79,8 @@ def _with_compression(stock: Callable[..., VllmConfig]) -> Callable[..., VllmCon
         config.check_block_size(vllm_config.cache_config.block_size, flag)
         _use_our_classes(vllm_config, config)
         _allow_long_steps()
+        global _compresses
+        _compresses = True
         if not quiet:
             logger.info("%s", _start_up_line(vllm_config, config, chosen))
         return vllm_config

@@ -254,6 +254,11 @@ _RULES = (
 )
 
 
+def known_refusals() -> list[Refusal]:
+    """Every refusal that a configuration can bring about, for people to read."""
+    return [rule.refusal for rule in _RULES]
+
+
 def check_platform(platform: Any) -> None:
     """Refuse a device for which there is no worker yet.
 

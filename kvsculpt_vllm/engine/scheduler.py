@@ -19,8 +19,19 @@ from vllm.v1.request import Request, RequestStatus
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine import spans
-from kvsculpt_vllm.engine.command import CommitCommand, SolveCommand, Solved, attach, attached
+from kvsculpt_vllm.engine.command import (
+    CommitCommand,
+    Deferred,
+    PoolState,
+    Settled,
+    SolveCommand,
+    Solved,
+    attach,
+    attached,
+)
 from kvsculpt_vllm.engine.compat import SchedulerHooks
+from kvsculpt_vllm.engine.ledger import FALLBACK, SKIPPED
+from kvsculpt_vllm.engine.record import printable
 from kvsculpt_vllm.engine.refusals import check_kv_cache_config
 
 logger = init_logger("vllm.kvsculpt")
@@ -51,21 +62,22 @@ class SculptSchedulerMixin(SchedulerHooks):
         super().__init__(*args, **kwargs)
         check_kv_cache_config(self.kv_cache_config)
         self.compression = CompressionConfig.from_additional_config(self.vllm_config.additional_config)
-        self.compression_waits = 0
-        self.kept_exact = 0  # requests whose compression failed or lost too much
         self._pending: dict[str, Pending] = {}
         self._attempts = count()
         self._settled: set[str] = set()  # being compressed, compressed, or to stay exact
         self._steps_waited: Counter[str] = Counter()
         self._hit_shortened: set[str] = set()
+        self._saved: dict[str, int] = {}  # blocks that a compressed request does not hold
+        self._waiting = 0  # requests that could be compressed but for room or their turn
+        self._news: list[Settled | Deferred] = []  # for the books of the workers
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         commands = [*self._commit_solved(), *self._start_one()]
         output = super().schedule(*args, **kwargs)
-        if commands:
-            # A request preempted in this very step has lost its blocks again: its command must not run.
-            running = {request.request_id for request in self.running}
-            attach(output, [command for command in commands if command.request_id in running])
+        # A request preempted in this very step has lost its blocks again: its command must not run.
+        running = {request.request_id for request in self.running} if commands else ()
+        news, self._news = self._news, []
+        attach(output, [*(c for c in commands if c.request_id in running), *news, self._pool_state()])
         return output
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
@@ -75,7 +87,7 @@ class SculptSchedulerMixin(SchedulerHooks):
 
     def limit_prefix_hit(self, request: Request, blocks: KVCacheBlocks, num_tokens: int) -> tuple[KVCacheBlocks, int]:
         """Shorten a prefix-cache hit of a prompt to be compressed: without queries there is nothing to fit to."""
-        if num_tokens == 0 or self._span(request) is None:
+        if num_tokens == 0 or isinstance(self._span(request), spans.Skip):
             return blocks, num_tokens
         most = spans.longest_useful_hit(request.num_prompt_tokens, self.block_size)
         if num_tokens <= most:
@@ -85,32 +97,59 @@ class SculptSchedulerMixin(SchedulerHooks):
             logger.info(
                 "kvsculpt: request %s: prefix-cache hit shortened from %d to %d of %d prompt tokens, "
                 "so that its last queries are seen",
-                request.request_id,
+                printable(request.request_id),
                 num_tokens,
                 most,
                 request.num_prompt_tokens,
             )
         return self.kv_cache_manager.truncate_computed_blocks(blocks, most), most
 
-    def forget(self, request_id: str) -> None:
+    def forget(self, request: Request) -> None:
         """The request lost its blocks (finished, aborted or preempted)."""
+        request_id = request.request_id
         if request_id in self._pending:
             self._drop(request_id)
+            self._settled.discard(request_id)  # so that the books hear of it
+        if request.is_finished() and request_id not in self._settled:
+            span = self._span(request)
+            self._skip(request, span if isinstance(span, spans.Skip) else spans.Skip.ENDED_FIRST)
         self._settled.discard(request_id)
+        self._saved.pop(request_id, None)
         self._steps_waited.pop(request_id, None)
         self._hit_shortened.discard(request_id)
 
-    def _span(self, request: Request) -> spans.Span | None:
+    def _span(self, request: Request) -> spans.Span | spans.Skip:
         params = request.sampling_params
         if params is None or request.resumable:
-            return None  # pooling has no decode; a streaming session's prompt is not complete
-        if params.max_tokens is not None and params.max_tokens <= 2:
-            return None  # the prefill gives one token, the step that solves another: nothing would read the prefix
+            return spans.Skip.NO_SAMPLING
         config = self.compression.for_request(params.extra_args)
-        return spans.plan_span(config, request.num_prompt_tokens, self.block_size)
+        span = spans.plan_span(config, request.num_prompt_tokens, self.block_size)
+        if span is None:
+            return spans.why_exact(config, request.num_prompt_tokens, self.block_size)
+        # The prefill gives one token, the step that solves another: nothing would read the prefix.
+        few = params.max_tokens is not None and params.max_tokens <= 2
+        return spans.Skip.FEW_OUTPUT_TOKENS if few else span
+
+    def _skip(self, request: Request, reason: spans.Skip) -> None:
+        self._news.append(Settled(request.request_id, request.num_prompt_tokens, SKIPPED, reason))
+
+    def _pool_state(self) -> PoolState:
+        pool = self.kv_cache_manager.block_pool
+        total = pool.num_gpu_blocks - 1  # the null block serves nobody
+        return PoolState(
+            total=total,
+            used=total - pool.get_num_free_blocks(),
+            saved=sum(self._saved.values()),
+            compressed=len(self._saved),
+            pending=len(self._pending) + self._waiting,
+        )
 
     def _start_one(self) -> list[SolveCommand]:
-        """The command for the first running request that can be compressed now, if there is one."""
+        """The command for the first running request that can be compressed now, if there is one.
+
+        One a step: the others decode in between, and no step takes as long as several compressions.
+        """
+        commands, self._waiting = [], 0
         for request in self.running:
             if (
                 request.request_id in self._settled
@@ -119,14 +158,15 @@ class SculptSchedulerMixin(SchedulerHooks):
                 or request.num_computed_tokens < request.num_prompt_tokens
             ):
                 continue
-            span = self._span(request)
-            command = self._start(request, span) if span is not None else None
-            if command is not None or span is None:
+            if isinstance(span := self._span(request), spans.Skip):
                 self._settled.add(request.request_id)
-            if command is not None:
-                # One a step: the others decode in between, and no step takes as long as several compressions.
-                return [command]
-        return []
+                self._skip(request, span)
+            elif commands or (command := self._start(request, span)) is None:
+                self._waiting += 1
+            else:
+                self._settled.add(request.request_id)
+                commands.append(command)
+        return commands
 
     def _start(self, request: Request, span: spans.Span) -> SolveCommand | None:
         """Take blocks for the packed prefix; None if it has to wait: for free blocks, or for others to finish.
@@ -136,19 +176,10 @@ class SculptSchedulerMixin(SchedulerHooks):
         """
         pool, blocks = self.kv_cache_manager.block_pool, self._blocks(request.request_id)
         if not self._comes_free(request.request_id, span):
-            return None
+            return self._defer(request, "shared_blocks", "it would free fewer blocks than it takes, others share them")
         free = pool.get_num_free_blocks()
         if free < span.packed_blocks:
-            if request.request_id not in self._steps_waited:
-                logger.info(
-                    "kvsculpt: request %s waits uncompressed: %d free blocks needed, %d there",
-                    request.request_id,
-                    span.packed_blocks,
-                    free,
-                )
-            self._steps_waited[request.request_id] += 1
-            self.compression_waits += 1
-            return None
+            return self._defer(request, "no_free_blocks", f"{span.packed_blocks} free blocks needed, {free} there")
         pending = Pending(next(self._attempts), span, pool.get_new_blocks(span.packed_blocks))
         self._pending[request.request_id] = pending
         return SolveCommand(
@@ -160,14 +191,20 @@ class SculptSchedulerMixin(SchedulerHooks):
             packed=[block.block_id for block in pending.packed],
         )
 
+    def _defer(self, request: Request, reason: str, cause: str) -> None:
+        """It goes on uncompressed and is looked at again in the next step."""
+        if request.request_id not in self._steps_waited:
+            logger.info("kvsculpt: request %s waits uncompressed: %s", printable(request.request_id), cause)
+            self._news.append(Deferred(request.request_id, request.num_prompt_tokens, reason))
+        self._steps_waited[request.request_id] += 1
+
     def _hear(self, solved: Solved) -> None:
         pending = self._pending.get(solved.request_id)
         if pending is None or pending.attempt != solved.attempt:
             return  # the request has lost its blocks since
-        if solved.failure is None:
+        if solved.succeeded:
             pending.solved = True
         else:
-            self.kept_exact += 1
             self._drop(solved.request_id)
 
     def _drop(self, request_id: str) -> None:
@@ -180,6 +217,8 @@ class SculptSchedulerMixin(SchedulerHooks):
                 yield self._commit(request_id, self._pending.pop(request_id))
             else:  # others have come to share its blocks meanwhile
                 self._drop(request_id)
+                tokens = self.requests[request_id].num_prompt_tokens
+                self._news.append(Settled(request_id, tokens, FALLBACK, "shared_blocks"))
 
     def _commit(self, request_id: str, pending: Pending) -> CommitCommand:
         """Rewrite the request's block list."""
@@ -191,11 +230,12 @@ class SculptSchedulerMixin(SchedulerHooks):
         # Freeing at once is safe: the workers change the request's row before the forward pass of this same step,
         # which is the first that could write to them. Reversed, as vLLM does: a prefix's end is evicted first.
         pool.free_blocks(reversed(old))
+        # Counted with the blocks that the packed prefix took.
+        self._saved[request_id] = pool.get_num_free_blocks() - free_before - span.packed_blocks
         return CommitCommand(
             request_id=request_id,
             row=[block.block_id for block in blocks],
-            # Counted with the blocks that the packed prefix took.
-            blocks_freed=pool.get_num_free_blocks() - free_before - span.packed_blocks,
+            blocks_freed=self._saved[request_id],
             steps_waited=self._steps_waited.pop(request_id, 0),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import StrEnum
 
 from kvsculpt_vllm.config import CompressionConfig
 
@@ -22,20 +23,40 @@ class Span:
     packed_blocks: int  # blocks that the packed prefix takes
 
 
-def plan_span(config: CompressionConfig, num_prompt_tokens: int, block_size: int) -> Span | None:
-    """The span of a prompt, or None if the prompt stays as it is.
+class Skip(StrEnum):
+    """Why a prompt stays as it is without being tried."""
 
-    It stays when compression is off for the request, when the prompt is shorter than `min_tokens`, and when
-    nothing would be freed (keep ratio 1, or a span of one block). The tail keeps at least `window` prompt tokens.
-    """
-    if not config.active or num_prompt_tokens < config.min_tokens:
+    OFF = "off"  # compression is off for the request
+    SHORT = "short"  # fewer tokens than `min_tokens`
+    NOTHING_TO_FREE = "nothing_to_free"  # keep ratio 1, or a span of one block
+    FEW_OUTPUT_TOKENS = "few_output_tokens"  # over before anything would read a packed prefix
+    NO_SAMPLING = "no_sampling"  # not a request for text, or a streaming session, whose prompt is never complete
+    ENDED_FIRST = "ended_first"  # finished, aborted or preempted for good before its turn came
+
+
+def why_exact(config: CompressionConfig, num_prompt_tokens: int, block_size: int) -> Skip | None:
+    """Why a prompt of this length is not compressed, or None if it is."""
+    if not config.active:
+        return Skip.OFF
+    if num_prompt_tokens < config.min_tokens:
+        return Skip.SHORT
+    blocks, packed_blocks = _sizes(config, num_prompt_tokens, block_size)
+    return Skip.NOTHING_TO_FREE if packed_blocks >= blocks else None
+
+
+def plan_span(config: CompressionConfig, num_prompt_tokens: int, block_size: int) -> Span | None:
+    """The span of a prompt, or None if the prompt stays as it is. The tail keeps at least `window` prompt tokens."""
+    if why_exact(config, num_prompt_tokens, block_size) is not None:
         return None
+    blocks, packed_blocks = _sizes(config, num_prompt_tokens, block_size)
+    return Span(blocks * block_size, blocks, packed_blocks)
+
+
+def _sizes(config: CompressionConfig, num_prompt_tokens: int, block_size: int) -> tuple[int, int]:
+    """Blocks of the span, and of its packed prefix."""
     blocks = max(num_prompt_tokens - config.window, 0) // block_size
     # 0.07 * 100 is 7.000000000000001: what a rounding error adds must not cost a block.
-    packed_blocks = max(1, math.ceil(config.keep_ratio * blocks - 1e-9))
-    if packed_blocks >= blocks:
-        return None
-    return Span(blocks * block_size, blocks, packed_blocks)
+    return blocks, max(1, math.ceil(config.keep_ratio * blocks - 1e-9))
 
 
 def longest_useful_hit(num_prompt_tokens: int, block_size: int) -> int:

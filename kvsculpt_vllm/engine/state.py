@@ -20,7 +20,7 @@ from kvsculpt_vllm.sculpt.effort import EFFORTS
 from kvsculpt_vllm.sculpt.queries import sample_positions
 
 if TYPE_CHECKING:
-    from kvsculpt_vllm.engine.compressor import PackedPrefix
+    from kvsculpt_vllm.engine.record import CompressionRecord
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,13 @@ class CompressionState:
         self.geometry, buffer = PageGeometry.of(layer_views)
         self.pages = page_format(buffer, self.geometry)
         self.num_query_heads = num_query_heads
+        self.block_bytes = self.geometry.num_cells * buffer[0].nbytes
         num_blocks = layer_views[0].shape[0]
         self.directory = Directory(
             num_blocks, max_num_seqs, self.geometry.num_layers, self.geometry.num_heads, buffer.device
         )
         self.samples: dict[str, QuerySample] = {}
-        self.solved: dict[str, PackedPrefix] = {}
+        self.solved: dict[str, CompressionRecord] = {}  # written and not yet read
         self._tracked: dict[str, TrackedRequest] = {}
         self._computed: dict[str, int] = {}  # tokens of each request of this step that were computed before it
 

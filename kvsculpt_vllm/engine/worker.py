@@ -5,9 +5,8 @@ On every device alike; `worker_cpu` and `worker_gpu` put it over vLLM's workers.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+import logging
 from copy import copy
-from dataclasses import asdict
 from traceback import extract_tb
 from typing import Any, ClassVar
 
@@ -20,17 +19,17 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from kvsculpt_vllm.config import CompressionConfig
-from kvsculpt_vllm.engine.command import SolveCommand, Solved, attach, attached
+from kvsculpt_vllm.engine.command import CommitCommand, SolveCommand, Solved, attach, attached
 from kvsculpt_vllm.engine.compat import BlockRows
-from kvsculpt_vllm.engine.compressor import CompressionRecord, Compressor, TooMuchLost, log
+from kvsculpt_vllm.engine.compressor import Cause, Compressor, cause_of
+from kvsculpt_vllm.engine.ledger import FAILED, FALLBACK, Ledger
 from kvsculpt_vllm.engine.pages import PageFormat
+from kvsculpt_vllm.engine.record import log, printable
 from kvsculpt_vllm.engine.refusals import check_attention_layers
 from kvsculpt_vllm.engine.rope import rotary_of_layers
 from kvsculpt_vllm.engine.state import CompressionState
 
 logger = init_logger("vllm.kvsculpt")
-
-RECORDS_KEPT = 256
 
 
 class AnsweringOutput(AsyncModelRunnerOutput):
@@ -48,6 +47,10 @@ def _raised_at(error: Exception) -> tuple[str, int | None]:
     """File and line that an exception came from."""
     frame = extract_tb(error.__traceback__)[-1]
     return frame.filename, frame.lineno
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _answering(output: ModelRunnerOutput, answers: list[Solved]) -> ModelRunnerOutput:
@@ -69,8 +72,7 @@ class SculptWorkerMixin:
         self.compression_state: CompressionState | None = None
         self.compressor: Compressor | None = None
         self.block_rows: BlockRows | None = None
-        self._records: deque[CompressionRecord] = deque(maxlen=RECORDS_KEPT)
-        self._totals: Counter[str] = Counter()
+        self.ledger: Ledger | None = None
         self._answers: list[Solved] = []
         self._failed_at: set[tuple[str, int | None]] = set()
 
@@ -90,6 +92,7 @@ class SculptWorkerMixin:
             self.scheduler_config.max_num_seqs,
         )
         self.block_rows = BlockRows(self.model_runner)
+        self.ledger = Ledger(self.compression_state.block_bytes)
         for index, layer in enumerate(layers):
             layer.impl.state, layer.impl.layer_index = self.compression_state, index
         rotaries = rotary_of_layers(self.model_runner.get_model(), layers, self.model_config.hf_text_config)
@@ -102,43 +105,79 @@ class SculptWorkerMixin:
             for command in attached(scheduler_output):
                 if isinstance(command, SolveCommand):
                     self._answers.append(self._solve(command))
+                elif isinstance(command, CommitCommand):
+                    self._commit(command)
                 else:
-                    record = self.compressor.commit(command)
-                    self.block_rows.replace(command.request_id, command.row)
-                    self._record(record)
+                    self.ledger.hear(command)
         return self._with_answers(super().execute_model(scheduler_output))
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """The step's second half, where the model runner has one."""
         return self._with_answers(super().sample_tokens(*args, **kwargs))
 
-    def kv_compression_report(self) -> dict[str, Any]:
-        """Totals since start and the newest compressions, JSON-serialisable; for `collective_rpc`."""
-        return {"totals": dict(self._totals), "requests": [asdict(record) for record in self._records]}
+    def kv_compression_stats(self) -> dict[str, Any]:
+        """Totals since start and the pool as it is now, JSON-serialisable; for `collective_rpc`."""
+        return self.ledger.stats()
+
+    def kv_compression_newest(self, limit: int) -> list[dict[str, Any]]:
+        """What became of the last requests, the newest first; for `collective_rpc`."""
+        return self.ledger.newest(limit)
+
+    def kv_compression_request(self, request_id: str) -> dict[str, Any] | None:
+        """What became of one request, None if it is not known (any more); for `collective_rpc`."""
+        return self.ledger.find(request_id)
+
+    def _commit(self, command: CommitCommand) -> None:
+        record = self.compressor.commit(command)
+        self.block_rows.replace(command.request_id, command.row)
+        self.ledger.compressed(record)
+        if self.is_driver_worker:
+            log(record)
 
     def _solve(self, command: SolveCommand) -> Solved:
-        try:
-            self.compressor.solve(command)
-        except TooMuchLost as reason:
-            self._totals["kept_exact"] += 1
-            if self.is_driver_worker:
-                logger.info("kvsculpt: request %s stays exact: %s", command.request_id, reason)
-            return Solved(command.request_id, command.attempt, failure=str(reason))
-        # Whatever it was (no memory, a matrix that cannot be factored, a bug): the request's own blocks are as they
-        # were, so it goes on with them, and so do all others.
-        except Exception as error:
-            cause, where = f"{type(error).__name__}: {error}", _raised_at(error)
-            self._totals["failures"] += 1
-            if self.is_driver_worker:
-                logger.warning(
-                    "kvsculpt: request %s stays exact, its compression failed: %s",
-                    command.request_id,
-                    cause,
-                    exc_info=where not in self._failed_at,  # the traceback once
-                )
-            self._failed_at.add(where)
-            return Solved(command.request_id, command.attempt, failure=cause)
+        """Compress, by selection if the method fails and the request wants that.
+
+        Whatever happens, the request's own blocks are as they were: it can go on with them, and so do all others.
+        """
+        state = self.compression_state
+        error = self._attempt(command)
+        if error is not None:
+            cause = cause_of(error)
+            lost = cause == Cause.ERROR_BOUND
+            selects = not lost and state.tracked(command.request_id).config.on_failure == "select"
+            self._warn(command, error, "tries selection" if selects else "stays exact", quiet=lost)
+            if selects and (again := self._attempt(command, fallback=cause)) is not None:
+                self._warn(command, again, "stays exact", quiet=False)
+                selects = False
+            if not selects:
+                outcome = FALLBACK if lost else FAILED
+                self.ledger.settle(command.request_id, command.num_prompt_tokens, outcome, cause, _described(error))
+                state.samples.pop(command.request_id, None)
+                return Solved(command.request_id, command.attempt, succeeded=False)
+        state.samples.pop(command.request_id, None)
         return Solved(command.request_id, command.attempt)
+
+    def _attempt(self, command: SolveCommand, fallback: Cause | None = None) -> Exception | None:
+        """What was raised: no memory, a matrix that cannot be factored, too large a loss, a bug."""
+        try:
+            self.compressor.solve(command, fallback)
+        except Exception as error:  # noqa: BLE001 - told, counted, and no reason to end the other requests
+            return error
+        return None
+
+    def _warn(self, command: SolveCommand, error: Exception, consequence: str, quiet: bool) -> None:
+        where = _raised_at(error)
+        if self.is_driver_worker:
+            logger.log(
+                logging.INFO if quiet else logging.WARNING,
+                "kvsculpt: request %s %s, its compression cannot be used: %s",
+                printable(command.request_id),
+                consequence,
+                _described(error),
+                # A traceback tells nothing about a loss, and the second one nothing new.
+                exc_info=None if quiet or where in self._failed_at else error,
+            )
+        self._failed_at.add(where)
 
     def _with_answers(self, output: Any) -> Any:
         """The step's output with what there is to tell the scheduler; None (more to come) stays as it is."""
@@ -148,11 +187,3 @@ class SculptWorkerMixin:
         if isinstance(output, AsyncModelRunnerOutput):
             return AnsweringOutput(output, answers)
         return _answering(output, answers)
-
-    def _record(self, record: CompressionRecord) -> None:
-        self._records.append(record)
-        self._totals.update(
-            compressions=1, blocks_freed=record.blocks_freed, bytes_freed=record.bytes_freed, seconds=record.seconds
-        )
-        if self.is_driver_worker:
-            log(record)

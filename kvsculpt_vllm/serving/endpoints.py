@@ -1,39 +1,145 @@
-"""The endpoint plugin: `GET /kv_compression` says what was compressed. Loaded if VLLM_PLUGINS names kvsculpt."""
+"""Our HTTP routes: what was compressed, as JSON and as a page, and our share of `/metrics`."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import secrets
 from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, HTTPException, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
+from vllm import envs
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from kvsculpt_vllm.config import CompressionConfig
+from kvsculpt_vllm.serving.metrics import text_of
+from kvsculpt_vllm.serving.monitor import Monitor, merged
 
-router = APIRouter()
+PATIENCE_SECONDS = 10.0
+"""How long a question about single requests waits for an engine that is in a long step."""
+
+PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
 
-class CompressionReport(BaseModel):
-    """What one server did since its start."""
+class Stats(BaseModel):
+    """What this server's engines did since their start. See engine/ledger.py for the meaning of the numbers."""
 
-    active: bool
     settings: dict[str, Any]
-    totals: dict[str, float]  # compressions, blocks_freed, bytes_freed, seconds, failures, kept_exact (too much lost)
-    requests: list[dict[str, Any]]  # the newest compressions, oldest first: see engine/compressor.py
+    age_seconds: float  # since when the numbers are: an engine answers between two steps
+    requests: dict[str, dict[str, int]]  # outcome -> reason -> requests
+    deferred: dict[str, int]
+    span_tokens: int
+    entries_kept: int
+    blocks_freed: int
+    bytes_freed: int
+    solver_steps: int
+    seconds: dict[str, Any]
+    held_out_error: dict[str, Any]
+    pool: dict[str, int]
 
 
-@router.get("/kv_compression")
-async def kv_compression(request: Request) -> CompressionReport:
-    """Settings, totals and the newest compressions, as the first rank sees them."""
-    state = request.app.state
-    config = CompressionConfig.from_additional_config(state.kvsculpt_engine.vllm_config.additional_config)
-    report = {"totals": {}, "requests": []}
-    if config.active:
-        if state.kvsculpt_engine.errored:
-            raise HTTPException(503, "the engine has stopped")
-        report = (await state.kvsculpt_engine.collective_rpc("kv_compression_report"))[0]
-    return CompressionReport(active=config.active, settings=config.model_dump(), **report)
+class Unauthorized(Exception):
+    """Becomes an HTTP 401. vLLM's own handler of `HTTPException` drops headers, and a browser needs this one to ask."""
+
+    @staticmethod
+    def answer(request: Request, error: Exception) -> Response:
+        """As vLLM's middleware says it."""
+        return JSONResponse({"error": "Unauthorized"}, 401, {"WWW-Authenticate": 'Basic realm="kvsculpt"'})
+
+
+def _require_key(request: Request) -> None:
+    """The server's API key, as for vLLM's own API: as a bearer token, or as the password that a browser asks for.
+
+    Raises:
+        Unauthorized: neither is there.
+    """
+    keys = request.app.state.kvsculpt_keys
+    if not keys:
+        return
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "basic":
+        try:
+            given = base64.b64decode(given, validate=True).decode().partition(":")[2]
+        except ValueError:
+            given = ""
+    elif scheme.lower() != "bearer":
+        given = ""
+    digest = hashlib.sha256(given.encode()).digest()
+    # Summed and not stopped at the first, so that the time tells nothing.
+    if not sum(secrets.compare_digest(digest, hashlib.sha256(key.encode()).digest()) for key in keys):
+        raise Unauthorized
+
+
+router = APIRouter(prefix="/kvsculpt", dependencies=[Depends(_require_key)])
+
+
+def _monitor(request: Request) -> Monitor:
+    return request.app.state.kvsculpt_monitor
+
+
+@router.get("/stats")
+async def stats(request: Request) -> Stats:
+    """Settings, totals since start and the block pool as it is now, of all engines together."""
+    monitor = _monitor(request)
+    await _answered(monitor.refresh())
+    if monitor.age is None:
+        await _answered(monitor.refresh(PATIENCE_SECONDS))
+    if monitor.age is None:
+        raise HTTPException(503, "the engine is in a long step and has not answered yet: try again")
+    config = CompressionConfig.from_additional_config(monitor.client.vllm_config.additional_config)
+    return Stats(settings=config.model_dump(), age_seconds=monitor.age, **merged(monitor.stats))
+
+
+@router.get("/requests")
+async def newest_requests(request: Request, limit: int = Query(50, ge=1, le=256)) -> list[dict[str, Any]]:
+    """What became of the newest requests, the newest first."""
+    stories = await _answered(_monitor(request).ask("kv_compression_newest", limit, patience=PATIENCE_SECONDS))
+    return sorted((story for engine in stories for story in engine), key=lambda story: -story["time"])[:limit]
+
+
+@router.get("/requests/{request_id:path}")
+async def one_request(request: Request, request_id: str) -> dict[str, Any]:
+    """What became of one request, by the id in its answer; with budgets and errors by head."""
+    stories = await _answered(_monitor(request).ask("kv_compression_request", request_id, patience=PATIENCE_SECONDS))
+    found = [story for story in stories if story is not None]
+    if not found:
+        raise HTTPException(404, "no such request among the newest ones whose prompt was computed")
+    return found[0]
+
+
+@router.get("", include_in_schema=False)
+async def page() -> HTMLResponse:
+    """The dashboard. It loads nothing from elsewhere, and its policy says so."""
+    digest = {tag: _digest_of(tag) for tag in ("script", "style")}
+    policy = f"default-src 'none'; connect-src 'self'; script-src {digest['script']}; style-src {digest['style']}"
+    return HTMLResponse(
+        PAGE,
+        headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"},
+    )
+
+
+def _digest_of(tag: str) -> str:
+    """A Content-Security-Policy source for the page's one inline element `tag`."""
+    content = PAGE.split(f"<{tag}>", 1)[1].split(f"</{tag}>", 1)[0]
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+
+
+async def _answered(question: Any) -> Any:
+    """The answer, or the HTTP error that says why there is none."""
+    try:
+        return await question
+    except TimeoutError:
+        raise HTTPException(503, "the engine is in a long step and has not answered in time: try again") from None
+    except EngineDeadError:
+        raise HTTPException(503, "the engine has stopped") from None
 
 
 class SculptEndpoints:
@@ -43,14 +149,33 @@ class SculptEndpoints:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add our routes."""
+        """Add our routes, and our metrics to those that `/metrics` shows."""
         app.include_router(router)
+        app.add_exception_handler(Unauthorized, Unauthorized.answer)
+        stock = next((r for r in app.routes if isinstance(r, APIRoute) and r.path == "/metrics"), None)
+        if stock is not None:
+            # vLLM puts a plugin's route in the place of its own one of the same path.
+            app.get("/metrics", include_in_schema=False)(_with_ours(stock.endpoint))
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        """Keep the engine client for the routes."""
-        state.kvsculpt_engine = engine_client
+        """Keep what the routes need."""
+        state.kvsculpt_monitor = Monitor(engine_client)
+        # As vLLM reads them: the flag comes before the variable.
+        state.kvsculpt_keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
 
 
-def create_plugin() -> SculptEndpoints:
-    """The entry point of `vllm.endpoint_plugins`."""
-    return SculptEndpoints()
+def _with_ours(stock: Callable[[Request], Response]) -> Callable:
+    async def metrics(request: Request) -> Response:
+        """vLLM's metrics, then ours."""
+        monitor = _monitor(request)
+        if not monitor.client.errored:
+            await monitor.refresh()
+        response = await run_in_threadpool(stock, request)
+        return Response(
+            response.body + text_of(monitor),
+            response.status_code,
+            media_type=None,
+            headers={"Content-Type": response.headers["Content-Type"]},
+        )
+
+    return metrics

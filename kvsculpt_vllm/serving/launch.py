@@ -39,13 +39,9 @@ def serve(model: Path, *flags: str) -> Iterator[Server]:
         port = probe.getsockname()[1]
     vllm = Path(sys.executable).with_name("vllm")
     command = [str(vllm), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *flags]
-    # Endpoint plugins load only where they are named.
-    environment = {**os.environ, "VLLM_PLUGINS": "kvsculpt"}
     with NamedTemporaryFile(prefix="kvsculpt-serve-", suffix=".log", delete=False) as log:
         # A session of its own: vLLM's worker processes must stop with it.
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     server = Server(f"http://127.0.0.1:{port}", Path(log.name))
     try:
         _wait_until_ready(process, server)

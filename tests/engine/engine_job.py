@@ -189,12 +189,12 @@ def main() -> None:
         engine.step()  # the workers hear of what finished
         result["free"].append([*free, pool.get_num_free_blocks()])
     worker = engine.engine_core.engine_core.model_executor.driver_worker
-    report = getattr(worker.worker, "kv_compression_report", None)
-    result["report"] = report() if report else None
-    result["kept_exact"] = getattr(scheduler, "kept_exact", None)
     result["scheduler"] = type(scheduler).__name__
-    result["waits"] = getattr(scheduler, "compression_waits", None)
-    result["published"] = len(worker.worker.compression_state.directory) if report else None
+    if ours := hasattr(worker.worker, "kv_compression_stats"):
+        result["stats"] = worker.worker.kv_compression_stats()
+        result["stories"] = worker.worker.kv_compression_newest(1000)[::-1]
+        result["compressions"] = [story["compression"] for story in result["stories"] if story["compression"]]
+    result["published"] = len(worker.worker.compression_state.directory) if ours else None
     result["preemptions"] = next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
     json.dump(result, RESULT)
 

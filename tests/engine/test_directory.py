@@ -16,6 +16,11 @@ def entry(number: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     return cells + 100 * number, cells + 100 * number + 50, number + 1
 
 
+def publish(directory: Directory, request: str, block: int, number: int) -> None:
+    directory.prepare(request, *entry(number))
+    directory.publish(request, block)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcde"), st.integers(0, NUM_BLOCKS - 1)), max_size=25))
 def test_every_block_leads_to_the_prefix_published_last_and_not_released(steps):
@@ -27,7 +32,7 @@ def test_every_block_leads_to_the_prefix_published_last_and_not_released(steps):
             directory.release(request)
             published.pop(request, None)
         else:
-            directory.publish(request, block, *entry(number))
+            publish(directory, request, block, number)
             published[request] = block, number
         assert len(directory) == len(published)
         blocks = torch.tensor([0, *reversed(range(NUM_BLOCKS)), 0], dtype=torch.int32)
@@ -48,7 +53,9 @@ def test_every_block_leads_to_the_prefix_published_last_and_not_released(steps):
 
 def test_a_batch_without_packed_rows_takes_the_stock_path():
     directory = Directory(NUM_BLOCKS, NUM_SLOTS, *SHAPE, torch.device("cpu"))
-    directory.publish("a", 5, *entry(0))
+    directory.prepare("a", *entry(0))
+    assert directory.slots(torch.tensor([1, 5, 0])) is None
+    directory.publish("a", 5)
     assert directory.slots(torch.tensor([1, 0, 4])) is None
     assert directory.slots(torch.tensor([1, 5, 0])).bool().tolist() == [False, True, False]
 
@@ -56,7 +63,7 @@ def test_a_batch_without_packed_rows_takes_the_stock_path():
 def test_there_are_as_many_slots_as_requests_at_once():
     directory = Directory(NUM_BLOCKS, NUM_SLOTS, *SHAPE, torch.device("cpu"))
     for number in range(NUM_SLOTS):
-        directory.publish(str(number), number + 1, *entry(number))
-    directory.publish("0", 8, *entry(7))  # a second time: no slot more
+        publish(directory, str(number), number + 1, number)
+    publish(directory, "0", 8, 7)  # a second time: no slot more
     with pytest.raises(IndexError):
-        directory.publish("one too many", 9, *entry(9))
+        directory.prepare("one too many", *entry(9))

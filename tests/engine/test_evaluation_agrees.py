@@ -21,7 +21,7 @@ def test_the_engine_fits_what_the_harness_fits_and_answers_the_same(run_engine, 
     config = {"method": "sculpt", "keep_ratio": 0.3, "effort": "fast"}
     request = {"start": 0, "length": LENGTH, "max_tokens": ANSWER, "extra_args": None}
     served = run_engine(engine={"additional_config": {"kv_compression": config}}, batches=[[request]])
-    (record,) = served["report"]["requests"]
+    (record,) = served["compressions"]
 
     topics = pydoc_data.topics.topics
     tokenizer, _ = load_tokenizer(model_path)

@@ -23,11 +23,20 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from kvsculpt_vllm.engine import spans
-from kvsculpt_vllm.engine.command import SolveCommand, Solved, attach, attached
+from kvsculpt_vllm.engine.command import (
+    CommitCommand,
+    Deferred,
+    PoolState,
+    Settled,
+    SolveCommand,
+    Solved,
+    attach,
+    attached,
+)
 from kvsculpt_vllm.engine.scheduler import SculptAsyncScheduler, SculptScheduler
 
 BLOCK, NUM_BLOCKS, MAX_TOKENS = 32, 40, 640
-EVENTS = ("commit", "failure", "abort of a pending one", "preemption", "hit")
+EVENTS = ("commit", "failure", "abort of a pending one", "preemption", "hit", "deferral")
 SETTINGS = {"method": "select", "keep_ratio": 0.3, "min_tokens": 64, "window": 32}
 
 
@@ -62,6 +71,9 @@ class Worker:
         self.tokens: dict[str, list[int]] = {}
         self.solved: dict[str, SolveCommand] = {}
         self.directory: dict[str, SolveCommand] = {}
+        self.told: Counter[str] = Counter()  # how often the books heard what became of a request
+        self.pool: PoolState | None = None
+        self.approximate: set[tuple] = set()  # computed from a packed prefix
 
     def execute(self, output, fails) -> list[Solved]:
         """One step; `fails` says of each solve whether it does."""
@@ -86,8 +98,10 @@ class Worker:
                     self.content[block] = [("packed", command.request_id, command.attempt)] * BLOCK
                 if not failed:
                     self.solved[command.request_id] = command
-                answers.append(Solved(command.request_id, command.attempt, "injected" if failed else None))
-            else:
+                self.told[command.request_id] += failed
+                answers.append(Solved(command.request_id, command.attempt, succeeded=not failed))
+            elif isinstance(command, CommitCommand):
+                self.told[command.request_id] += 1
                 solved = self.solved.pop(command.request_id)
                 assert command.row[: len(solved.packed)] == solved.packed
                 span = solved.span_tokens // BLOCK
@@ -97,12 +111,18 @@ class Worker:
                 assert command.row[span:] == row[span : len(command.row)]
                 row[: len(command.row)] = command.row
                 self.directory[command.request_id] = solved
+            elif isinstance(command, Settled):
+                self.told[command.request_id] += 1
+            elif isinstance(command, PoolState):
+                self.pool = command
         starts = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         starts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         for request_id, count in output.num_scheduled_tokens.items():
             for position in range(starts[request_id], starts[request_id] + count):
                 slots = self.content.setdefault(self.rows[request_id][position // BLOCK], [None] * BLOCK)
                 slots[position % BLOCK] = self.tag(request_id, position)
+                remember = self.approximate.add if request_id in self.directory else self.approximate.discard
+                remember(self.tag(request_id, position))
             self.check(request_id, starts[request_id] + count)
         return answers
 
@@ -179,8 +199,9 @@ class Machine(RuleBasedStateMachine):
         if self.scheduler.has_requests():
             output = self.scheduler.schedule()
             answers = self.worker.execute(output, iter(failures))
-            self.seen["commit"] += sum(not isinstance(command, SolveCommand) for command in attached(output))
-            self.seen["failure"] += sum(answer.failure is not None for answer in answers)
+            self.seen["commit"] += sum(isinstance(command, CommitCommand) for command in attached(output))
+            self.seen["failure"] += sum(not answer.succeeded for answer in answers)
+            self.seen["deferral"] += sum(isinstance(command, Deferred) for command in attached(output))
             self.seen["preemption"] += len(output.preempted_req_ids or ())
             self.seen["hit"] += any(new.num_computed_tokens for new in output.scheduled_new_reqs)
             ids = list(output.num_scheduled_tokens)
@@ -227,6 +248,7 @@ class Machine(RuleBasedStateMachine):
             if not block.is_null:
                 assert block.ref_cnt == owners[block.block_id]
         assert self.pool.get_num_free_blocks() == self.blocks - 1 - len(owners)
+        assert self.pool.null_block not in self.pool.free_block_queue.get_all_free_blocks()
         assert set(self.scheduler._pending) <= set(self.scheduler.requests)
 
     @invariant()
@@ -237,7 +259,7 @@ class Machine(RuleBasedStateMachine):
         for block in self.pool.blocks:
             if block.block_hash is not None and not block.is_null and not self.in_flight:
                 content = list(self.worker.content[block.block_id])
-                assert all(slot[0] != "packed" for slot in content)
+                assert all(slot[0] != "packed" and slot not in self.worker.approximate for slot in content)
                 before = self.hashed.get(block.block_id)
                 assert before is None or before[0] != block.block_hash or before[1] == content
                 hashed[block.block_id] = (block.block_hash, content)
@@ -264,6 +286,9 @@ class Machine(RuleBasedStateMachine):
         self.worker.execute(self.scheduler.schedule(), iter(()))
         assert self.pool.get_num_free_blocks() == self.blocks - 1
         assert not self.worker.directory and not self.worker.solved and not self.scheduler._pending
+        # The books know of every request, and of an empty pool.
+        assert set(self.worker.told) == {f"r{i + 1}" for i in range(self.count)}
+        assert self.worker.pool == PoolState(self.blocks - 1, 0, 0, 0, 0)
 
 
 def output_is_chunk(output, request, request_id) -> bool:

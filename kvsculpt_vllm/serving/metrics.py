@@ -1,0 +1,108 @@
+"""The engines' books in Prometheus' terms, prefix `kvsculpt:`. vLLM unregisters every collector named `vllm:`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from kvsculpt_vllm.engine.ledger import OUTCOMES
+from kvsculpt_vllm.serving.monitor import Monitor
+
+COUNTERS = {
+    "span_tokens": "Prompt tokens whose KV cache was replaced.",
+    "entries_kept": "KV entries kept in the place of those tokens, mean over layers and KV heads, sinks included.",
+    "blocks_freed": "KV cache blocks that compressions gave back to vLLM's pool.",
+    "bytes_freed": "Bytes of those blocks.",
+    "solver_steps": "L-BFGS steps on keys, summed over layers and KV heads.",
+}
+POOL = {
+    "total": ("pool_blocks", "KV cache blocks there are for requests."),
+    "used": ("pool_blocks_used", "KV cache blocks held now."),
+    "saved": ("blocks_saved", "KV cache blocks that stock vLLM would hold now besides the used ones."),
+    "bytes_saved": ("bytes_saved", "Bytes of those blocks."),
+    "compressed": ("compressed_requests", "Requests running now from a compressed prompt."),
+    "pending": ("pending_requests", "Requests whose prompt is computed and waits for its compression, or is in it."),
+}
+
+
+class StatsCollector(Collector):
+    """The newest totals that the monitor has heard; nothing before the first answer."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+
+    def collect(self) -> Iterable[Metric]:
+        """All families, one sample set an engine."""
+        if self._monitor.age is None:
+            return
+        yield GaugeMetricFamily(
+            "kvsculpt:stats_age_seconds",
+            "Since when these numbers are: an engine answers between steps, and a compression can make one long.",
+            self._monitor.age,
+        )
+        yield from families(self._monitor.stats)
+
+
+def families(stats: list[dict[str, Any]]) -> Iterable[Metric]:
+    """Metric families of the engines' totals (`Ledger.stats`)."""
+    outcomes = " ".join(f"{outcome}: {meaning}." for outcome, meaning in OUTCOMES.items())
+    requests = CounterMetricFamily(
+        "kvsculpt:requests",
+        f"Requests by what became of their prompt, and why. {outcomes} One that is preempted counts again.",
+        labels=["engine", "outcome", "reason"],
+    )
+    deferred = CounterMetricFamily(
+        "kvsculpt:requests_deferred",
+        "Requests that went on uncompressed for at least a step because the pool had no room, or blocks were shared.",
+        labels=["engine", "reason"],
+    )
+    counters = {
+        name: CounterMetricFamily(f"kvsculpt:{name}", text, labels=["engine"]) for name, text in COUNTERS.items()
+    }
+    gauges = {key: GaugeMetricFamily(f"kvsculpt:{name}", text, labels=["engine"]) for key, (name, text) in POOL.items()}
+    seconds = HistogramMetricFamily(
+        "kvsculpt:compression_seconds", "Time to compress one prompt, in seconds.", labels=["engine"]
+    )
+    error = HistogramMetricFamily(
+        "kvsculpt:held_out_error",
+        "Error of one prompt on queries that no fit has used (relative squared output error plus squared log-sum-exp "
+        "error, mean over layers and heads). stage before: of selection alone; after: of what is in use.",
+        labels=["engine", "stage"],
+    )
+    for index, totals in enumerate(stats):
+        engine = str(index)
+        for outcome, reasons in totals["requests"].items():
+            for reason, count in (reasons or {"": 0}).items():
+                requests.add_metric([engine, outcome, reason], count)
+        for reason, count in totals["deferred"].items():
+            deferred.add_metric([engine, reason], count)
+        for name, family in counters.items():
+            family.add_metric([engine], totals[name])
+        for key, family in gauges.items():
+            family.add_metric([engine], totals["pool"][key])
+        seconds.add_metric([engine], *_buckets(totals["seconds"]))
+        for stage, histogram in totals["held_out_error"].items():
+            error.add_metric([engine, stage], *_buckets(histogram))
+    yield from (requests, deferred, *counters.values(), *gauges.values(), seconds, error)
+
+
+def _buckets(histogram: dict[str, Any]) -> tuple[list[tuple[str, float]], float]:
+    """Cumulative buckets and the sum, as Prometheus wants them."""
+    bounds, total = [*map(str, histogram["bounds"]), "+Inf"], 0
+    buckets = []
+    for bound, count in zip(bounds, histogram["counts"], strict=True):
+        total += count
+        buckets.append((bound, total))
+    return buckets, histogram["sum"]
+
+
+def text_of(monitor: Monitor) -> bytes:
+    """Our part of `/metrics`."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(StatsCollector(monitor))
+    return generate_latest(registry)
