@@ -51,8 +51,8 @@ def install_identity(poison: bool) -> None:
             starts[b], cell = cell, cell + page_counts[b]
         return starts
 
-    def solve(self, command):
-        stock_solve(self, command)
+    def solve(self, command, fallback=None):
+        stock_solve(self, command, fallback)
         span_blocks = command.span_tokens // self.state.geometry.block_size
         spans_of[command.request_id] = torch.tensor(command.prompt_blocks[:span_blocks])
 
