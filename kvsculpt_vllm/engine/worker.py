@@ -71,8 +71,8 @@ class SculptWorkerMixin:
         super().__init__(*args, **kwargs)
         self.compression_state: CompressionState | None = None
         self.compressor: Compressor | None = None
-        self.block_rows: BlockRows | None = None
         self.ledger: Ledger | None = None
+        self.block_rows: BlockRows | None = None
         self._answers: list[Solved] = []
         self._failed_at: set[tuple[str, int | None]] = set()
 
@@ -91,8 +91,8 @@ class SculptWorkerMixin:
             layers[0].num_heads,
             self.scheduler_config.max_num_seqs,
         )
-        self.block_rows = BlockRows(self.model_runner)
         self.ledger = Ledger(self.compression_state.block_bytes)
+        self.block_rows = BlockRows(self.model_runner)
         for index, layer in enumerate(layers):
             layer.impl.state, layer.impl.layer_index = self.compression_state, index
         rotaries = rotary_of_layers(self.model_runner.get_model(), layers, self.model_config.hf_text_config)
@@ -115,13 +115,12 @@ class SculptWorkerMixin:
         """The step's second half, where the model runner has one."""
         return self._with_answers(super().sample_tokens(*args, **kwargs))
 
-    def kv_compression_stats(self) -> dict[str, Any]:
-        """Totals since start and the pool as it is now, JSON-serialisable; for `collective_rpc`."""
-        return self.ledger.stats()
+    def kv_compression_report(self, newest: int) -> dict[str, Any]:
+        """Totals since start, the pool as it is now, and what became of the last so many requests, the newest first.
 
-    def kv_compression_newest(self, limit: int) -> list[dict[str, Any]]:
-        """What became of the last requests, the newest first; for `collective_rpc`."""
-        return self.ledger.newest(limit)
+        JSON-serialisable; for `collective_rpc`.
+        """
+        return {"stats": self.ledger.stats(), "newest": self.ledger.newest(newest)}
 
     def kv_compression_request(self, request_id: str) -> dict[str, Any] | None:
         """What became of one request, None if it is not known (any more); for `collective_rpc`."""

@@ -21,10 +21,10 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.serving.metrics import text_of
-from kvsculpt_vllm.serving.monitor import Monitor, merged
+from kvsculpt_vllm.serving.monitor import NEWEST, Monitor, merged
 
-PATIENCE_SECONDS = 10.0
-"""How long a question about single requests waits for an engine that is in a long step."""
+SHORT_SECONDS, PATIENCE_SECONDS = 1.0, 10.0
+"""How long a question waits for an engine that is in a long step: for news, and where nothing is known otherwise."""
 
 PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
@@ -85,24 +85,28 @@ def _monitor(request: Request) -> Monitor:
     return request.app.state.kvsculpt_monitor
 
 
+async def _refreshed(request: Request) -> Monitor:
+    """What is known after a short wait for news; a longer one where nothing is known."""
+    monitor = _monitor(request)
+    for patience in (SHORT_SECONDS, PATIENCE_SECONDS):
+        await _answered(monitor.refresh(patience))
+        if monitor.age is not None:
+            return monitor
+    raise HTTPException(503, "the engine is in a long step and has not answered yet: try again")
+
+
 @router.get("/stats")
 async def stats(request: Request) -> Stats:
     """Settings, totals since start and the block pool as it is now, of all engines together."""
-    monitor = _monitor(request)
-    await _answered(monitor.refresh())
-    if monitor.age is None:
-        await _answered(monitor.refresh(PATIENCE_SECONDS))
-    if monitor.age is None:
-        raise HTTPException(503, "the engine is in a long step and has not answered yet: try again")
+    monitor = await _refreshed(request)
     config = CompressionConfig.from_additional_config(monitor.client.vllm_config.additional_config)
     return Stats(settings=config.model_dump(), age_seconds=monitor.age, **merged(monitor.stats))
 
 
 @router.get("/requests")
-async def newest_requests(request: Request, limit: int = Query(50, ge=1, le=256)) -> list[dict[str, Any]]:
-    """What became of the newest requests, the newest first."""
-    stories = await _answered(_monitor(request).ask("kv_compression_newest", limit, patience=PATIENCE_SECONDS))
-    return sorted((story for engine in stories for story in engine), key=lambda story: -story["time"])[:limit]
+async def newest_requests(request: Request, limit: int = Query(NEWEST, ge=1, le=NEWEST)) -> list[dict[str, Any]]:
+    """What became of the newest requests, the newest first; as old as `/kvsculpt/stats` says."""
+    return (await _refreshed(request)).newest[:limit]
 
 
 @router.get("/requests/{request_id:path}")
@@ -169,7 +173,7 @@ def _with_ours(stock: Callable[[Request], Response]) -> Callable:
         """vLLM's metrics, then ours."""
         monitor = _monitor(request)
         if not monitor.client.errored:
-            await monitor.refresh()
+            await monitor.refresh(SHORT_SECONDS)
         response = await run_in_threadpool(stock, request)
         return Response(
             response.body + text_of(monitor),

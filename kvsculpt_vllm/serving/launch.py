@@ -25,6 +25,7 @@ class Server:
 
     address: str  # http://host:port
     log: Path  # what it prints
+    process: subprocess.Popen
 
 
 @contextmanager
@@ -42,7 +43,7 @@ def serve(model: Path, *flags: str) -> Iterator[Server]:
     with NamedTemporaryFile(prefix="kvsculpt-serve-", suffix=".log", delete=False) as log:
         # A session of its own: vLLM's worker processes must stop with it.
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    server = Server(f"http://127.0.0.1:{port}", Path(log.name))
+    server = Server(f"http://127.0.0.1:{port}", Path(log.name), process)
     try:
         _wait_until_ready(process, server)
         yield server

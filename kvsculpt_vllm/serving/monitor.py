@@ -12,23 +12,25 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from kvsculpt_vllm.engine.compat import ask_engines
 
-PATIENCE_SECONDS = 1.0
-"""An engine answers between two steps, and one that compresses can take seconds: what was known before is told then."""
+NEWEST = 64
+"""Requests of which an engine tells what became of them."""
 
 
 class Monitor:
-    """The newest totals of every engine that this API server talks to."""
+    """The newest totals, and the newest requests, of every engine that this API server talks to."""
 
     def __init__(self, client: EngineClient) -> None:
         self.client = client
         self.stats: list[dict[str, Any]] = []  # one entry an engine; empty until the first answer
+        self.newest: list[dict[str, Any]] = []  # of all engines, the newest first
         self.heard_at: float | None = None  # time.monotonic()
         self._asking: asyncio.Task[None] | None = None
 
-    async def refresh(self, patience: float = PATIENCE_SECONDS) -> None:
-        """Ask for new totals, and wait for them for at most `patience` seconds.
+    async def refresh(self, patience: float) -> None:
+        """Ask for news, and wait for them for at most `patience` seconds.
 
-        However many ask at once, an engine is asked once.
+        An engine answers between two steps, and one that compresses can take seconds: what was known before is what
+        there is then. However many ask at once, an engine is asked once.
 
         Raises:
             EngineDeadError: the engine has stopped.
@@ -58,7 +60,10 @@ class Monitor:
         return await asyncio.wait_for(ask_engines(self.client, method, args), patience)
 
     async def _ask(self) -> None:
-        self.stats = await ask_engines(self.client, "kv_compression_stats", ())
+        reports = await ask_engines(self.client, "kv_compression_report", (NEWEST,))
+        self.stats = [report["stats"] for report in reports]
+        stories = [story for report in reports for story in report["newest"]]
+        self.newest = sorted(stories, key=lambda story: -story["time"])[:NEWEST]
         self.heard_at = time.monotonic()
 
 

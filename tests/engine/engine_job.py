@@ -3,8 +3,8 @@
 A process per engine, because the attention backend is chosen per process. Not a test module: `conftest.py` calls it.
 
 A job has `engine` (arguments of `LLM`), `batches` (lists of requests that run together, one list after the other; a
-request is `start`, `length` and `max_tokens` plus optionally `extra_args`, `priority` and the step it arrives after),
-and `identity`/`poison`/`v2`/`gpu_path`/`asynchronous`/`fault`.
+request is `start`, `length` and `max_tokens` plus optionally `extra_args`, `priority`, `fault` and the step it arrives
+after), and `identity`/`poison`/`v2`/`gpu_path`/`asynchronous`.
 """
 
 import json
@@ -66,30 +66,63 @@ def install_identity(poison: bool) -> None:
     compressor.Compressor.solve, compressor.Compressor.commit = solve, commit
 
 
-def install_fault(fault: str) -> None:
-    """The first compression of the process fails."""
+def install_faults(faults: dict[str, str]) -> None:
+    """Let the compression of a request (`batch-number`) fail: where and how its fault says."""
     import torch
 
-    from kvsculpt_vllm.engine import compressor
+    from kvsculpt_vllm.engine import compressor, directory, pages
+    from kvsculpt_vllm.engine.state import CompressionState
 
-    stock_compress, stock_write, left = compressor.compress, compressor.Compressor._write, ["once"]
+    now = {"fault": None}
+
+    def fault_of(request_id):
+        return faults.get("-".join(request_id.split("-")[:2]))
+
+    def failing(stock, *where):
+        """`stock`, but raising where the fault of the request that is being compressed is one of `where`."""
+
+        def call(*args, **kwargs):
+            if now["fault"] in where:
+                raise torch.OutOfMemoryError("injected") if "memory" in now["fault"] else ValueError("injected")
+            return stock(*args, **kwargs)
+
+        return call
+
+    def solve(self, command, fallback=None):
+        now["fault"] = fault_of(command.request_id)
+        if now["fault"] == "once" and fallback:
+            now["fault"] = None
+        if now["fault"] == "queries not finite":
+            self.state.samples[command.request_id].queries[3, 5] = torch.nan
+        try:
+            stock_solve(self, command, fallback)
+        finally:
+            now["fault"] = None
 
     def compress(*args):
         result = stock_compress(*args)
-        if fault != "while writing" and left and left.pop():
-            if fault == "not finite":
-                result.values[3][5, 0] = torch.nan
-                return result
-            raise {"raises": ValueError("injected"), "out of memory": torch.OutOfMemoryError("injected")}[fault]
+        if now["fault"] == "values not finite":
+            result.values[3][5, 0] = torch.nan
         return result
 
-    def write(self, *args):
-        starts = stock_write(self, *args)
-        if fault == "while writing" and left and left.pop():
-            raise IndexError("injected")
-        return starts
+    class Unwritable:
+        def __setitem__(self, *args):
+            raise RuntimeError("injected")
 
-    compressor.compress, compressor.Compressor._write = compress, write
+    def track(self, request_id, *args):
+        stock_track(self, request_id, *args)
+        if fault_of(request_id) == "capture":
+            self.samples[request_id].queries = Unwritable()
+
+    stock_solve, stock_compress, stock_track = (
+        compressor.Compressor.solve,
+        failing(compressor.compress, "solve", "out of memory", "once", "always"),
+        CompressionState._track,
+    )
+    compressor.Compressor.solve, compressor.compress, CompressionState._track = solve, compress, track
+    pages.VectorPages.read = failing(pages.VectorPages.read, "gather")
+    pages.VectorPages.write = failing(pages.VectorPages.write, "scatter")
+    directory.Directory.prepare = failing(directory.Directory.prepare, "directory")
 
 
 def interpret_triton() -> None:
@@ -155,8 +188,14 @@ def main() -> None:
         # No solver runs, so that the copies of pages can be kernels too.
         os.environ["KVSCULPT_KERNELS"] = "triton" if job.get("gpu_path") else ""
         install_identity(job.get("poison", False))
-    if fault := job.get("fault"):
-        install_fault(fault)
+    faults = {
+        f"{b}-{r}": request["fault"]
+        for b, batch in enumerate(job["batches"])
+        for r, request in enumerate(batch)
+        if "fault" in request
+    }
+    if faults:
+        install_faults(faults)
     llm = LLM(enforce_eager=True, kv_cache_memory_bytes=1 << 28, disable_log_stats=False, **job["engine"])
     text = " ".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
     tokens = llm.get_tokenizer().encode(text[:60000])
@@ -189,11 +228,11 @@ def main() -> None:
         engine.step()  # the workers hear of what finished
         result["free"].append([*free, pool.get_num_free_blocks()])
     worker = engine.engine_core.engine_core.model_executor.driver_worker
-    result["scheduler"] = type(scheduler).__name__
-    if ours := hasattr(worker.worker, "kv_compression_stats"):
-        result["stats"] = worker.worker.kv_compression_stats()
-        result["stories"] = worker.worker.kv_compression_newest(1000)[::-1]
+    if ours := hasattr(worker.worker, "kv_compression_report"):
+        report = worker.worker.kv_compression_report(1000)
+        result["stats"], result["stories"] = report["stats"], report["newest"][::-1]
         result["compressions"] = [story["compression"] for story in result["stories"] if story["compression"]]
+    result["scheduler"] = type(scheduler).__name__
     result["published"] = len(worker.worker.compression_state.directory) if ours else None
     result["preemptions"] = next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
     json.dump(result, RESULT)

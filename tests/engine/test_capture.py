@@ -68,3 +68,31 @@ def test_decoding_adds_nothing():
     sample = QuerySample(positions, recent, LAYERS, HEADS, HEAD_SIZE, like=torch.empty(0))
     assert sample.rows(20, 3, 0) is None
     assert not sample.complete
+
+
+class NoMemory:
+    """What samples are allocated like, on a device that is full; and what they are written to then."""
+
+    device = "cpu"
+
+    def new_empty(self, *shape):
+        raise RuntimeError("injected")
+
+    __setitem__ = new_empty
+
+
+def test_a_prompt_whose_queries_find_no_room_is_not_sampled_and_says_why():
+    positions, recent = sample_positions(0, 20, 8)
+    sample = QuerySample(positions, recent, LAYERS, HEADS, HEAD_SIZE, like=NoMemory())
+    assert sample.rows(0, 20, 0) is None
+    assert not sample.complete and "injected" in sample.failure
+
+
+def test_a_copy_that_fails_ends_the_sampling_and_nothing_else():
+    positions, recent = sample_positions(0, 20, 8)
+    sample = QuerySample(positions, recent, LAYERS, HEADS, HEAD_SIZE, like=torch.empty(0))
+    rows = sample.rows(0, 20, 0)
+    sample.queries = NoMemory()
+    for layer in range(LAYERS):
+        rows.store(layer, torch.zeros(20, HEADS, HEAD_SIZE))
+    assert not sample.complete and "injected" in sample.failure and sample.queries is None

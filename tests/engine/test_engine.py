@@ -136,18 +136,39 @@ def test_a_prompt_whose_blocks_are_shared_stays_exact_until_letting_go_of_them_f
     assert result["free"][0][-1] == result["free_at_start"]
 
 
-@pytest.mark.parametrize("fault", ["raises", "not finite", "out of memory", "while writing"])
-def test_a_compression_that_fails_leaves_the_exact_cache(run_engine, fault):
-    """The first of two requests fails, wherever it is: its tokens are stock vLLM's, the other one is compressed."""
+FAULTS = {
+    "capture": "queries_missing",
+    "gather": "exception",
+    "queries not finite": "not_finite",
+    "solve": "exception",
+    "out of memory": "out_of_memory",
+    "values not finite": "not_finite",
+    "scatter": "exception",
+    "directory": "exception",
+}
+
+
+def test_a_compression_that_fails_anywhere_leaves_the_exact_cache(run_engine):
+    """One request a fault, wherever and whatever it is: its tokens are stock vLLM's; one beside it is compressed."""
+    uniform = {"kv_compression": "select", "kv_compression_budget": "uniform", "kv_compression_effort": "fast"}
+    requests = [{**request(i * 700, 520, 6, **uniform), "fault": fault} for i, fault in enumerate(FAULTS)]
+    requests.append(request(100, 520, 6, **uniform))
+    # With --kv-compression-on-failure select, selection takes the place of what failed; exact if it fails too.
+    select = {**uniform, "kv_compression": "select_fit", "kv_compression_on_failure": "select"}
+    requests += [{**request(200 + i, 520, 6, **select), "fault": fault} for i, fault in enumerate(("once", "always"))]
     engine = {"enable_prefix_caching": False}
-    batches = [[request(0, 600, 6), request(2000, 600, 6)]]
-    stock = run_engine(engine=engine, batches=batches)
-    ours = run_engine(engine={**engine, "additional_config": ON}, batches=batches, fault=fault)
-    assert ours["tokens"][0][0] == stock["tokens"][0][0]
-    (record,) = ours["compressions"]
-    assert record["request_id"].startswith("0-1")
-    (reason,) = ours["stats"]["requests"]["failed"]
-    assert ours["stats"]["requests"]["failed"][reason] == 1
+    stock = run_engine(engine=engine, batches=[[request(r["start"], 520, 6) for r in requests]])
+    ours = run_engine(engine={**engine, "additional_config": ON}, batches=[requests])
+    stories = {int(story["request_id"].split("-")[1]): story for story in ours["stories"]}
+    for r, reason in enumerate(FAULTS.values()):
+        assert ours["tokens"][0][r] == stock["tokens"][0][r]
+        assert (stories[r]["outcome"], stories[r]["reason"]) == ("failed", reason)
+    healthy, once, always = (stories[len(FAULTS) + i] for i in range(3))
+    assert healthy["outcome"] == "compressed"
+    assert (once["outcome"], once["reason"]) == ("fallback", "exception")
+    assert (once["compression"]["method"], once["compression"]["budget"]) == ("select", "uniform")
+    assert (always["outcome"], always["reason"]) == ("failed", "exception")
+    assert ours["tokens"][0][-1] == stock["tokens"][0][-1]
     assert ours["free"][0][-1] == ours["free_at_start"]
     assert ours["published"] == 0
 

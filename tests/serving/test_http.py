@@ -1,38 +1,23 @@
-"""One server with compression, seen through the OpenAI client."""
+"""One server with compression, seen through the OpenAI client: what requests may say, and what they get."""
 
 import json
+import math
+import urllib.error
 import urllib.request
 
 import pytest
-from openai import BadRequestError, OpenAI
+from openai import BadRequestError
 
 from kvsculpt_vllm.demo import document
-from kvsculpt_vllm.serving.launch import serve
 
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="module")
-def server(model_path):
-    with serve(
-        model_path,
-        *("--max-model-len", "4096", "--kv-cache-memory-bytes", str(1 << 28), "--enforce-eager"),
-        *("--kv-compression", "sculpt", "--kv-compression-effort", "fast", "--served-model-name", "tiny"),
-    ) as running:
-        yield running
+def compressed(get):
+    return sum(get("/kvsculpt/stats")["requests"]["compressed"].values())
 
 
-@pytest.fixture(scope="module")
-def client(server):
-    return OpenAI(base_url=f"{server.address}/v1", api_key="unused", max_retries=0)
-
-
-def report(server):
-    with urllib.request.urlopen(f"{server.address}/kv_compression", timeout=30) as response:
-        return json.load(response)
-
-
-def test_a_chat_request_is_sculpted_and_answers_from_the_document(server, client):
+def test_a_chat_request_is_sculpted_and_answers_from_the_document(server, client, get):
     question = "What was the name of the merchant ship from which the bell was bought?"
     stream = client.chat.completions.create(
         model="tiny",
@@ -41,43 +26,126 @@ def test_a_chat_request_is_sculpted_and_answers_from_the_document(server, client
         max_tokens=40,
         stream=True,
     )
-    answer = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+    answer, name = "", ""
+    for chunk in stream:
+        name = chunk.id
+        answer += "".join(choice.delta.content or "" for choice in chunk.choices)
     assert "Constance" in answer
-    record = report(server)["requests"][-1]
+    story = get(f"/kvsculpt/requests/{name}")
+    record = story["compression"]
+    assert story["outcome"] == "compressed"
     assert (record["method"], record["budget"]) == ("sculpt", "adaptive")
     assert record["blocks_after"] <= 0.4 * record["blocks_before"]
     assert record["error_after"] < record["error_before"]
+    kept = [entries for layer in record["budgets"] for entries in layer]
+    assert sum(kept) / len(kept) == pytest.approx(record["entries_kept"])
+    assert len(set(kept)) > 5 and len(record["budgets"]) == len(record["errors"]) == 30
     assert "kvsculpt: request" in server.log.read_text()
 
 
-def test_a_request_chooses_for_itself(server, client):
-    before = report(server)["totals"]["compressions"]
-    settings = [
-        {"kv_compression": "none"},
-        {"kv_compression": "select", "kv_compression_keep_ratio": 0.5, "kv_compression_budget": "uniform"},
-    ]
-    for chosen in settings:
+def test_a_request_chooses_for_itself(client, get):
+    def ask(**settings):
         completion = client.completions.create(
-            model="tiny", prompt=document(), temperature=0, max_tokens=8, extra_body={"vllm_xargs": chosen}
+            model="tiny", prompt=document(), temperature=0, max_tokens=8, extra_body={"vllm_xargs": settings}
         )
         assert completion.choices[0].text.strip()
-    after = report(server)
-    assert after["totals"]["compressions"] == before + 1
-    record = after["requests"][-1]
-    assert (record["method"], record["budget"]) == ("select", "uniform")
+        return get(f"/kvsculpt/requests/{completion.id}")
+
+    assert ask(kv_compression="none")["reason"] == "off"
+    story = ask(kv_compression="select", kv_compression_keep_ratio=0.5, kv_compression_budget="uniform")
+    record = story["compression"]
+    assert (record["method"], record["budget"], record["keep_ratio"]) == ("select", "uniform", 0.5)
     kept = record["blocks_after"] - (record["blocks_before"] - record["span_tokens"] // 32)
     assert kept == -(-record["span_tokens"] // 32 // 2)
+    assert record["span_tokens"] // 32 - kept == record["blocks_freed"]
+
+
+@pytest.mark.parametrize(
+    ("length", "outcome"),
+    [
+        (1, "short"),
+        (95, "short"),
+        (96, None),  # exactly min_tokens, and a span of two blocks: 96 - 32 tokens of window
+        (97, None),
+        (127, None),
+        (128, None),
+        (129, None),
+        (4093, None),  # with what is generated, exactly max_model_len
+    ],
+)
+def test_prompts_around_min_tokens_block_borders_and_the_longest(client, get, length, outcome):
+    settings = {"kv_compression": "select", "kv_compression_min_tokens": 96, "kv_compression_window": 32}
+    settings |= {"kv_compression_budget": "uniform", "kv_compression_keep_ratio": 0.5}
+    completion = client.completions.create(
+        model="tiny",
+        prompt=[(i * 37 + length) % 4000 + 100 for i in range(length)],
+        max_tokens=3,
+        temperature=0,
+        extra_body={"vllm_xargs": settings, "ignore_eos": True},
+    )
+    assert completion.usage.completion_tokens == 3
+    story = get(f"/kvsculpt/requests/{completion.id}")
+    assert story["prompt_tokens"] == length
+    if outcome:
+        assert (story["outcome"], story["reason"]) == ("skipped", outcome)
+    else:
+        span = (length - 32) // 32
+        assert story["outcome"] == "compressed"
+        assert story["compression"]["span_tokens"] == span * 32
+        assert story["compression"]["blocks_after"] == -(-length // 32) - span + -(-span // 2)
+
+
+def test_several_answers_logprobs_and_forced_lengths_work_on_compressed_prompts(client, get):
+    settings = {"kv_compression": "select", "kv_compression_min_tokens": 96, "kv_compression_window": 32}
+    settings |= {"kv_compression_budget": "uniform"}
+    before = compressed(get)
+    completion = client.completions.create(
+        model="tiny",
+        prompt=list(range(300, 700)),
+        n=3,
+        temperature=1.0,
+        seed=1,
+        logprobs=2,
+        max_tokens=6,
+        extra_body={"vllm_xargs": settings, "min_tokens": 6, "prompt_logprobs": 1},
+    )
+    assert len(completion.choices) == 3
+    for choice in completion.choices:
+        assert len(choice.logprobs.token_logprobs) == 6
+        assert all(math.isfinite(p) and p <= 0 for p in choice.logprobs.token_logprobs)
+    # Answers to one prompt share its blocks: the last one to be alone with them can be compressed, if any.
+    assert compressed(get) >= before
+    assert get("/kvsculpt/stats")["requests"]["failed"] == {}
+
+
+HUGE = 10**400
+
+BAD = [
+    ({"kv_compression": "sculp"}, ["kv_compression", "sculp", "select_fit"]),
+    ({"kv_compression": 3}, ["kv_compression", "3", "sculpt"]),
+    ({"kv_compression": ["sculpt"]}, ["kv_compression"]),
+    ({"kv_compression": ""}, ["kv_compression", "sculpt"]),
+    ({"kv_compression_keep_ratio": 1.5}, ["kv_compression_keep_ratio", "1.5", "<= 1"]),
+    ({"kv_compression_keep_ratio": 0}, ["kv_compression_keep_ratio", "> 0"]),
+    ({"kv_compression_keep_ratio": -0.3}, ["kv_compression_keep_ratio", "-0.3"]),
+    ({"kv_compression_keep_ratio": "half"}, ["kv_compression_keep_ratio", "half"]),
+    ({"kv_compression_keep_ratio": 1e300}, ["kv_compression_keep_ratio", "<= 1"]),
+    ({"kv_compression_keep_ratio": "nan"}, ["kv_compression_keep_ratio", "nan"]),
+    ({"kv_compression_max_error": "inf"}, ["kv_compression_max_error", "inf"]),
+    ({"kv_compression_min_tokens": 0}, ["kv_compression_min_tokens", ">= 1"]),
+    ({"kv_compression_min_tokens": 12.5}, ["kv_compression_min_tokens", "whole number"]),
+    ({"kv_compression_window": -1}, ["kv_compression_window"]),
+    ({"kv_compression_sink": 32}, ["kv_compression_sink", "below the block size 32"]),
+    ({"kv_compression_budget": "some"}, ["kv_compression_budget", "uniform, adaptive"]),
+    ({"kv_compression_effort": "most"}, ["kv_compression_effort", "thorough"]),
+    ({"kv_compression_on_failure": "stop"}, ["kv_compression_on_failure", "exact, select"]),
+    ({"kv_compression_keepratio": 0.5}, ["kv_compression_keepratio", "kv_compression_keep_ratio"]),
+    ({"KV-Compression": "sculpt"}, ["KV-Compression", "kv_compression"]),
+]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"kv_compression": "sculp"}, ["kv_compression", "sculp", "select_fit"]),
-        ({"kv_compression_keep_ratio": 1.5}, ["kv_compression_keep_ratio", "1.5", "<= 1"]),
-        ({"kv_compression_keepratio": 0.5}, ["kv_compression_keepratio", "kv_compression_keep_ratio"]),
-    ],
-)
+@pytest.mark.parametrize(("settings", "named"), BAD, ids=[str(settings)[:60] for settings, _ in BAD])
 def test_a_bad_setting_is_refused_with_400_that_names_it(client, settings, named, stream):
     with pytest.raises(BadRequestError) as refused:
         client.chat.completions.create(
@@ -88,3 +156,35 @@ def test_a_bad_setting_is_refused_with_400_that_names_it(client, settings, named
         )
     for word in named:
         assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/completions", '{"prompt": "a", "vllm_xargs": {"kv_compression_keep_ratio": NaN}}', {400, 422}),
+        ("/v1/completions", '{"prompt": "a", "vllm_xargs": {"kv_compression_keep_ratio": -Infinity}}', {400, 422}),
+        ("/v1/completions", f'{{"prompt": "a", "vllm_xargs": {{"kv_compression_window": {HUGE}}}}}', {400, 422}),
+        ("/v1/completions", '{"prompt": "a", "vllm_xargs": {"kv_compression_keep_ratio": null}}', {400, 422}),
+        ("/v1/completions", '{"prompt": "a", "vllm_xargs": {"kv_compression": {"method": "sculpt"}}}', {400, 422}),
+        ("/v1/completions", '{"prompt": "a", "vllm_xargs": ["kv_compression"]}', {400, 422}),
+        ("/v1/completions", '{"prompt": "a", "vllm_xargs": {3: "kv_compression"}}', {400, 422}),
+        (
+            "/v1/completions",
+            '{"prompt": "a", "use_beam_search": true, "n": 2, "vllm_xargs": {"kv_compression": "sculpt"}}',
+            {400},
+        ),
+        ("/v1/embeddings", '{"input": "a", "vllm_xargs": {"kv_compression": "sculpt"}}', {400, 404}),
+        ("/v1/completions", '{"prompt": [], "vllm_xargs": {"kv_compression": "sculpt"}}', {400}),
+    ],
+)
+def test_what_no_client_library_would_send_is_refused_too(server, get, path, body, status):
+    request = urllib.request.Request(
+        server.address + path,
+        body.replace("{", '{"model": "tiny", ', 1).encode(),
+        {"Authorization": "Bearer a secret", "Content-Type": "application/json"},
+    )
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=60)
+    assert refused.value.code in status, refused.value.read()
+    assert refused.value.code == 404 or json.loads(refused.value.read())["error"]
+    assert get("/kvsculpt/stats")["requests"]["failed"] == {}

@@ -1,0 +1,36 @@
+"""A server with compression and an API key, shared by the tests that talk to it."""
+
+import json
+import urllib.request
+
+import pytest
+from openai import OpenAI
+
+from kvsculpt_vllm.serving.launch import serve
+
+KEY = "a secret"
+FLAGS = ("--max-model-len", "4096", "--kv-cache-memory-bytes", str(1 << 28), "--enforce-eager", "--block-size", "32")
+FLAGS += ("--kv-compression", "sculpt", "--kv-compression-effort", "fast", "--served-model-name", "tiny")
+
+
+@pytest.fixture(scope="session")
+def server(model_path):
+    with serve(model_path, *FLAGS, "--api-key", KEY) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server):
+    return OpenAI(base_url=f"{server.address}/v1", api_key=KEY, max_retries=0)
+
+
+@pytest.fixture(scope="session")
+def get(server):
+    """The JSON that a path of the server answers with, its API key given."""
+
+    def read(path):
+        request = urllib.request.Request(server.address + path, headers={"Authorization": f"Bearer {KEY}"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)
+
+    return read

@@ -1,0 +1,105 @@
+"""From the engines' books to Prometheus' text, and how the monitor asks for them; no engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from kvsculpt_vllm.engine.command import PoolState, Settled
+from kvsculpt_vllm.engine.ledger import Ledger
+from kvsculpt_vllm.serving.metrics import text_of
+from kvsculpt_vllm.serving.monitor import Monitor, merged
+
+
+def report(skipped: int) -> dict:
+    ledger = Ledger(10)
+    for i in range(skipped):
+        ledger.hear(Settled(f"r{i}", 5, "skipped", "short"))
+    ledger.hear(PoolState(100, 20, skipped, 2, 1))
+    return {"stats": ledger.stats(), "newest": ledger.newest(3)}
+
+
+class Client:
+    """Engines that answer after `gate`."""
+
+    def __init__(self, *reports: dict) -> None:
+        self.errored, self.reports, self.asked, self.gate = False, reports, 0, asyncio.Event()
+        self.engine_core = SimpleNamespace(call_utility_all_async=self.answer)
+
+    async def answer(self, utility, method, timeout, args, kwargs):
+        assert (utility, method) == ("collective_rpc", "kv_compression_report")
+        self.asked += 1
+        await self.gate.wait()
+        return [[given, "another rank's"] for given in self.reports]
+
+
+def test_several_engines_are_told_apart_in_metrics_and_added_up_in_statistics():
+    async def scenario():
+        client = Client(report(2), report(3))
+        client.gate.set()
+        monitor = Monitor(client)
+        assert text_of(monitor) == b""
+        await monitor.refresh(1)
+        return monitor
+
+    monitor = asyncio.run(scenario())
+    samples = {
+        (sample.name, sample.labels.get("engine"), sample.labels.get("reason")): sample.value
+        for family in text_string_to_metric_families(text_of(monitor).decode())
+        for sample in family.samples
+    }
+    assert samples["kvsculpt:requests_total", "0", "short"] == 2
+    assert samples["kvsculpt:requests_total", "1", "short"] == 3
+    assert samples["kvsculpt:bytes_saved", "1", None] == 30
+    total = merged(monitor.stats)
+    assert total["requests"]["skipped"] == {"short": 5}
+    assert total["pool"]["total"] == 200
+    assert total["seconds"]["bounds"] == monitor.stats[0]["seconds"]["bounds"]
+    assert len(monitor.newest) == 5
+
+
+def test_a_long_step_makes_nobody_wait_longer_than_they_want_and_is_asked_into_once():
+    async def scenario():
+        client = Client(report(1))
+        monitor = Monitor(client)
+        await asyncio.gather(*(monitor.refresh(0.01) for _ in range(5)))
+        assert (monitor.age, client.asked) == (None, 1)
+        client.gate.set()
+        await monitor.refresh(1)
+        assert client.asked == 1 and monitor.age < 1
+
+    asyncio.run(scenario())
+
+
+def test_a_dead_engine_is_not_asked():
+    async def scenario():
+        client = Client(report(1))
+        client.errored = True
+        with pytest.raises(EngineDeadError):
+            await Monitor(client).refresh(0.01)
+        assert client.asked == 0
+
+    asyncio.run(scenario())
+
+
+def test_the_grafana_dashboard_asks_for_metrics_that_exist():
+    async def scenario():
+        monitor = Monitor(client := Client(report(1)))
+        client.gate.set()
+        await monitor.refresh(1)
+        return text_of(monitor).decode()
+
+    families = list(text_string_to_metric_families(asyncio.run(scenario())))
+    there = {sample.name for family in families for sample in family.samples} | {family.name for family in families}
+    there.add("kvsculpt:requests_deferred_total")  # without a sample while none was
+    dashboard = json.loads(Path(__file__).parents[2].joinpath("examples/grafana.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = {name for expression in expressions for name in re.findall(r"kvsculpt:\w+", expression)}
+    assert asked and asked <= there

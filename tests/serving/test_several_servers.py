@@ -1,0 +1,70 @@
+"""Several API servers over one engine: each tells the engine's numbers, none counts twice, all end with it."""
+
+import os
+import signal
+import urllib.request
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+
+from kvsculpt_vllm.serving.launch import serve
+
+pytestmark = pytest.mark.engine
+
+EXIT_SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def pair(model_path):
+    flags = (
+        "--max-model-len",
+        "2048",
+        "--kv-cache-memory-bytes",
+        str(1 << 27),
+        "--enforce-eager",
+        "--block-size",
+        "32",
+    )
+    flags += ("--api-server-count", "2", "--served-model-name", "tiny", "--kv-compression", "select")
+    with serve(
+        model_path, *flags, "--kv-compression-min-tokens", "96", "--kv-compression-budget", "uniform"
+    ) as running:
+        yield running
+
+
+def requests_told(server):
+    with urllib.request.urlopen(f"{server.address}/metrics", timeout=60) as response:
+        families = list(text_string_to_metric_families(response.read().decode()))
+    assert any(family.name == "vllm:num_requests_running" for family in families)
+    return {
+        (sample.labels["outcome"], sample.labels["reason"]): sample.value
+        for family in families
+        if family.name == "kvsculpt:requests"
+        for sample in family.samples
+    }
+
+
+def test_every_server_tells_the_engines_numbers(pair):
+    client = OpenAI(base_url=f"{pair.address}/v1", api_key="unused", max_retries=0)
+    for length in (200, 20, 210, 220):
+        client.completions.create(
+            model="tiny", prompt=list(range(200, 200 + length)), max_tokens=4, extra_body={"ignore_eos": True}
+        )
+    # Each scrape is a connection of its own, which either server may take.
+    told = [requests_told(pair) for _ in range(8)]
+    assert all(samples["compressed", ""] == 3 and samples["skipped", "short"] == 1 for samples in told)
+
+
+def test_a_killed_worker_ends_the_server_as_it_does_in_stock_vllm(pair):
+    """It says so, and does not linger without an engine."""
+    worker = next(
+        pid
+        for pid in (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit())
+        if os.getsid(pid) == pair.process.pid and "VLLM::Worker" in Path(f"/proc/{pid}/cmdline").read_text()
+    )
+    os.kill(worker, signal.SIGKILL)
+    assert pair.process.wait(EXIT_SECONDS) != 0
+    log = pair.log.read_text()
+    assert "died" in log or "EngineDeadError" in log
