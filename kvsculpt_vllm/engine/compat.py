@@ -17,13 +17,17 @@ if TYPE_CHECKING:  # the start-up hooks import this file in every vLLM process: 
 
 
 class SchedulerHooks:
-    """Gives the scheduler mixin public names for three private hooks of vLLM's scheduler.
+    """Gives the scheduler mixin public names for four private hooks of vLLM's scheduler.
 
-    Can go when vLLM has a public hook for prefix-cache hits and for a request losing its blocks.
+    Can go when vLLM has a public hook for prefix-cache hits, the size of a chunk, and a request losing its blocks.
     """
 
     def limit_prefix_hit(self, request: Request, blocks: KVCacheBlocks, num_tokens: int) -> tuple[KVCacheBlocks, int]:
         """The part of a local prefix-cache hit to use."""
+        raise NotImplementedError
+
+    def limit_chunk(self, request: Request, num_left: int, num_tokens: int) -> int:
+        """Tokens to compute now, of `num_tokens` after which `num_left` known ones would be left."""
         raise NotImplementedError
 
     def forget(self, request: Request) -> None:
@@ -34,6 +38,11 @@ class SchedulerHooks:
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         blocks, num_tokens = self.limit_prefix_hit(request, blocks, num_tokens)
         return blocks, num_tokens, boundary, diverged
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        num_left = request.num_tokens - num_computed_tokens - num_new_tokens
+        return self.limit_chunk(request, num_left, num_new_tokens)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         self.forget(request)

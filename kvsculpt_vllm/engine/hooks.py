@@ -19,6 +19,7 @@ from kvsculpt_vllm.engine.flags import add_flags
 from kvsculpt_vllm.engine.refusals import (
     DEFAULT_LAYOUT,
     KERNEL_BLOCK_SIZE,
+    check_attention_backend,
     check_config,
     check_platform,
     requested_layout,
@@ -28,7 +29,11 @@ from kvsculpt_vllm.engine.request_checks import install_request_checks
 # vLLM sets up handlers for its own loggers only.
 logger = init_logger("vllm.kvsculpt")
 
-WORKER = "kvsculpt_vllm.engine.worker_cpu.SculptCPUWorker"
+WORKERS = {
+    "cpu": "kvsculpt_vllm.engine.worker_cpu.SculptCPUWorker",
+    "cuda": "kvsculpt_vllm.engine.worker_gpu.SculptGPUWorker",
+}
+TRITON_BACKEND = "kvsculpt_vllm.engine.attention_triton.SculptTritonBackend"
 SCHEDULER = "kvsculpt_vllm.engine.scheduler.SculptScheduler"
 ASYNC_SCHEDULER = "kvsculpt_vllm.engine.scheduler.SculptAsyncScheduler"
 
@@ -73,7 +78,10 @@ def _with_compression(stock: Callable[..., VllmConfig]) -> Callable[..., VllmCon
         chosen = self.block_size is None
         if chosen:
             self.block_size = KERNEL_BLOCK_SIZE[current_platform.device_type]
-        fit_default_memory(self)
+        if current_platform.is_cpu():
+            fit_default_memory(self)
+        else:
+            _use_our_attention(self)
         vllm_config = stock(self, *args, **kwargs)
         check_config(self, vllm_config)
         config.check_block_size(vllm_config.cache_config.block_size, flag)
@@ -89,6 +97,15 @@ def _with_compression(stock: Callable[..., VllmConfig]) -> Callable[..., VllmCon
     return create_engine_config
 
 
+def _use_our_attention(args: EngineArgs) -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    check_attention_backend(args)
+    # The workers register it too; here it is looked up while vLLM makes its configuration.
+    register_backend(AttentionBackendEnum.CUSTOM, TRITON_BACKEND)
+    args.attention_backend, args.attention_config.backend = AttentionBackendEnum.CUSTOM, None
+
+
 def _allow_long_steps() -> None:
     # A step that compresses a long prompt on a CPU takes minutes; vLLM would take that for a hung worker after 5. The
     # engine's processes, which start later, inherit it; a value of the user's own stays.
@@ -97,7 +114,7 @@ def _allow_long_steps() -> None:
 
 def _use_our_classes(vllm_config: VllmConfig, config: CompressionConfig) -> None:
     # As strings: each process imports them itself.
-    vllm_config.parallel_config.worker_cls = WORKER
+    vllm_config.parallel_config.worker_cls = WORKERS[current_platform.device_type]
     scheduler_config = vllm_config.scheduler_config
     scheduler_config.scheduler_cls = ASYNC_SCHEDULER if scheduler_config.async_scheduling else SCHEDULER
     # However it was spelled, one configuration is one entry of the compile hash.

@@ -6,6 +6,7 @@ Three moments, because vLLM knows more at each: the configuration (`check_config
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -259,17 +260,39 @@ def known_refusals() -> list[Refusal]:
     return [rule.refusal for rule in _RULES]
 
 
+UNTESTED_CUDA = "KVSCULPT_UNTESTED_CUDA"
+"""The environment variable that lets a server start on CUDA."""
+
+
 def check_platform(platform: Any) -> None:
-    """Refuse a device for which there is no worker yet.
+    """Refuse a device for which there is no worker, and CUDA until its user has said to know that it is untested.
 
     Raises:
-        UnsupportedFeature: on anything but a CPU.
+        UnsupportedFeature: on anything but a CPU, and CUDA with `KVSCULPT_UNTESTED_CUDA=1`.
     """
-    if not platform.is_cpu():
-        name = platform.device_name.upper() if platform.device_name else "this device"
-        raise UnsupportedFeature(
-            [Refusal(f"{name} devices", "the CUDA path is not there yet", "use --kv-compression none or the CPU build")]
-        )
+    if platform.is_cpu() or (platform.is_cuda() and os.environ.get(UNTESTED_CUDA) == "1"):
+        return
+    name = platform.device_name.upper() if platform.device_name else "this device"
+    if platform.is_cuda():
+        cause = "their path has only been run on a CPU, in Triton's interpreter, and never on a GPU"
+        cure = f"set {UNTESTED_CUDA}=1 to try it and compare its answers, or use --kv-compression none or the CPU build"
+    else:
+        cause, cure = "there is no worker for them", "use --kv-compression none or the CPU build"
+    raise UnsupportedFeature([Refusal(f"{name} devices", cause, cure)])
+
+
+def check_attention_backend(args: EngineArgs) -> None:
+    """Refuse another attention backend where compression needs its own; asking for ours is fine.
+
+    Raises:
+        UnsupportedFeature: naming the one that was asked for.
+    """
+    config = args.attention_config
+    asked = {args.attention_backend, config.backend, *config.backend_per_kind.values()}
+    names = sorted({str(getattr(backend, "name", backend)) for backend in asked - {None}} - {"CUSTOM"})
+    if names:
+        cause = "compressed rows are read by a kernel of our own"
+        _refuse([Refusal(f"the attention backend {', '.join(names)}", cause, "remove --attention-backend")])
 
 
 def check_config(args: EngineArgs, config: VllmConfig) -> None:

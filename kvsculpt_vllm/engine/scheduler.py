@@ -104,6 +104,16 @@ class SculptSchedulerMixin(SchedulerHooks):
             )
         return self.kv_cache_manager.truncate_computed_blocks(blocks, most), most
 
+    def limit_chunk(self, request: Request, num_left: int, num_tokens: int) -> int:
+        """Leave no single token for the last chunk of a prompt to be compressed.
+
+        On a GPU such a chunk runs as a decode, from a recorded graph, where its query is not sampled. A chunk that is
+        itself one token is let through: a prompt that stays exact is better than one that waits.
+        """
+        if num_left != 1 or num_tokens < 2 or isinstance(self._span(request), spans.Skip):
+            return num_tokens
+        return num_tokens - 1
+
     def forget(self, request: Request) -> None:
         """The request lost its blocks (finished, aborted or preempted)."""
         request_id = request.request_id

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from vllm.logger import init_logger
+from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu_worker import Worker
 
+from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.pages import TokenPages
 from kvsculpt_vllm.engine.worker import SculptWorkerMixin
+from kvsculpt_vllm.engine.working_memory import solve_bytes
+from kvsculpt_vllm.sculpt.effort import EFFORTS
+from kvsculpt_vllm.sculpt.memory import BYTES
+from kvsculpt_vllm.sculpt.queries import RECENT_POSITIONS
+
+logger = init_logger("vllm.kvsculpt")
 
 
 class SculptGPUWorker(SculptWorkerMixin, Worker):
@@ -14,3 +23,29 @@ class SculptGPUWorker(SculptWorkerMixin, Worker):
 
     attention_backend = (AttentionBackendEnum.CUSTOM, "kvsculpt_vllm.engine.attention_triton.SculptTritonBackend")
     page_format = TokenPages
+
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache: what vLLM finds, less what the solve of the longest prompt takes.
+
+        A size that the user gave (`--kv-cache-memory-bytes`) is theirs.
+        """
+        available = super().determine_available_memory()
+        if self.cache_config.kv_cache_memory_bytes:
+            return available
+        reserved = self._solve_bytes()
+        logger.info("kvsculpt: %.2f GiB of the KV cache's memory kept free for compression", reserved / 2**30)
+        return available - reserved
+
+    def _solve_bytes(self) -> int:
+        model, parallel = self.model_config, self.parallel_config
+        config = CompressionConfig.from_additional_config(self.vllm_config.additional_config)
+        num_kv_heads = model.get_num_kv_heads(parallel)
+        positions = min(EFFORTS[config.effort].positions, model.max_model_len) + RECENT_POSITIONS
+        return solve_bytes(
+            num_problems=model.get_num_layers(parallel) * num_kv_heads,
+            query_rows=positions * model.get_num_attention_heads(parallel) // num_kv_heads,
+            head_size=model.get_head_size(),
+            prompt_tokens=model.max_model_len,
+            cache_bytes=get_dtype_size(model.dtype),
+            largest_temporary=BYTES["cuda"],
+        )

@@ -26,7 +26,7 @@ class Engine:
     """A process that runs the jobs of one engine."""
 
     def __init__(self) -> None:
-        self._log = TemporaryFile("w+")
+        self._log = TemporaryFile("w+")  # noqa: SIM115 - as long as the process
         self._process = subprocess.Popen(
             [sys.executable, str(JOB)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
         )

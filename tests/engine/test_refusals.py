@@ -220,10 +220,31 @@ def test_real_configuration_has_what_the_rules_read_and_passes(llama):
     compare(supported(), config)
 
 
-def test_only_a_cpu_is_supported_for_now():
-    check_platform(SimpleNamespace(is_cpu=lambda: True))
-    with pytest.raises(UnsupportedFeature, match="CUDA devices: the CUDA path is not there yet; use --kv-compression"):
-        check_platform(SimpleNamespace(is_cpu=lambda: False, device_name="cuda"))
+def platform(device_name):
+    return SimpleNamespace(
+        device_name=device_name, is_cpu=lambda: device_name == "cpu", is_cuda=lambda: device_name == "cuda"
+    )
+
+
+def test_cuda_is_refused_until_its_user_says_to_know_that_it_is_untested(monkeypatch):
+    monkeypatch.delenv(refusals.UNTESTED_CUDA, raising=False)
+    check_platform(platform("cpu"))
+    with pytest.raises(UnsupportedFeature, match=r"CUDA devices: .* never on a GPU; set KVSCULPT_UNTESTED_CUDA=1"):
+        check_platform(platform("cuda"))
+    with pytest.raises(UnsupportedFeature, match="XPU devices: there is no worker for them"):
+        check_platform(platform("xpu"))
+    monkeypatch.setenv(refusals.UNTESTED_CUDA, "1")
+    check_platform(platform("cuda"))
+    with pytest.raises(UnsupportedFeature, match="XPU devices"):
+        check_platform(platform("xpu"))
+
+
+def test_another_attention_backend_is_refused_where_ours_is_needed():
+    refusals.check_attention_backend(EngineArgs(model="m"))
+    refusals.check_attention_backend(EngineArgs(model="m", attention_backend="CUSTOM"))
+    for asked in ({"attention_backend": "FLASH_ATTN"}, {"attention_config": {"backend": "FLASH_ATTN"}}):
+        with pytest.raises(UnsupportedFeature, match=r"the attention backend FLASH_ATTN: .*; remove --attention-back"):
+            refusals.check_attention_backend(EngineArgs(model="m", **asked))
 
 
 def spec(kind: type = FullAttentionSpec, **changes: object) -> FullAttentionSpec:
