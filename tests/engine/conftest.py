@@ -63,11 +63,11 @@ def run_engine(model_path):
         job["engine"] = defaults | job["engine"]
         text = json.dumps(job, sort_keys=True)
         if text not in results:
-            faults = [request.get("fault") for batch in job["batches"] for request in batch]
-            kind = {key: value for key, value in job.items() if key not in ("batches", "abort_after")}
-            # A prefix cache remembers what ran before, and faults are told apart by the first job's requests.
-            alone = any(faults) or job["engine"].get("enable_prefix_caching", True)
-            key = json.dumps([kind, text if alone else None], sort_keys=True)
+            faults = any(request.get("fault") for batch in job["batches"] for request in batch)
+            special = job.keys() - {"engine", "batches", "abort_after"}
+            # A prefix cache remembers what ran before, and what is special hardly comes twice.
+            alone = faults or special or job["engine"].get("enable_prefix_caching", True)
+            key = text if alone else json.dumps(job["engine"], sort_keys=True)
             if key not in engines:
                 engines[key] = Engine()
             results[text] = engines[key].run(text)

@@ -45,10 +45,9 @@ IDENTITY_CASES = {
 
 
 def test_the_v2_model_runner_gives_the_same_tokens(run_engine):
-    job = {"batches": [[request(0, 600, 5), request(5000, 64, 5)]], "v2": True}
-    engine = {"enable_prefix_caching": False}
-    stock = run_engine(engine=engine, **job)
-    ours = run_engine(engine={**engine, "additional_config": ON}, identity=True, poison=True, **job)
+    batches, engine = [[request(0, 600, 5), request(5000, 64, 5)]], {"enable_prefix_caching": False}
+    stock = run_engine(engine=engine, batches=batches)
+    ours = run_engine(engine={**engine, "additional_config": ON}, batches=batches, v2=True, identity=True, poison=True)
     assert ours["tokens"] == stock["tokens"]
     assert ours["stats"]["requests"]["compressed"] == {"": 1}
     assert ours["free"][0][-1] == ours["free_at_start"]
@@ -202,10 +201,10 @@ def test_an_aborted_request_returns_its_packed_blocks(run_engine):
 
 def test_without_free_blocks_a_request_goes_on_uncompressed_and_is_counted(run_engine):
     """The pool holds the prompt and hardly more, so that no packed prefix fits beside it."""
-    engine = {"enable_prefix_caching": False, "num_gpu_blocks_override": 37, "max_model_len": 1056}
-    batch = [[request(0, 1000, 20)]]
+    engine, batch = {"enable_prefix_caching": False}, [[request(0, 1000, 20)]]
     stock = run_engine(engine=engine, batches=batch)
-    ours = run_engine(engine={**engine, "additional_config": ON}, batches=batch)
+    little = {"num_gpu_blocks_override": 37, "max_model_len": 1056, "additional_config": ON}
+    ours = run_engine(engine=engine | little, batches=batch)
     assert ours["tokens"] == stock["tokens"]
     assert ours["stats"]["deferred"] == {"no_free_blocks": 1}
     assert ours["stats"]["requests"]["compressed"] == {}

@@ -18,9 +18,12 @@ LENGTH, ANSWER = 800, 8
 
 
 def test_the_engine_fits_what_the_harness_fits_and_answers_the_same(run_engine, model_path):
-    config = {"method": "sculpt", "keep_ratio": 0.3, "effort": "fast"}
-    request = {"start": 0, "length": LENGTH, "max_tokens": ANSWER, "extra_args": None}
-    served = run_engine(engine={"additional_config": {"kv_compression": config}}, batches=[[request]])
+    # As test_engine.py's, so that one engine serves both.
+    config = {"method": "select", "keep_ratio": 0.3}
+    settings = {"kv_compression": "sculpt", "kv_compression_effort": "fast"}
+    request = {"start": 0, "length": LENGTH, "max_tokens": ANSWER, "extra_args": settings}
+    engine = {"enable_prefix_caching": False, "additional_config": {"kv_compression": config}}
+    served = run_engine(engine=engine, batches=[[request]])
     (record,) = served["compressions"]
 
     topics = pydoc_data.topics.topics
