@@ -38,6 +38,7 @@ from kvsculpt_vllm.serving.launch import Server, serve
 MODEL = "model"  # the name it is served under
 POLL_SECONDS = 0.1
 BLOCK_SIZE = {"cpu": 32, "cuda": 16}
+PARTS = ("capacity", "throughput", "quality")
 
 console = Console(stderr=True)
 
@@ -208,7 +209,8 @@ def show(results: dict[str, Any]) -> None:
     table = Table("", "held at once", "preemptions", "arrived", title="(a) sequences at the same KV memory")
     for row in results["capacity"]:
         table.add_row(row["system"], *(str(row[key]) for key in ("held_at_once", "preemptions", "arrived")))
-    out.print(table)
+    if results["capacity"]:
+        out.print(table)
     table = Table("", "KV room for", "concurrency", "tokens/s", "TTFT median, p99 s", "TPOT median, p99 ms")
     table.title = "(b) vllm bench serve"
     for row in results["throughput"]:
@@ -221,15 +223,18 @@ def show(results: dict[str, Any]) -> None:
             ", ".join(f"{value / 1000:.1f}" for value in ttft),
             ", ".join(f"{value:.0f}" for value in tpot),
         )
-    out.print(table)
-    quality = results["quality"]
+    if results["throughput"]:
+        out.print(table)
+        ratio = results["none_over_stock"]
+        out.print(f"plugin, every request none, against stock: {ratio:.3f} of its throughput (median)")
+    if (quality := results.get("quality")) is None:
+        return
     table = Table("", "exact", "sculpted", title="(c), (d)")
     table.add_row("KV bytes a prompt", f"{quality['kv_bytes_exact']:,.0f}", f"{quality['kv_bytes_sculpted']:,.0f}")
     table.add_row("answers equal", "", f"{quality['answers_equal']} of {quality['prompts']}")
     table.add_row("share of an answer before it differs, mean", "", f"{quality['share_equal_mean']:.2f}")
     table.add_row("held-out error, mean", "0", f"{quality['held_out_error_mean']:.4f}")
     out.print(table)
-    out.print(f"plugin, every request none, against stock: {results['none_over_stock']:.3f} of its throughput (median)")
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -261,19 +266,23 @@ def main(
     keep_ratio: float = 0.3,
     effort: str = "fast",
     dtype: Annotated[str, typer.Option(help="On a CPU without bfloat16 instructions float32.")] = fast_dtype(),
+    parts: Annotated[str, typer.Option(help="Separated by commas: capacity, throughput, quality.")] = ",".join(PARTS),
     rounds: Annotated[int, typer.Option(help="Of stock and none, alternating, for their ratio.")] = 3,
     json_path: Annotated[Path | None, typer.Option("--json")] = None,
     png: Annotated[Path | None, typer.Option("--png")] = None,
 ) -> None:
     """Measure what compression buys and what it costs."""
-    if find_spec("pandas") is None:
+    chosen = [part.strip() for part in parts.split(",")]
+    if unknown := [part for part in chosen if part not in PARTS]:
+        raise typer.BadParameter(f"got {', '.join(unknown)}, allowed: {', '.join(PARTS)}", param_hint="--parts")
+    if "throughput" in chosen and find_spec("pandas") is None:
         raise SystemExit("vllm bench serve needs pandas to read prompts: pip install '.[bench]'")
     if device not in BLOCK_SIZE:
         raise typer.BadParameter(f"got {device}, allowed: cpu, cuda", param_hint="--device")
     directory = prepare(model) if model in MODELS else Path(model)
     max_tokens = prompt_tokens + output_tokens + 64  # a piece of text may become a few tokens more
     blocks = math.ceil((prompt_tokens + output_tokens) / BLOCK_SIZE[device])
-    prompts = prompts_of(read_text(text), directory, prompt_tokens, 4 * sequences)
+    prompts = prompts_of(read_text(text), directory, prompt_tokens, 3 * sequences)
     flags = ["--kv-compression", "sculpt", "--kv-compression-keep-ratio", str(keep_ratio)]
     flags += ["--kv-compression-effort", effort]
     results: dict[str, Any] = {
@@ -303,23 +312,30 @@ def main(
         sculpt = System("sculpt", plugin_server, {})
         for system in (stock, none):  # what is done once is not part of any figure
             system.complete(prompts[0], 4)
-        console.print("answers, exact and sculpted …")
-        results["quality"] = agreement(none, sculpt, prompts[:sequences], 64)
-        ratios = []
-        for number in range(rounds):
-            pair = [stock, none] if number % 2 == 0 else [none, stock]
-            measure(sequences, [sequences], pair)
-            last = {row["system"]: row["output_throughput"] for row in results["throughput"][-2:]}
-            ratios.append(last["none"] / last["stock"])
-        results["none_over_stock_rounds"], results["none_over_stock"] = ratios, statistics.median(ratios)
-        for system in (stock, sculpt):
-            console.print(f"{system.name}: {len(prompts)} prompts at once …")
-            results["capacity"].append(held_at_once(system, prompts, output_tokens))
-        measure(sequences, concurrency, [stock, sculpt])
-    with servers(directory, device, 4 * sequences * blocks, max_tokens, dtype, flags) as (stock_server, plugin_server):
-        measure(4 * sequences, [sequences], [System("stock", stock_server, {}), System("sculpt", plugin_server, {})])
-    held = {row["system"]: row["held_at_once"] for row in results["capacity"]}
-    results["held_ratio"] = held["sculpt"] / held["stock"]
+        if "quality" in chosen:
+            console.print("answers, exact and sculpted …")
+            results["quality"] = agreement(none, sculpt, prompts[:sequences], 64)
+        if "capacity" in chosen:
+            for system in (stock, sculpt):
+                console.print(f"{system.name}: {len(prompts)} prompts at once …")
+                results["capacity"].append(held_at_once(system, prompts, output_tokens))
+            held = {row["system"]: row["held_at_once"] for row in results["capacity"]}
+            results["held_ratio"] = held["sculpt"] / held["stock"]
+        if "throughput" in chosen:
+            ratios = []
+            for number in range(rounds):
+                measure(sequences, [sequences], [stock, none] if number % 2 == 0 else [none, stock])
+                last = {row["system"]: row["output_throughput"] for row in results["throughput"][-2:]}
+                ratios.append(last["none"] / last["stock"])
+            results["none_over_stock_rounds"], results["none_over_stock"] = ratios, statistics.median(ratios)
+            measure(sequences, concurrency, [stock, sculpt])
+    if "throughput" in chosen:
+        with servers(directory, device, 4 * sequences * blocks, max_tokens, dtype, flags) as (
+            stock_server,
+            plugin_server,
+        ):
+            roomy = [System("stock", stock_server, {}), System("sculpt", plugin_server, {})]
+            measure(4 * sequences, [sequences], roomy)
     show(results)
     if png is not None:
         draw(results, png)
