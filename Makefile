@@ -21,7 +21,11 @@ demo: setup ## Serve the embedded model and compare an exact with a sculpted ans
 
 test: setup ## Run all tests
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels
-	@$(BIN)/python -m pytest -q --ignore=tests/kernels
+	@# Servers compute on the first core, the engines of the other tests on the last one: side by side they take two thirds
+	@# of the time.
+	@$(BIN)/python -m pytest -q tests/serving > $(VENV)/test-serving.log 2>&1 & serving=$$!; \
+	  $(BIN)/python -m pytest -q --ignore=tests/kernels --ignore=tests/serving; others=$$?; \
+	  wait $$serving; serving=$$?; cat $(VENV)/test-serving.log; exit $$((serving || others))
 
 lint: $(VENV)/.installed ## Check style and format
 	@$(BIN)/ruff check .

@@ -75,7 +75,9 @@ class Compressor:
         plan = PagePlan(geometry.block_size, span_blocks, len(command.packed) * geometry.num_cells, config.sink)
         fitted = compress(problems, plan, config.method, config.budget, EFFORTS[config.effort])
         error = float(fitted.error.mean())
-        if not all(entries.isfinite().all() for entries in (fitted.error, *fitted.keys, *fitted.values)):
+        if not all(
+            entries.isfinite().all() for entries in (fitted.start_error, fitted.error, *fitted.keys, *fitted.values)
+        ):
             raise NotUsable(Cause.NOT_FINITE, "what came out is not finite")
         if error > config.max_error:
             raise NotUsable(Cause.ERROR_BOUND, f"held-out error {error:.4g}, at most {config.max_error:g} is allowed")

@@ -15,6 +15,7 @@ from typing import Any
 
 from kvsculpt_vllm.engine.command import Deferred, PoolState, Settled
 from kvsculpt_vllm.engine.record import CompressionRecord
+from kvsculpt_vllm.engine.spans import Skip
 
 COMPRESSED, SKIPPED, FALLBACK, FAILED = "compressed", "skipped", "fallback", "failed"
 OUTCOMES = {
@@ -67,6 +68,9 @@ class Ledger:
         if isinstance(news, PoolState):
             self._pool = news
         elif isinstance(news, Settled):
+            before = self._others.get(news.request_id)
+            if news.reason == Skip.ENDED_FIRST and before is not None and before["outcome"] in (FALLBACK, FAILED):
+                return  # it ended before the scheduler heard of the failure, which is counted
             self.settle(news.request_id, news.num_prompt_tokens, news.outcome, news.reason)
         else:
             self._deferred[news.reason] += 1

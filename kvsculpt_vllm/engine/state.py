@@ -84,6 +84,11 @@ class CompressionState:
         """The request's settings and prompt length."""
         return self._tracked[request_id]
 
+    def falls_back_to_selection(self, request_id: str) -> bool:
+        """Whether the request wants selection where its compression fails."""
+        known = self._tracked.get(request_id)
+        return known is not None and known.config.on_failure == "select"
+
     def capture_rows(self, metadata: CommonAttentionMetadata) -> list[CaptureRows]:
         """Which rows of this step's queries to copy into samples."""
         if not self.samples:

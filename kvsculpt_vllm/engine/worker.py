@@ -50,7 +50,7 @@ def _raised_at(error: Exception) -> tuple[str, int | None]:
 
 
 def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    return printable(f"{type(error).__name__}: {error}")
 
 
 def _answering(output: ModelRunnerOutput, answers: list[Solved]) -> ModelRunnerOutput:
@@ -143,7 +143,7 @@ class SculptWorkerMixin:
         if error is not None:
             cause = cause_of(error)
             lost = cause == Cause.ERROR_BOUND
-            selects = not lost and state.tracked(command.request_id).config.on_failure == "select"
+            selects = not lost and state.falls_back_to_selection(command.request_id)
             self._warn(command, error, "tries selection" if selects else "stays exact", quiet=lost)
             if selects and (again := self._attempt(command, fallback=cause)) is not None:
                 self._warn(command, again, "stays exact", quiet=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import secrets
 from argparse import Namespace
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
 from vllm import envs
+from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from kvsculpt_vllm.config import CompressionConfig
@@ -25,6 +27,8 @@ from kvsculpt_vllm.serving.monitor import NEWEST, Monitor, merged
 
 SHORT_SECONDS, PATIENCE_SECONDS = 1.0, 10.0
 """How long a question waits for an engine that is in a long step: for news, and where nothing is known otherwise."""
+
+logger = init_logger("vllm.kvsculpt")
 
 PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
@@ -164,6 +168,10 @@ class SculptEndpoints:
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Keep what the routes need."""
         state.kvsculpt_monitor = Monitor(engine_client)
+        # Several servers hear at different times. What one scrape tells must not be older than what another server told
+        # before: a counter that falls looks like a restart.
+        several = (getattr(args, "api_server_count", None) or 1) > 1
+        state.kvsculpt_oldest_seconds = SHORT_SECONDS if several else math.inf
         # As vLLM reads them: the flag comes before the variable.
         state.kvsculpt_keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
 
@@ -172,11 +180,13 @@ def _with_ours(stock: Callable[[Request], Response]) -> Callable:
     async def metrics(request: Request) -> Response:
         """vLLM's metrics, then ours."""
         monitor = _monitor(request)
-        if not monitor.client.errored:
+        try:
             await monitor.refresh(SHORT_SECONDS)
+        except Exception as error:  # noqa: BLE001 - vLLM's own metrics are needed most when something is wrong
+            logger.warning("kvsculpt: no new numbers for /metrics: %s: %s", type(error).__name__, error)
         response = await run_in_threadpool(stock, request)
         return Response(
-            response.body + text_of(monitor),
+            response.body + text_of(monitor, request.app.state.kvsculpt_oldest_seconds),
             response.status_code,
             media_type=None,
             headers={"Content-Type": response.headers["Content-Type"]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,10 +32,10 @@ POOL = {
 
 
 class StatsCollector(Collector):
-    """The newest totals that the monitor has heard; nothing before the first answer."""
+    """The newest totals that the monitor has heard, unless older than `oldest` seconds; nothing before the first answer."""
 
-    def __init__(self, monitor: Monitor) -> None:
-        self._monitor = monitor
+    def __init__(self, monitor: Monitor, oldest: float) -> None:
+        self._monitor, self._oldest = monitor, oldest
 
     def collect(self) -> Iterable[Metric]:
         """All families, one sample set an engine."""
@@ -45,7 +46,8 @@ class StatsCollector(Collector):
             "Since when these numbers are: an engine answers between steps, and a compression can make one long.",
             self._monitor.age,
         )
-        yield from families(self._monitor.stats)
+        if self._monitor.age <= self._oldest:
+            yield from families(self._monitor.stats)
 
 
 def families(stats: list[dict[str, Any]]) -> Iterable[Metric]:
@@ -101,8 +103,8 @@ def _buckets(histogram: dict[str, Any]) -> tuple[list[tuple[str, float]], float]
     return buckets, histogram["sum"]
 
 
-def text_of(monitor: Monitor) -> bytes:
-    """Our part of `/metrics`."""
+def text_of(monitor: Monitor, oldest: float = math.inf) -> bytes:
+    """Our part of `/metrics`; of totals older than `oldest` seconds only their age."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(StatsCollector(monitor))
+    registry.register(StatsCollector(monitor, oldest))
     return generate_latest(registry)

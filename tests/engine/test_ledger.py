@@ -120,5 +120,15 @@ def test_a_request_that_waited_and_was_compressed_then_has_one_story():
     assert [story["outcome"] for story in ledger.newest(10)] == ["compressed"]
 
 
+def test_a_failure_whose_request_ends_before_the_scheduler_hears_of_it_is_counted_once():
+    ledger = Ledger(1)
+    ledger.settle("a", 900, "failed", "exception", "ValueError: x")
+    ledger.hear(Settled("a", 900, "skipped", "ended_first"))
+    ledger.hear(Settled("b", 900, "skipped", "ended_first"))
+    assert ledger.stats()["requests"]["failed"] == {"exception": 1}
+    assert ledger.stats()["requests"]["skipped"] == {"ended_first": 1}
+    assert ledger.find("a")["detail"] == "ValueError: x"
+
+
 def test_an_id_cannot_break_a_log_line_or_color_it():
     assert printable("a\nb\x1b[31m\u2028é") == "a\\nb\\x1b[31m\\u2028é"

@@ -78,6 +78,21 @@ def test_a_long_step_makes_nobody_wait_longer_than_they_want_and_is_asked_into_o
     asyncio.run(scenario())
 
 
+def test_of_old_numbers_only_the_age_is_told_where_another_server_may_have_told_newer_ones():
+    async def scenario():
+        monitor = Monitor(client := Client(report(1)))
+        client.gate.set()
+        await monitor.refresh(1)
+        return monitor
+
+    monitor = asyncio.run(scenario())
+    assert b"kvsculpt:requests_total" in text_of(monitor, 60.0)
+    monitor.heard_at -= 100
+    assert b"kvsculpt:requests_total" not in text_of(monitor, 60.0)
+    assert b"kvsculpt:stats_age_seconds 100" in text_of(monitor, 60.0)
+    assert b"kvsculpt:requests_total" in text_of(monitor)
+
+
 def test_a_dead_engine_is_not_asked():
     async def scenario():
         client = Client(report(1))
