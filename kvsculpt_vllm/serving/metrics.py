@@ -32,7 +32,7 @@ POOL = {
 
 
 class StatsCollector(Collector):
-    """The newest totals that the monitor has heard, unless older than `oldest` seconds; none before the first answer."""
+    """The newest totals that were heard, unless older than `oldest` seconds; none before the first answer."""
 
     def __init__(self, monitor: Monitor, oldest: float) -> None:
         self._monitor, self._oldest = monitor, oldest
