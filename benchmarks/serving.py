@@ -40,7 +40,7 @@ POLL_SECONDS = 0.1
 BLOCK_SIZE = {"cpu": 32, "cuda": 16}
 PARTS = ("capacity", "throughput", "quality")
 
-console = Console(stderr=True)
+console = Console(stderr=True, log_path=False)
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ def main(
     directory = prepare(model) if model in MODELS else Path(model)
     max_tokens = prompt_tokens + output_tokens + 64  # a piece of text may become a few tokens more
     blocks = math.ceil((prompt_tokens + output_tokens) / BLOCK_SIZE[device])
-    prompts = prompts_of(read_text(text), directory, prompt_tokens, 3 * sequences)
+    prompts = prompts_of(read_text(text), directory, prompt_tokens, max(3 * sequences, *concurrency))
     flags = ["--kv-compression", "sculpt", "--kv-compression-keep-ratio", str(keep_ratio)]
     flags += ["--kv-compression-effort", effort]
     results: dict[str, Any] = {
@@ -302,8 +302,8 @@ def main(
     def measure(room: int, levels: list[int], systems: list[System]) -> None:
         for level in levels:
             for system in systems:
-                console.print(f"{system.name}, room for {room}, concurrency {level} …")
-                row = throughput(system, directory, prompts[: 2 * sequences], output_tokens, level)
+                console.log(f"{system.name}, room for {room}, concurrency {level} …")
+                row = throughput(system, directory, prompts[: max(sequences, level)], output_tokens, level)
                 results["throughput"].append({"room": room} | row)
 
     with servers(directory, device, sequences * blocks, max_tokens, dtype, flags) as (stock_server, plugin_server):
@@ -313,11 +313,11 @@ def main(
         for system in (stock, none):  # what is done once is not part of any figure
             system.complete(prompts[0], 4)
         if "quality" in chosen:
-            console.print("answers, exact and sculpted …")
+            console.log("answers, exact and sculpted …")
             results["quality"] = agreement(none, sculpt, prompts[:sequences], 64)
         if "capacity" in chosen:
             for system in (stock, sculpt):
-                console.print(f"{system.name}: {len(prompts)} prompts at once …")
+                console.log(f"{system.name}: {len(prompts)} prompts at once …")
                 results["capacity"].append(held_at_once(system, prompts, output_tokens))
             held = {row["system"]: row["held_at_once"] for row in results["capacity"]}
             results["held_ratio"] = held["sculpt"] / held["stock"]
@@ -335,7 +335,7 @@ def main(
             plugin_server,
         ):
             roomy = [System("stock", stock_server, {}), System("sculpt", plugin_server, {})]
-            measure(4 * sequences, [sequences], roomy)
+            measure(4 * sequences, [max(concurrency)], roomy)
     show(results)
     if png is not None:
         draw(results, png)

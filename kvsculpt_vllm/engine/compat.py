@@ -17,10 +17,26 @@ if TYPE_CHECKING:  # the start-up hooks import this file in every vLLM process: 
 
 
 class SchedulerHooks:
-    """Gives the scheduler mixin public names for four private hooks of vLLM's scheduler.
+    """Gives the scheduler mixin public names for hooks that vLLM's scheduler does not offer.
 
-    Can go when vLLM has a public hook for prefix-cache hits, the size of a chunk, and a request losing its blocks.
+    Can go when vLLM has a public hook for prefix-cache hits, admission, the size of a chunk, and a request losing its
+    blocks.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        allocate_slots = self.kv_cache_manager.allocate_slots
+
+        def if_admitted(request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
+            if not self.admits(request, kwargs.get("new_computed_blocks")):
+                return None  # what vLLM knows as: no room yet
+            return allocate_slots(request, *args, **kwargs)
+
+        self.kv_cache_manager.allocate_slots = if_admitted
+
+    def admits(self, request: Request, hit: KVCacheBlocks | None) -> bool:
+        """Whether a request may get blocks now; `hit` are those that one not yet running found in the prefix cache."""
+        raise NotImplementedError
 
     def limit_prefix_hit(self, request: Request, blocks: KVCacheBlocks, num_tokens: int) -> tuple[KVCacheBlocks, int]:
         """The part of a local prefix-cache hit to use."""

@@ -104,6 +104,25 @@ class SculptSchedulerMixin(SchedulerHooks):
             )
         return self.kv_cache_manager.truncate_computed_blocks(blocks, most), most
 
+    def admits(self, request: Request, hit: KVCacheBlocks | None) -> bool:
+        """Whether a prompt fits beside the blocks that the next compression takes before it frees any.
+
+        Without, a prompt could take the last blocks: nothing could be compressed any more, and the answers being
+        written would soon need blocks that only a preemption gives. The largest compression's blocks will do for all
+        that are to come, as each leaves more free than it took, and a block for every answer that grows meanwhile.
+        Where nothing else runs there is nothing to wait for.
+        """
+        if request.status == RequestStatus.RUNNING or not self.running:
+            return True
+        to_come = [r for r in self.running if r.request_id not in self._settled]
+        planned = [span for r in (request, *to_come) if isinstance(span := self._span(r), spans.Span)]
+        if not planned:
+            return True
+        shared = sum(block.ref_cnt > 0 for block in hit.blocks[0]) if hit is not None else 0
+        prompt = -(-request.num_tokens // self.block_size) - shared
+        needed = prompt + max(span.packed_blocks for span in planned) + len(self.running) + 1
+        return needed <= self.kv_cache_manager.block_pool.get_num_free_blocks()
+
     def limit_chunk(self, request: Request, num_left: int, num_tokens: int) -> int:
         """Leave no single token for the last chunk of a prompt to be compressed.
 
