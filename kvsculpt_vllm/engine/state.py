@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -114,14 +115,8 @@ class CompressionState:
         if spans.plan_span(request.config, request.num_prompt_tokens, self.geometry.block_size) is None:
             return
         self._tracked[request_id] = request
-        count = EFFORTS[request.config.effort].positions
+        like, shape = self.pages.buffer, (self.geometry.num_layers, self.num_query_heads, self.pages.head_size)
+        count = EFFORTS[request.config.effort].positions_for(math.prod(shape) * like.element_size())
         first = min(num_computed, request.num_prompt_tokens - 1)
         positions, recent = sample_positions(first, request.num_prompt_tokens, count)
-        self.samples[request_id] = QuerySample(
-            positions,
-            recent,
-            self.geometry.num_layers,
-            self.num_query_heads,
-            self.pages.head_size,
-            like=self.pages.buffer,
-        )
+        self.samples[request_id] = QuerySample(positions, recent, *shape, like=like)

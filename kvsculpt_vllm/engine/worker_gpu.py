@@ -40,12 +40,14 @@ class SculptGPUWorker(SculptWorkerMixin, Worker):
         model, parallel = self.model_config, self.parallel_config
         config = CompressionConfig.from_additional_config(self.vllm_config.additional_config)
         num_kv_heads = model.get_num_kv_heads(parallel)
-        positions = min(EFFORTS[config.effort].positions, model.max_model_len) + RECENT_POSITIONS
+        num_layers, num_heads = model.get_num_layers(parallel), model.get_num_attention_heads(parallel)
+        element_bytes = get_dtype_size(model.dtype)
+        sampled = EFFORTS[config.effort].positions_for(num_layers * num_heads * model.get_head_size() * element_bytes)
         return solve_bytes(
-            num_problems=model.get_num_layers(parallel) * num_kv_heads,
-            query_rows=positions * model.get_num_attention_heads(parallel) // num_kv_heads,
+            num_problems=num_layers * num_kv_heads,
+            query_rows=(min(sampled, model.max_model_len) + RECENT_POSITIONS) * num_heads // num_kv_heads,
             head_size=model.get_head_size(),
             prompt_tokens=model.max_model_len,
-            cache_bytes=get_dtype_size(model.dtype),
+            cache_bytes=element_bytes,
             largest_temporary=BYTES["cuda"],
         )

@@ -59,7 +59,7 @@ class Context:
             raise ValueError(f"{num_tokens} + {following} tokens exceed the model's {model.num_positions} positions")
         self.model, self.num_tokens = model, num_tokens
         self._effort, self._block_size, self._window, self.sinks = effort, block_size, window, sinks
-        positions, recent = sample_positions(0, num_tokens, effort.positions)
+        positions, recent = sample_positions(0, num_tokens, effort.positions_for(model.position_bytes))
         self.recording = model.record(tokens, positions)
         self.problems = build_problems(
             queries=self.recording.queries,

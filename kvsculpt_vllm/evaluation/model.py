@@ -30,6 +30,9 @@ class EvaluationModel:
         config = model.config.get_text_config()
         self.num_positions: int = config.max_position_embeddings
         self.num_layers: int = config.num_hidden_layers
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.position_bytes: int = self.num_layers * config.num_attention_heads * head_size * storage.itemsize
+        """What the queries of one position take, as the engine keeps them."""
         self.rotary = _rotary(model, self.num_positions)
         end = model.generation_config.eos_token_id if model.generation_config else None
         self._end = set(end) if isinstance(end, list) else {end}

@@ -25,8 +25,8 @@ LAYERS, HEADS, KV_HEADS, VOCABULARY = 2, 4, 2, 97
 CONTEXT, CONTINUATION, CONTEXTS, BLOCK, WINDOW, SINKS = 200, 24, 3, 8, 16, 4
 SPAN_BLOCKS = (CONTEXT - WINDOW) // BLOCK
 EFFORT = Effort(
-    positions=80, pilot_positions=60, fit_positions=100, key_steps=10
-)  # 80 future positions and 20 recent ones
+    positions=80, pilot_positions=60, fit_positions=250, key_steps=10
+)  # so small a model is asked from all 200 positions, and from the last 50 as they were: fits are to all of them
 
 
 @pytest.fixture(scope="module", autouse=True)
