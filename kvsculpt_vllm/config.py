@@ -13,6 +13,9 @@ KEY = "kv_compression"
 # Mutable, so that a test can add a method of its own.
 METHODS = {"none", "select", "select_fit", "sculpt"}
 
+SERVER_ONLY = {"max_stall_ms"}
+"""Settings that no request can change."""
+
 
 class Problem(NamedTuple):
     """One wrong setting: the option as its user spells it, what was given, and what is allowed."""
@@ -67,12 +70,18 @@ class CompressionConfig(BaseModel):
         description="A prompt whose compression has a larger error on held-out queries (relative squared output error "
         "plus squared log-sum-exp error, mean over layers and heads) stays exact. 1 is an output as far off as none.",
     )
-
     on_failure: Literal["exact", "select"] = Field(
         "exact",
         description="What a prompt is left with whose compression fails (out of memory, numbers that are not finite, a "
         "bug). exact: its whole cache. select: its entries with the highest attention scores, as many for every head; "
         "exact if that fails too.",
+    )
+    max_stall_ms: float = Field(
+        200,
+        ge=0,
+        description="For how long, in milliseconds, a compression may hold up the other requests between two steps; "
+        "longer ones go on after the next step. The server's only. On a CPU 60000 unless given: its prefills stall for "
+        "longer than 200 ms.",
     )
 
     @field_validator("*", mode="before")
@@ -132,12 +141,8 @@ class CompressionConfig(BaseModel):
         if not self.active:
             cure = "nothing, this server does not compress: start it with --kv-compression sculpt"
             raise ConfigError([Problem(key, value, cure) for key, value in given.items()])
-        fields = {request_key(field): field for field in type(self).model_fields}
-        problems = [
-            Problem(key, value, f"no such setting, did you mean {_nearest_key(key)}?")
-            for key, value in given.items()
-            if key not in fields
-        ]
+        fields = {request_key(field): field for field in type(self).model_fields if field not in SERVER_ONLY}
+        problems = [Problem(key, value, _cure(key)) for key, value in given.items() if key not in fields]
         changes = {fields[key]: value for key, value in given.items() if key in fields}
         return _build(self.model_dump() | changes, request_key, problems)
 
@@ -168,8 +173,15 @@ def request_settings(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
     return {key: value for key, value in extra_args.items() if key.lower().replace("-", "_").startswith(KEY)}
 
 
+def _cure(key: str) -> str:
+    """What to do about a key that no request can give."""
+    if key in map(request_key, SERVER_ONLY):
+        return "nothing in a request, it is a setting of the server"
+    return f"no such setting, did you mean {_nearest_key(key)}?"
+
+
 def _nearest_key(key: str) -> str:
-    keys = {request_key(field): request_key(field) for field in CompressionConfig.model_fields}
+    keys = {request_key(field): request_key(field) for field in CompressionConfig.model_fields.keys() - SERVER_ONLY}
     keys[f"{KEY}_method"] = KEY  # the field's name, which a request spells without it
     return keys[get_close_matches(key, keys, 1, cutoff=0)[0]]
 

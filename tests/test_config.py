@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from kvsculpt_vllm.config import (
     METHODS,
+    SERVER_ONLY,
     CompressionConfig,
     ConfigError,
     flag,
@@ -28,6 +29,7 @@ configs = st.builds(
     window=st.integers(1, 2**40),
     effort=st.sampled_from(["fast", "balanced", "thorough"]),
     max_error=st.floats(1e-9, 1e9),
+    max_stall_ms=st.floats(0, 1e9),
 )
 
 
@@ -41,7 +43,14 @@ def test_survives_json_and_text(config):
 
 @given(configs)
 def test_request_can_give_every_setting(config):
-    assert SCULPT.for_request({request_key(field): value for field, value in config.model_dump().items()}) == config
+    given = config.model_dump(exclude=SERVER_ONLY)
+    of_request = SCULPT.for_request({request_key(field): value for field, value in given.items()})
+    assert of_request == config.model_copy(update={field: getattr(SCULPT, field) for field in SERVER_ONLY})
+
+
+def test_request_cannot_change_what_is_the_servers():
+    with pytest.raises(ConfigError, match=r"kv_compression_max_stall_ms: got 5.*setting of the server"):
+        SCULPT.for_request({"kv_compression_max_stall_ms": 5})
 
 
 @pytest.mark.parametrize("additional_config", [{}, {"other": 1}, {"kv_compression": None}, None, object()])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from enum import StrEnum
 
@@ -15,11 +14,12 @@ from kvsculpt_vllm.engine.command import CommitCommand, SolveCommand
 from kvsculpt_vllm.engine.record import CompressionRecord
 from kvsculpt_vllm.engine.state import CompressionState
 from kvsculpt_vllm.sculpt.budgets import PagePlan
-from kvsculpt_vllm.sculpt.compress import Compressed, compress
+from kvsculpt_vllm.sculpt.compress import Compressed, compress_in_slices
 from kvsculpt_vllm.sculpt.effort import EFFORTS
 from kvsculpt_vllm.sculpt.problem import Problems
-from kvsculpt_vllm.sculpt.queries import build_problems
+from kvsculpt_vllm.sculpt.queries import build_in_slices
 from kvsculpt_vllm.sculpt.rotary import Rotary
+from kvsculpt_vllm.sculpt.slices import Slices, Stopwatch, within
 
 
 class Cause(StrEnum):
@@ -55,25 +55,29 @@ class Compressor:
     def __init__(self, state: CompressionState, rotaries: list[Rotary | None], softmax_scale: float) -> None:
         self.state, self.rotaries, self.softmax_scale = state, rotaries, softmax_scale
 
-    @torch.no_grad()
-    def solve(self, command: SolveCommand, fallback: Cause | None = None) -> None:
+    def solve(self, command: SolveCommand, fallback: Cause | None = None) -> Slices[None]:
         """Compress the request's span into the blocks taken for it. The request's own blocks are only read.
 
-        After a failure, whose `fallback` it is, by plain selection with uniform budgets.
+        After a failure, whose `fallback` it is, by plain selection with uniform budgets. The blocks are read in the
+        first slice and written in the last.
 
         Raises:
             NotUsable: the error is above the bound, queries are missing, or what came out is not finite.
             Exception: whatever torch raises.
         """
-        begin = time.perf_counter()
+        clock = Stopwatch()
+        record = yield from within(clock, within(torch.no_grad, self._solve(command, fallback)))
+        self.state.solved[command.request_id] = replace(record, seconds=clock.seconds)
+
+    def _solve(self, command: SolveCommand, fallback: Cause | None) -> Slices[CompressionRecord]:
         state, geometry = self.state, self.state.geometry
         config = state.tracked(command.request_id).config
         if fallback is not None:
             config = config.model_copy(update={"method": "select", "budget": "uniform"})
-        problems, sinks = self._problems(command, config.sink)
+        problems, sinks = yield from self._problems(command, config.sink)
         span_blocks = command.span_tokens // geometry.block_size
         plan = PagePlan(geometry.block_size, span_blocks, len(command.packed) * geometry.num_cells, config.sink)
-        fitted = compress(problems, plan, config.method, config.budget, EFFORTS[config.effort])
+        fitted = yield from compress_in_slices(problems, plan, config.method, config.budget, EFFORTS[config.effort])
         error = float(fitted.error.mean())
         if not all(
             entries.isfinite().all() for entries in (fitted.start_error, fitted.error, *fitted.keys, *fitted.values)
@@ -85,8 +89,7 @@ class Compressor:
         shape = (geometry.num_layers, geometry.num_heads)
         pages = torch.tensor(fitted.pages)
         state.directory.prepare(command.request_id, torch.tensor(starts).view(shape), pages.view(shape), span_blocks)
-        seconds = time.perf_counter() - begin
-        state.solved[command.request_id] = self._record(command, config, fitted, seconds, fallback)
+        return self._record(command, config, fitted, fallback)
 
     def commit(self, command: CommitCommand) -> CompressionRecord:
         """Publish what was solved: the request's block list starts with it from now on."""
@@ -104,7 +107,6 @@ class Compressor:
         command: SolveCommand,
         config: CompressionConfig,
         fitted: Compressed,
-        seconds: float,
         fallback: Cause | None,
     ) -> CompressionRecord:
         geometry = self.state.geometry
@@ -125,7 +127,7 @@ class Compressor:
             blocks_freed=0,
             bytes_freed=0,
             steps_waited=0,
-            seconds=seconds,
+            seconds=0.0,
             error_before=float(fitted.start_error.mean()),
             error_after=float(fitted.error.mean()),
             solver_steps=int(fitted.steps.sum()),
@@ -136,7 +138,7 @@ class Compressor:
             fallback=fallback or "",
         )
 
-    def _problems(self, command: SolveCommand, num_sinks: int) -> tuple[Problems, tuple[Tensor, Tensor]]:
+    def _problems(self, command: SolveCommand, num_sinks: int) -> Slices[tuple[Problems, tuple[Tensor, Tensor]]]:
         """What to fit, and the sinks' keys and values (L · H, sinks, D), which are kept as they are."""
         state = self.state
         sample = state.samples[command.request_id]
@@ -147,7 +149,7 @@ class Compressor:
         keys, values = state.pages.read(state.geometry.block_pages(blocks))
         keys = keys.flatten(0, 1)[:, : command.num_prompt_tokens]
         values = values.flatten(0, 1)[:, : command.num_prompt_tokens]
-        problems = build_problems(
+        problems = yield from build_in_slices(
             queries=sample.queries,
             positions=sample.positions.to(keys.device),
             recent=sample.recent,

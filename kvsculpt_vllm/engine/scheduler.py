@@ -176,9 +176,10 @@ class SculptSchedulerMixin(SchedulerHooks):
     def _start_one(self) -> list[SolveCommand]:
         """The command for the first running request that can be compressed now, if there is one.
 
-        One a step: the others decode in between, and no step takes as long as several compressions.
+        One at a time: the others decode in between, and a worker's memory is reckoned for one.
         """
         commands, self._waiting = [], 0
+        busy = any(not pending.solved for pending in self._pending.values())
         for request in self.running:
             if (
                 request.request_id in self._settled
@@ -190,7 +191,7 @@ class SculptSchedulerMixin(SchedulerHooks):
             if isinstance(span := self._span(request), spans.Skip):
                 self._settled.add(request.request_id)
                 self._skip(request, span)
-            elif commands or (command := self._start(request, span)) is None:
+            elif busy or commands or (command := self._start(request, span)) is None:
                 self._waiting += 1
             else:
                 self._settled.add(request.request_id)

@@ -6,6 +6,7 @@ On every device alike; `worker_cpu` and `worker_gpu` put it over vLLM's workers.
 from __future__ import annotations
 
 import logging
+import time
 from copy import copy
 from traceback import extract_tb
 from typing import Any, ClassVar
@@ -28,6 +29,7 @@ from kvsculpt_vllm.engine.record import log, printable
 from kvsculpt_vllm.engine.refusals import check_attention_layers
 from kvsculpt_vllm.engine.rope import rotary_of_layers
 from kvsculpt_vllm.engine.state import CompressionState
+from kvsculpt_vllm.sculpt.slices import Slices
 
 logger = init_logger("vllm.kvsculpt")
 
@@ -73,6 +75,7 @@ class SculptWorkerMixin:
         self.compressor: Compressor | None = None
         self.ledger: Ledger | None = None
         self.block_rows: BlockRows | None = None
+        self._solving: tuple[SolveCommand, Slices[bool]] | None = None
         self._answers: list[Solved] = []
         self._failed_at: set[tuple[str, int | None]] = set()
 
@@ -102,13 +105,16 @@ class SculptWorkerMixin:
         """Do what the scheduler asks for, then run the step."""
         if self.compression_state is not None:
             self.compression_state.begin_step(scheduler_output)
+            self._forget([*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ())])
             for command in attached(scheduler_output):
                 if isinstance(command, SolveCommand):
-                    self._answers.append(self._solve(command))
+                    # The scheduler gives no second one before it has heard of the first, or its request is gone.
+                    self._solving = command, self._solve(command)
                 elif isinstance(command, CommitCommand):
                     self._commit(command)
                 else:
                     self.ledger.hear(command)
+            self._go_on_solving()
         return self._with_answers(super().execute_model(scheduler_output))
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
@@ -133,33 +139,58 @@ class SculptWorkerMixin:
         if self.is_driver_worker:
             log(record)
 
-    def _solve(self, command: SolveCommand) -> Solved:
-        """Compress, by selection if the method fails and the request wants that.
+    def _forget(self, request_ids: list[str]) -> None:
+        """Put an end to the compression of a request that lost its blocks: those to be written to are others' now."""
+        if self._solving is not None and self._solving[0].request_id in request_ids:
+            self._solving = None
+
+    def _go_on_solving(self) -> None:
+        """Work on the compression in hand until it is over, or has kept this step waiting for long enough."""
+        if self._solving is None:
+            return
+        command, slices = self._solving
+        deadline = time.perf_counter() + self.compression_state.config.max_stall_ms / 1000
+        while True:
+            try:
+                next(slices)
+            except StopIteration as done:
+                self._answers.append(Solved(command.request_id, command.attempt, succeeded=done.value))
+                self._solving = None
+                return
+            self.wait_for_device()
+            if time.perf_counter() >= deadline:
+                return
+
+    def wait_for_device(self) -> None:
+        """Until what a slice has launched is done: else the step would wait for it, however short the slice took."""
+
+    def _solve(self, command: SolveCommand) -> Slices[bool]:
+        """Compress, by selection if the method fails and the request wants that; whether it can be used.
 
         Whatever happens, the request's own blocks are as they were: it can go on with them, and so do all others.
         """
         state = self.compression_state
-        error = self._attempt(command)
+        error = yield from self._attempt(command)
+        succeeded = error is None
         if error is not None:
             cause = cause_of(error)
             lost = cause == Cause.ERROR_BOUND
             selects = not lost and state.falls_back_to_selection(command.request_id)
             self._warn(command, error, "tries selection" if selects else "stays exact", quiet=lost)
-            if selects and (again := self._attempt(command, fallback=cause)) is not None:
+            if selects and (again := (yield from self._attempt(command, fallback=cause))) is not None:
                 self._warn(command, again, "stays exact", quiet=False)
                 selects = False
-            if not selects:
+            succeeded = selects
+            if not succeeded:
                 outcome = FALLBACK if lost else FAILED
                 self.ledger.settle(command.request_id, command.num_prompt_tokens, outcome, cause, _described(error))
-                state.samples.pop(command.request_id, None)
-                return Solved(command.request_id, command.attempt, succeeded=False)
         state.samples.pop(command.request_id, None)
-        return Solved(command.request_id, command.attempt)
+        return succeeded
 
-    def _attempt(self, command: SolveCommand, fallback: Cause | None = None) -> Exception | None:
+    def _attempt(self, command: SolveCommand, fallback: Cause | None = None) -> Slices[Exception | None]:
         """What was raised: no memory, a matrix that cannot be factored, too large a loss, a bug."""
         try:
-            self.compressor.solve(command, fallback)
+            yield from self.compressor.solve(command, fallback)
         except Exception as error:  # noqa: BLE001 - told, counted, and no reason to end the other requests
             return error
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from vllm.logger import init_logger
 from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -23,6 +24,10 @@ class SculptGPUWorker(SculptWorkerMixin, Worker):
 
     attention_backend = (AttentionBackendEnum.CUSTOM, "kvsculpt_vllm.engine.attention_triton.SculptTritonBackend")
     page_format = TokenPages
+
+    def wait_for_device(self) -> None:
+        """Also for a stall to be measured at all."""
+        torch.cuda.current_stream().synchronize()
 
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache: what vLLM finds, less what the solve of the longest prompt takes.

@@ -13,8 +13,9 @@ from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.matmul import fast_matmul
 from kvsculpt_vllm.sculpt.memory import max_elements
 from kvsculpt_vllm.sculpt.problem import Problems
+from kvsculpt_vllm.sculpt.slices import Slices, finish, within
 from kvsculpt_vllm.sculpt.solve import judged_after, solve
-from kvsculpt_vllm.sculpt.survey import Survey, survey
+from kvsculpt_vllm.sculpt.survey import Survey, survey_in_slices
 
 
 @dataclass
@@ -35,17 +36,32 @@ class Compressed:
 def compress(
     problems: Problems, plan: PagePlan, method: str, budget: str, effort: Effort, limit: int | None = None
 ) -> Compressed:
+    """`compress_in_slices` at once."""
+    return finish(compress_in_slices(problems, plan, method, budget, effort, limit))
+
+
+def compress_in_slices(
+    problems: Problems, plan: PagePlan, method: str, budget: str, effort: Effort, limit: int | None = None
+) -> Slices[Compressed]:
     """Give out the pages by the rule `budget` and fit every problem by `method`. `limit` bounds temporaries, in floats.
 
     Raises:
         ValueError: an unknown method or budget rule, a total that cannot be given out, or no query to fit or judge on.
     """
-    return fit(problems, plan, survey(problems, plan, method, budget, effort, limit=limit), method, effort, limit)
+    found = yield from survey_in_slices(problems, plan, method, budget, effort, limit=limit)
+    return (yield from fit_in_slices(problems, plan, found, method, effort, limit))
 
 
 def fit(
     problems: Problems, plan: PagePlan, found: Survey, method: str, effort: Effort, limit: int | None = None
 ) -> Compressed:
+    """`fit_in_slices` at once."""
+    return finish(fit_in_slices(problems, plan, found, method, effort, limit))
+
+
+def fit_in_slices(
+    problems: Problems, plan: PagePlan, found: Survey, method: str, effort: Effort, limit: int | None = None
+) -> Slices[Compressed]:
     """Fit every problem to the queries of about `effort.fit_positions`, the total being given out as `found` says.
 
     All problems go through the solver in as few batches as `limit` (the largest temporary, in floats) allows, sorted
@@ -79,22 +95,23 @@ def fit(
             continue
         index = torch.tensor(group, device=device)
         group_sizes = torch.tensor([kept[b] for b in group], device=device)
-        with fast_matmul():
-            done = solve(
-                fitted_on.take(index),
-                ranking.take(index),
-                group_sizes,
-                method,
-                key_steps,
-                problems.keys.dtype,
-                both_starts=True,
-            )
+        fitting = solve(
+            fitted_on.take(index),
+            ranking.take(index),
+            group_sizes,
+            method,
+            key_steps,
+            problems.keys.dtype,
+            both_starts=True,
+        )
+        done = yield from within(fast_matmul, fitting)
         for row, b in enumerate(group):
             result.keys[b] = done.keys[row, : kept[b]].to(problems.keys.dtype)
             result.values[b] = done.values[row, : kept[b]].to(problems.values.dtype)
         result.start_error[index], result.error[index] = done.start_error, done.error
         result.steps[index], result.failed_solves[index] = done.steps, done.failed_solves
         result.trace[..., index] = done.trace
+        yield
     return result
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvsculpt_vllm.sculpt.problem import Problems, retained_attention
 from kvsculpt_vllm.sculpt.rotary import Rotary
+from kvsculpt_vllm.sculpt.slices import Slices, finish
 
 FUTURE_TOKENS = 512
 """Synthetic queries ask from this many positions after the prompt's end."""
@@ -61,6 +62,21 @@ def build_problems(
     rotaries: Sequence[Rotary | None],  # per layer
     scale: float,
 ) -> Problems:
+    """`build_in_slices` at once."""
+    return finish(build_in_slices(queries, positions, recent, keys, values, span, sinks, rotaries, scale))
+
+
+def build_in_slices(
+    queries: Tensor,  # (L, P, heads, D) sampled queries, with their rotary embedding, in any dtype
+    positions: Tensor,  # (P,) where they were asked, ascending
+    recent: int,  # how many of the last ones are asked as they were, too
+    keys: Tensor,  # (L·H, n, D) all keys of the prompt
+    values: Tensor,  # (L·H, n, D)
+    span: int,  # the first so many tokens are compressed, the others are the exact recent window
+    sinks: int,  # the first so many tokens of the span stay exact
+    rotaries: Sequence[Rotary | None],  # per layer
+    scale: float,
+) -> Slices[Problems]:
     """One problem per (layer, KV head), layers outermost, with the queries of all heads of its group."""
     num_layers, _, num_query_heads, _ = queries.shape
     heads = len(keys) // num_layers
@@ -88,6 +104,7 @@ def build_problems(
                 scale,
             )
         )
+        yield
     held_out = torch.arange(len(positions), device=keys.device) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     # A query that is asked twice is held out twice or not at all.
     held_out = torch.cat([held_out, held_out[-recent:]])

@@ -13,6 +13,7 @@ from kvsculpt_vllm.kernels.dispatch import use_triton
 from kvsculpt_vllm.sculpt.attention import merge
 from kvsculpt_vllm.sculpt.objective import LSE_WEIGHT, with_ones
 from kvsculpt_vllm.sculpt.problem import Problems
+from kvsculpt_vllm.sculpt.slices import Slices, finish
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ def by_attention(problems: Problems, teacher: Teacher) -> Tensor:
 
 
 def rank(problems: Problems, max_elements: int, score: Score = by_attention, power: int = 1) -> Ranking:
+    """`rank_in_slices` at once."""
+    return finish(rank_in_slices(problems, max_elements, score, power))
+
+
+def rank_in_slices(problems: Problems, max_elements: int, score: Score, power: int) -> Slices[Ranking]:
     """Order the entries of all problems by `score`.
 
     Held-out queries count too: a position that is not asked from leaves the entries that it alone would look at
@@ -67,16 +73,18 @@ def rank(problems: Problems, max_elements: int, score: Score = by_attention, pow
         teacher = teach(batch, max_elements, power)
         order = score(batch, teacher).argsort(dim=1, descending=True)
         parts.append(Ranking(order, teacher.out, teacher.lse))
+        yield
     return Ranking.join(parts)
 
 
-def selection_errors(problems: Problems, ranking: Ranking, sizes: Sequence[int], max_elements: int) -> Tensor:
+def selection_errors(problems: Problems, ranking: Ranking, sizes: Sequence[int], max_elements: int) -> Slices[Tensor]:
     """The loss (B, G) of plain selection at each of G `sizes` (ascending, at most n), over all queries."""
     errors, first = [], 0
     for batch in batches(problems, max_elements):
         index = torch.arange(first, first + batch.num_problems, device=batch.keys.device)
         errors.append(_errors(batch, ranking.take(index), sizes, max_elements))
         first += batch.num_problems
+        yield
     return torch.cat(errors)
 
 

@@ -13,6 +13,7 @@ from kvsculpt_vllm.sculpt.mass import match_mass
 from kvsculpt_vllm.sculpt.objective import Target
 from kvsculpt_vllm.sculpt.problem import Problems
 from kvsculpt_vllm.sculpt.selection import Ranking
+from kvsculpt_vllm.sculpt.slices import Slices
 from kvsculpt_vllm.sculpt.values import ValueFit
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
@@ -77,7 +78,7 @@ def solve(
     key_steps: int,
     storage: torch.dtype,
     both_starts: bool = False,
-) -> Fit:
+) -> Slices[Fit]:
     """Fit B problems together. `method` is select, select_fit or sculpt; what follows it counts for sculpt only.
 
     Keys start from the selected ones with the span's mass restored (`match_mass`); with `both_starts` from the
@@ -90,26 +91,30 @@ def solve(
     train, held_out = Target.split(problems, ranking.teacher_out, ranking.teacher_lse)
     best = _Best(selected.clone(), originals.clone(), held_out, valid, storage)
     if method == "select_fit":
-        _fit_start(best, train, selected, originals, valid)
+        yield from _fit_start(best, train, selected, originals, valid)
     if method == "sculpt":
         keys = match_mass(train, selected, valid)
-        ridge, error = _fit_start(best, train, keys, originals, valid)
+        yield
+        ridge, error = yield from _fit_start(best, train, keys, originals, valid)
         if both_starts:
-            plain_ridge, plain_error = _fit_start(best, train, selected, originals, valid)
+            plain_ridge, plain_error = yield from _fit_start(best, train, selected, originals, valid)
             plain = plain_error < error
             keys, ridge = torch.where(plain[:, None, None], selected, keys), torch.where(plain, plain_ridge, ridge)
     trace = best.error.new_zeros(0, 2, len(sizes))
     if method == "sculpt" and key_steps:
-        judgements = _sculpt_keys(best, train, keys, originals, valid, ridge, key_steps)
+        judgements = yield from _sculpt_keys(best, train, keys, originals, valid, ridge, key_steps)
         judgements += judgements[-1:] * (len(judged_after(key_steps)) - len(judgements))
         trace = torch.stack(judgements)
     return Fit(best.keys, best.values, best.start_error, best.error, best.steps, best.failed_solves, trace)
 
 
-def _fit_start(best: _Best, train: Target, keys: Tensor, values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def _fit_start(
+    best: _Best, train: Target, keys: Tensor, values: Tensor, valid: Tensor
+) -> Slices[tuple[Tensor, Tensor]]:
     """Offer least-squares values for `keys`; returns the ridge (B,) that held-out queries like most, and its loss."""
     fit, errors = ValueFit(train, keys, values, valid), []
     for strength in RIDGES:
+        yield
         _, error = best.offer(keys, fit.solve(torch.full((len(keys),), strength, device=keys.device)), step=0)
         errors.append(error.nan_to_num(nan=torch.inf))
     best.failed_solves += fit.failed
@@ -119,7 +124,7 @@ def _fit_start(best: _Best, train: Target, keys: Tensor, values: Tensor, valid: 
 
 def _sculpt_keys(
     best: _Best, train: Target, keys: Tensor, values: Tensor, valid: Tensor, ridge: Tensor, key_steps: int
-) -> list[Tensor]:
+) -> Slices[list[Tensor]]:
     """Alternate L-BFGS steps on the keys with closed-form values (KVSculpt), each problem until it stops improving.
 
     `values` are the originals to shrink towards. Returns the trace: (2, B) losses, training and held-out, at every
@@ -144,6 +149,7 @@ def _sculpt_keys(
     for before, step in pairwise(judged_after(key_steps)):
         for _ in range(step - before):
             optimizer.step(evaluate)
+            yield
         current = unpack(optimizer.x)
         refit = ValueFit(train, current, originals, valid)
         values = refit.solve(ridge)

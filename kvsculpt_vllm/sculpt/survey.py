@@ -14,7 +14,8 @@ from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.matmul import fast_matmul
 from kvsculpt_vllm.sculpt.memory import max_elements
 from kvsculpt_vllm.sculpt.problem import Problems
-from kvsculpt_vllm.sculpt.selection import Ranking, Score, by_attention, rank, selection_errors
+from kvsculpt_vllm.sculpt.selection import Ranking, Score, by_attention, rank_in_slices, selection_errors
+from kvsculpt_vllm.sculpt.slices import Slices, finish, within
 from kvsculpt_vllm.sculpt.solve import solve
 
 METHODS = ("select", "select_fit", "sculpt")
@@ -65,6 +66,20 @@ def survey(
     power: int | None = None,
     limit: int | None = None,
 ) -> Survey:
+    """`survey_in_slices` at once."""
+    return finish(survey_in_slices(problems, plan, method, budget, effort, score, power, limit))
+
+
+def survey_in_slices(
+    problems: Problems,
+    plan: PagePlan,
+    method: str,
+    budget: str,
+    effort: Effort,
+    score: Score = by_attention,
+    power: int | None = None,
+    limit: int | None = None,
+) -> Slices[Survey]:
     """Rank entries by `score` over all queries, attention being summed to the `power` (the method's own if None), and
     for adaptive budgets run the pilot. The plan's total plays no part. `limit` bounds temporaries, in floats.
 
@@ -81,12 +96,13 @@ def survey(
             "at least one must be, and one must not"
         )
     limit = limit or max_elements(problems.keys.device)
-    with fast_matmul():
-        ranking = rank(problems, limit, score, POWERS[method] if power is None else power)
-        if budget == "uniform":
-            return Survey(ranking, [], None)
-        grid = pilot_grid(plan, method)
-        return Survey(ranking, grid, pilot(problems, ranking, plan, grid, method, effort, limit).cpu().numpy())
+    power = POWERS[method] if power is None else power
+    ranking = yield from within(fast_matmul, rank_in_slices(problems, limit, score, power))
+    if budget == "uniform":
+        return Survey(ranking, [], None)
+    grid = pilot_grid(plan, method)
+    curves = yield from within(fast_matmul, pilot(problems, ranking, plan, grid, method, effort, limit))
+    return Survey(ranking, grid, curves.cpu().numpy())
 
 
 def pilot_grid(plan: PagePlan, method: str) -> list[int]:
@@ -97,7 +113,7 @@ def pilot_grid(plan: PagePlan, method: str) -> list[int]:
 
 def pilot(
     problems: Problems, ranking: Ranking, plan: PagePlan, grid: Sequence[int], method: str, effort: Effort, limit: int
-) -> Tensor:
+) -> Slices[Tensor]:
     """What every head loses (B, G) at the page counts in `grid`, the last of which is the whole span.
 
     For selection that is its loss over all queries; for a method that fits, the held-out loss of a fit without key
@@ -109,22 +125,18 @@ def pilot(
     norm = ranking.teacher_out.square().sum(-1).mean(-1).sqrt()
     sizes = [plan.entries(count) for count in grid]
     if method == "select":
-        return selection_errors(problems, ranking, sizes, limit) * norm[:, None]
+        losses = yield from selection_errors(problems, ranking, sizes, limit)
+        return losses * norm[:, None]
     rows = problems.thin_rows(effort.pilot_positions * problems.group)
     few, ranking = problems.with_rows(rows), ranking.with_rows(rows)
     errors = []
     for size in sizes[:-1]:
         per_batch = max(1, limit // (size * len(rows)))
-        fits = [
-            solve(
-                few.take(index),
-                ranking.take(index),
-                torch.full((len(index),), size, device=index.device),
-                method,
-                0,
-                problems.keys.dtype,
-            ).error
-            for index in torch.arange(problems.num_problems, device=problems.keys.device).split(per_batch)
-        ]
-        errors.append(torch.cat(fits))
+        parts = []
+        for index in torch.arange(problems.num_problems, device=problems.keys.device).split(per_batch):
+            sizes_of = torch.full((len(index),), size, device=index.device)
+            done = yield from solve(few.take(index), ranking.take(index), sizes_of, method, 0, problems.keys.dtype)
+            parts.append(done.error)
+            yield
+        errors.append(torch.cat(parts))
     return torch.stack([*errors, torch.zeros_like(norm)], dim=1) * norm[:, None]

@@ -45,6 +45,7 @@ def install_identity(poison: bool) -> None:
 
     def keep_all(problems, plan, *args):
         zeros = torch.zeros(problems.num_problems)
+        yield
         pages_each = [plan.span_pages] * problems.num_problems
         return Compressed(pages_each, list(problems.keys), list(problems.values), *[zeros] * 6)
 
@@ -55,7 +56,7 @@ def install_identity(poison: bool) -> None:
         return starts
 
     def solve(self, command, *args):
-        stock_solve(self, command, *args)
+        yield from stock_solve(self, command, *args)
         span_blocks = command.span_tokens // self.state.geometry.block_size
         spans_of[command.request_id] = torch.tensor(command.prompt_blocks[:span_blocks])
 
@@ -65,7 +66,7 @@ def install_identity(poison: bool) -> None:
             self.state.pages.buffer[self.state.geometry.block_pages(spans_of[command.request_id])] = POISON
         return record
 
-    spans.plan_span, compressor.compress, pages.place = plan_span, keep_all, place
+    spans.plan_span, compressor.compress_in_slices, pages.place = plan_span, keep_all, place
     compressor.Compressor.solve, compressor.Compressor.commit = solve, commit
 
 
@@ -98,12 +99,12 @@ def install_faults(faults: dict[str, str]) -> None:
         if now["fault"] == "queries not finite":
             self.state.samples[command.request_id].queries[3, 5] = torch.nan
         try:
-            stock_solve(self, command, fallback)
+            yield from stock_solve(self, command, fallback)
         finally:
             now["fault"] = None
 
     def compress(*args):
-        result = stock_compress(*args)
+        result = yield from stock_compress(*args)
         if now["fault"] == "values not finite":
             result.values[3][5, 0] = torch.nan
         return result
@@ -119,10 +120,10 @@ def install_faults(faults: dict[str, str]) -> None:
 
     stock_solve, stock_compress, stock_track = (
         compressor.Compressor.solve,
-        failing(compressor.compress, "solve", "out of memory", "once", "always"),
+        failing(compressor.compress_in_slices, "solve", "out of memory", "once", "always"),
         CompressionState._track,
     )
-    compressor.Compressor.solve, compressor.compress, CompressionState._track = solve, compress, track
+    compressor.Compressor.solve, compressor.compress_in_slices, CompressionState._track = solve, compress, track
     pages.VectorPages.read = failing(pages.VectorPages.read, "gather")
     pages.VectorPages.write = failing(pages.VectorPages.write, "scatter")
     directory.Directory.prepare = failing(directory.Directory.prepare, "directory")

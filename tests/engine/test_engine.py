@@ -79,6 +79,21 @@ def test_every_entry_in_shuffled_packed_pages_gives_the_tokens_of_stock_vllm(run
         assert stock["cached"][1][0] > ours["cached"][1][0]
 
 
+def test_between_the_slices_of_a_compression_everybody_decodes(run_engine):
+    """One slice a step: the request goes on with its exact cache until the last one, and loses none of it before."""
+    batches, engine = [[request(0, 600, 70), request(5000, 300, 70)]], {"enable_prefix_caching": False}
+    stock = run_engine(engine=engine, batches=batches)
+    sliced = {"kv_compression": {**ON["kv_compression"], "max_stall_ms": 0}}
+    ours = run_engine(engine={**engine, "additional_config": sliced}, batches=batches, identity=True, poison=True)
+    assert ours["tokens"] == stock["tokens"]
+    assert ours["stats"]["requests"]["compressed"] == {"": 1}
+    free, span_blocks = ours["free"][0], 16
+    solving = [step for step, blocks in enumerate(free) if blocks <= free[0] - span_blocks]
+    # A slice for each of the model's 30 layers, at the least.
+    assert solving == list(range(solving[0], solving[-1] + 1)) and 30 < len(solving) < 60
+    assert free[-1] == ours["free_at_start"]
+
+
 def test_requests_that_stay_exact_give_the_tokens_of_stock_vllm(run_engine):
     """Off for the request, too short, nothing to free: untouched, also beside a compressed request."""
     exact = [

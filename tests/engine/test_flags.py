@@ -138,15 +138,23 @@ def test_without_compression_the_configuration_is_stock(log, additional_config):
     )
 
 
-@pytest.mark.parametrize(("block_size", "is_async", "scheduler"), [(None, False, "Sculpt"), (64, True, "SculptAsync")])
-def test_compression_chooses_classes_and_block_size_and_says_so(log, block_size, is_async, scheduler):
-    given = {"other": 1, "kv_compression": {"method": "sculpt", "keep_ratio": "0.5"}}
+@pytest.mark.parametrize(
+    ("block_size", "is_async", "scheduler", "stall"),
+    [(None, False, "Sculpt", None), (64, True, "SculptAsync", 200.0)],
+)
+def test_compression_chooses_classes_and_block_size_and_says_so(log, block_size, is_async, scheduler, stall):
+    settings = {"method": "sculpt", "keep_ratio": "0.5"} | ({} if stall is None else {"max_stall_ms": stall})
+    given = {"other": 1, "kv_compression": dict(settings)}
     config = create_engine_config(StockArgs(given, block_size, is_async))
     assert config.parallel_config.worker_cls == "kvsculpt_vllm.engine.worker_cpu.SculptCPUWorker"
     assert config.scheduler_config.scheduler_cls == f"kvsculpt_vllm.engine.scheduler.{scheduler}Scheduler"
     assert config.cache_config.block_size == (block_size or 32)
-    assert config.additional_config == {"other": 1, "kv_compression": HALF.model_dump()}
-    assert given["kv_compression"] == {"method": "sculpt", "keep_ratio": "0.5"}
+    # A bound given counts; else a CPU's compressions are not cut into hundreds of steps.
+    assert config.additional_config == {
+        "other": 1,
+        "kv_compression": HALF.model_dump() | {"max_stall_ms": stall or 60_000},
+    }
+    assert given["kv_compression"] == settings
     (line,) = log
     for said in ("active", "is sculpt", "ratio 0.5", "adaptive", f"size {block_size or 32}", "LBHNC", "runner V1"):
         assert said in line

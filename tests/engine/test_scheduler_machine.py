@@ -1,4 +1,5 @@
 """The real scheduler and block pool, driven at random without a model; a worker double keeps what each block holds.
+Its solves take any number of steps.
 
 After every step no block may be lost, owned twice, hashed wrongly, or read by a request that did not write it.
 """
@@ -36,7 +37,15 @@ from kvsculpt_vllm.engine.command import (
 from kvsculpt_vllm.engine.scheduler import SculptAsyncScheduler, SculptScheduler
 
 BLOCK, NUM_BLOCKS, MAX_TOKENS = 32, 40, 640
-EVENTS = ("commit", "failure", "abort of a pending one", "preemption", "hit", "deferral")
+EVENTS = (
+    "commit",
+    "failure",
+    "abort of a pending one",
+    "loss in the middle of a solve",
+    "preemption",
+    "hit",
+    "deferral",
+)
 SETTINGS = {"method": "select", "keep_ratio": 0.3, "min_tokens": 64, "window": 32}
 
 
@@ -69,15 +78,19 @@ class Worker:
         self.content: dict[int, list] = {}  # block -> what each slot holds
         self.rows: dict[str, list[int]] = {}
         self.tokens: dict[str, list[int]] = {}
+        self.solving: tuple[SolveCommand, int, bool] | None = None  # steps that it still takes, whether it fails
+        self.lost = 0  # solves that ended with their request
         self.solved: dict[str, SolveCommand] = {}
         self.directory: dict[str, SolveCommand] = {}
         self.told: Counter[str] = Counter()  # how often the books heard what became of a request
         self.pool: PoolState | None = None
         self.approximate: set[tuple] = set()  # computed from a packed prefix
 
-    def execute(self, output, fails) -> list[Solved]:
-        """One step; `fails` says of each solve whether it does."""
+    def execute(self, output, steps: int, fails: bool) -> list[Solved]:
+        """One step; a solve that begins takes so many more, and `fails` says whether it does at the end."""
         for request_id in [*output.finished_req_ids, *(output.preempted_req_ids or ())]:
+            if self.solving is not None and self.solving[0].request_id == request_id:
+                self.solving, self.lost = None, self.lost + 1
             for known in (self.rows, self.solved, self.directory):
                 known.pop(request_id, None)
         for new in output.scheduled_new_reqs:
@@ -93,13 +106,8 @@ class Worker:
             if isinstance(command, SolveCommand):
                 self.check(command.request_id, command.num_prompt_tokens)
                 assert command.prompt_blocks == self.rows[command.request_id][: len(command.prompt_blocks)]
-                failed = next(fails)
-                for block in command.packed:  # a solve that fails may have written, too
-                    self.content[block] = [("packed", command.request_id, command.attempt)] * BLOCK
-                if not failed:
-                    self.solved[command.request_id] = command
-                self.told[command.request_id] += failed
-                answers.append(Solved(command.request_id, command.attempt, succeeded=not failed))
+                assert self.solving is None
+                self.solving = command, steps, fails
             elif isinstance(command, CommitCommand):
                 self.told[command.request_id] += 1
                 solved = self.solved.pop(command.request_id)
@@ -115,6 +123,17 @@ class Worker:
                 self.told[command.request_id] += 1
             elif isinstance(command, PoolState):
                 self.pool = command
+        if self.solving is not None:
+            command, left, failed = self.solving
+            self.solving = command, left - 1, failed
+            if left == 0:
+                self.solving = None
+                for block in command.packed:  # a solve that fails may have written, too
+                    self.content[block] = [("packed", command.request_id, command.attempt)] * BLOCK
+                if not failed:
+                    self.solved[command.request_id] = command
+                self.told[command.request_id] += failed
+                answers.append(Solved(command.request_id, command.attempt, succeeded=not failed))
         starts = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         starts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         for request_id, count in output.num_scheduled_tokens.items():
@@ -170,7 +189,6 @@ class Machine(RuleBasedStateMachine):
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.blocks, self.worker, self.count = blocks, Worker(), 0
         self.in_flight, self.hashed = [], {}
-        self.fails = iter(())
 
     @rule(
         length=st.integers(20, 560) | st.integers(500, 560),  # the longest leave no room for what they are packed into
@@ -192,13 +210,15 @@ class Machine(RuleBasedStateMachine):
         params.update_from_generation_config({}, eos_token_id=0)
         self.scheduler.add_request(Request(f"r{self.count}", tokens, params, None, block_hasher=self.hasher))
 
-    @rule(failures=st.lists(st.booleans(), min_size=2, max_size=2))
+    @rule(steps=st.integers(0, 6), fails=st.booleans())
     @precondition(lambda self: self.scheduler.has_requests() or self.in_flight)
-    def step(self, failures):
+    def step(self, steps, fails):
         """Schedule one step, execute it, and hear of the oldest one in flight."""
         if self.scheduler.has_requests():
             output = self.scheduler.schedule()
-            answers = self.worker.execute(output, iter(failures))
+            answers = self.worker.execute(output, steps, fails)
+            self.seen["loss in the middle of a solve"] += self.worker.lost
+            self.worker.lost = 0
             self.seen["commit"] += sum(isinstance(command, CommitCommand) for command in attached(output))
             self.seen["failure"] += sum(not answer.succeeded for answer in answers)
             self.seen["deferral"] += sum(isinstance(command, Deferred) for command in attached(output))
@@ -281,11 +301,16 @@ class Machine(RuleBasedStateMachine):
         for _ in range(2000):
             if not (self.scheduler.has_requests() or self.in_flight):
                 break
-            self.step([False, False])
+            self.step(0, fails=False)
         assert not self.scheduler.has_requests()
-        self.worker.execute(self.scheduler.schedule(), iter(()))
+        self.worker.execute(self.scheduler.schedule(), 0, fails=False)
         assert self.pool.get_num_free_blocks() == self.blocks - 1
-        assert not self.worker.directory and not self.worker.solved and not self.scheduler._pending
+        assert (
+            not self.worker.directory
+            and not self.worker.solved
+            and not self.worker.solving
+            and not self.scheduler._pending
+        )
         # The books know of every request, and of an empty pool.
         assert set(self.worker.told) == {f"r{i + 1}" for i in range(self.count)}
         assert self.worker.pool == PoolState(self.blocks - 1, 0, 0, 0, 0)

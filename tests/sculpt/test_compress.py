@@ -9,6 +9,7 @@ from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.compress import compress, fit
 from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.selection import rank, selection_errors
+from kvsculpt_vllm.sculpt.slices import finish
 from kvsculpt_vllm.sculpt.survey import METHODS, POWERS, survey
 from kvsculpt_vllm.sculpt.values import ValueFit
 
@@ -85,7 +86,7 @@ def test_selection_keeps_the_most_attended_entries(case, results, budget):
 def test_the_pilot_measures_what_selection_of_that_size_loses(case, max_elements):
     sizes = [1, 5, 21, 53]
     ranking = rank(case.problems, max_elements)
-    errors = selection_errors(case.problems, ranking, sizes, max_elements)
+    errors = finish(selection_errors(case.problems, ranking, sizes, max_elements))
     rows = torch.ones_like(case.problems.held_out)
     for b in range(HEADS):
         keys, values = case.problems.keys[b], case.problems.values[b]
