@@ -8,7 +8,6 @@ from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu_worker import Worker
 
-from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.pages import TokenPages
 from kvsculpt_vllm.engine.worker import SculptWorkerMixin
 from kvsculpt_vllm.engine.working_memory import solve_bytes
@@ -43,11 +42,12 @@ class SculptGPUWorker(SculptWorkerMixin, Worker):
 
     def _solve_bytes(self) -> int:
         model, parallel = self.model_config, self.parallel_config
-        config = CompressionConfig.from_additional_config(self.vllm_config.additional_config)
         num_kv_heads = model.get_num_kv_heads(parallel)
         num_layers, num_heads = model.get_num_layers(parallel), model.get_num_attention_heads(parallel)
         element_bytes = get_dtype_size(model.dtype)
-        sampled = EFFORTS[config.effort].positions_for(num_layers * num_heads * model.get_head_size() * element_bytes)
+        position_bytes = num_layers * num_heads * model.get_head_size() * element_bytes
+        # Whatever the server's effort is, a request may ask for more.
+        sampled = max(effort.positions_for(position_bytes) for effort in EFFORTS.values())
         return solve_bytes(
             num_problems=num_layers * num_kv_heads,
             query_rows=(min(sampled, model.max_model_len) + RECENT_POSITIONS) * num_heads // num_kv_heads,

@@ -78,6 +78,8 @@ class Worker:
         self.content: dict[int, list] = {}  # block -> what each slot holds
         self.rows: dict[str, list[int]] = {}
         self.tokens: dict[str, list[int]] = {}
+        self.chunks: dict[str, int] = {}  # tokens of the last chunk
+        self.compressible: set[str] = set()
         self.solving: tuple[SolveCommand, int, bool] | None = None  # steps that it still takes, whether it fails
         self.lost = 0  # solves that ended with their request
         self.solved: dict[str, SolveCommand] = {}
@@ -137,6 +139,10 @@ class Worker:
         starts = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         starts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         for request_id, count in output.num_scheduled_tokens.items():
+            if count == 1 and 0 < starts[request_id] == len(self.tokens[request_id]) - 1:
+                # A GPU would not sample the last query of the prompt. Only after another single token is that so.
+                assert request_id not in self.compressible or self.chunks[request_id] == 1
+            self.chunks[request_id] = count
             for position in range(starts[request_id], starts[request_id] + count):
                 slots = self.content.setdefault(self.rows[request_id][position // BLOCK], [None] * BLOCK)
                 slots[position % BLOCK] = self.tag(request_id, position)
@@ -208,6 +214,8 @@ class Machine(RuleBasedStateMachine):
             extra_args=None if compress is None else {"kv_compression": compress},
         )
         params.update_from_generation_config({}, eos_token_id=0)
+        if compress is None and length >= SETTINGS["min_tokens"] and generate > 2:
+            self.worker.compressible.add(f"r{self.count}")
         self.scheduler.add_request(Request(f"r{self.count}", tokens, params, None, block_hasher=self.hasher))
 
     @rule(steps=st.integers(0, 6), fails=st.booleans())
@@ -340,6 +348,22 @@ def test_whatever_happens_no_block_is_lost_or_read_by_another(machine, monkeypat
     # It did happen.
     rare = [event for event in EVENTS if not machine.seen[event]]
     assert not rare, f"{rare} never happened, only {dict(machine.seen)}"
+
+
+def test_a_prompt_to_be_compressed_does_not_end_with_a_chunk_of_one_token(machine):
+    case = machine()
+    case.start(asynchronous=False, blocks=NUM_BLOCKS)
+    case.arrive(length=321, family=0, shared=0, generate=5, compress=None)  # two chunks of 160, one token left
+    case.step(0, fails=False)
+    case.step(0, fails=False)
+    assert case.worker.chunks == {"r1": 159}
+    case.teardown()
+    case.start(asynchronous=False, blocks=NUM_BLOCKS)
+    case.arrive(length=321, family=0, shared=0, generate=5, compress="none")
+    case.step(0, fails=False)
+    case.step(0, fails=False)
+    assert case.worker.chunks == {"r1": 160}
+    case.teardown()
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
