@@ -87,19 +87,29 @@ class Watch(threading.Thread):
         self._system, self._over = system, threading.Event()
         self._before = system.gauges()["vllm:num_preemptions_total"]
         self.most, self.preemptions = 0, 0
+        self._error: Exception | None = None
 
     def run(self) -> None:
         """Until `stop`."""
-        while not self._over.wait(POLL_SECONDS):
-            now = self._system.gauges()
-            self.preemptions = int(now["vllm:num_preemptions_total"] - self._before)
-            if self.preemptions == 0:
-                self.most = max(self.most, int(now["vllm:num_requests_running"]))
+        try:
+            while not self._over.wait(POLL_SECONDS):
+                self._look()
+        except Exception as error:  # noqa: BLE001 - raised again by `stop`
+            self._error = error
+
+    def _look(self) -> None:
+        now = self._system.gauges()
+        self.preemptions = int(now["vllm:num_preemptions_total"] - self._before)
+        if self.preemptions == 0:
+            self.most = max(self.most, int(now["vllm:num_requests_running"]))
 
     def stop(self) -> None:
-        """End following."""
+        """End following; what went wrong meanwhile is raised."""
         self._over.set()
         self.join()
+        if self._error is not None:
+            raise self._error
+        self._look()
 
 
 def prompts_of(text: str, model: Path, tokens: int, count: int) -> list[str]:
@@ -164,14 +174,16 @@ def throughput(system: System, model: Path, prompts: list[str], output_tokens: i
 
 def agreement(exact: System, sculpted: System, prompts: list[str], tokens: int) -> dict[str, Any]:
     """How far greedy answers agree, and what the engine says of the compressions they came from."""
-    shares, same_first, errors, before, after = [], 0, [], [], []
+    shares, equal_answers, errors, before, after = [], 0, [], [], []
     for prompt in prompts:
         wanted, answer = exact.complete(prompt, tokens), sculpted.complete(prompt, tokens)
         pair = list(zip(wanted.choices[0].text, answer.choices[0].text, strict=False))
         equal = next((i for i, (a, b) in enumerate(pair) if a != b), len(pair))
         shares.append(equal / max(1, len(wanted.choices[0].text)))
-        same_first += equal == len(pair)
-        record = sculpted.read(f"/kvsculpt/requests/{answer.id}")["compression"]
+        equal_answers += equal == len(pair)
+        story = sculpted.read(f"/kvsculpt/requests/{answer.id}")
+        if (record := story["compression"]) is None:
+            raise SystemExit(f"a prompt stayed exact ({story['outcome']}: {story['reason']}): nothing to compare")
         errors.append(record["error_after"])
         before.append(record["blocks_before"])
         after.append(record["blocks_after"])
@@ -179,7 +191,7 @@ def agreement(exact: System, sculpted: System, prompts: list[str], tokens: int) 
     block_bytes = stats["bytes_freed"] // stats["blocks_freed"]
     return {
         "prompts": len(prompts),
-        "answers_equal": same_first,
+        "answers_equal": equal_answers,
         "share_equal_mean": statistics.mean(shares),
         "share_equal_median": statistics.median(shares),
         "held_out_error_mean": statistics.mean(errors),
@@ -247,7 +259,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
     left.set_ylabel("sequences held at once")
     for name in dict.fromkeys(row["system"] for row in results["throughput"]):
         rows = [row for row in results["throughput"] if row["system"] == name and row["room"] == results["sequences"]]
-        right.plot([row["concurrency"] for row in rows], [row["output_throughput"] for row in rows], "o-", label=name)
+        levels = sorted({row["concurrency"] for row in rows})
+        medians = [
+            statistics.median(row["output_throughput"] for row in rows if row["concurrency"] == level)
+            for level in levels
+        ]
+        right.plot(levels, medians, "o-", label=name)
     right.set(xlabel="concurrency", ylabel="output tokens/s", ylim=(0, None))
     right.legend()
     figure.suptitle(f"{results['model']}, {results['prompt_tokens']}-token prompts, {results['device']}")

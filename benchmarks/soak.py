@@ -22,7 +22,8 @@ from typing import Annotated, Any
 
 import psutil
 import typer
-from openai import APIStatusError, OpenAI
+from openai import APIError, APIStatusError, OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -106,6 +107,10 @@ def ask(server: Server, prompt: list[int], job: Job, outcome: Outcome) -> None:
         if refused.status_code != 400 or not job.wrong:
             outcome.problems.append(f"HTTP {refused.status_code} for {job}: {refused.message[:200]}")
         return
+    except APIError as broken:  # in mid-stream
+        outcome.statuses["broken"] += 1
+        outcome.problems.append(f"broken off, {job}: {broken}")
+        return
     outcome.statuses["answered"] += 1
     if job.wrong:
         outcome.problems.append(f"not refused: {job}")
@@ -134,6 +139,14 @@ def stats_of(server: Server) -> dict[str, Any]:
         return json.load(response)
 
 
+def preemptions_of(server: Server) -> int:
+    """vLLM's count."""
+    with urllib.request.urlopen(f"{server.address}/metrics", timeout=600) as response:
+        families = text_string_to_metric_families(response.read().decode())
+    samples = [sample for family in families for sample in family.samples]
+    return int(sum(sample.value for sample in samples if sample.name == "vllm:num_preemptions_total"))
+
+
 def wait_for(condition: Callable[[], bool]) -> bool:
     """Whether it comes true within `SETTLE_SECONDS`."""
     deadline = time.monotonic() + SETTLE_SECONDS
@@ -148,7 +161,7 @@ def main(
     model: Annotated[str, typer.Option(help=f"A directory, or one of {', '.join(MODELS)}.")] = "smollm2-135m",
     requests: Annotated[int, typer.Option(help="In all, wrong and cancelled ones included.")] = 320,
     concurrency: int = 8,
-    blocks: Annotated[int, typer.Option(help="KV blocks of 32 tokens: short of what eight prompts take.")] = 130,
+    blocks: Annotated[int, typer.Option(help="KV blocks of 32 tokens: short of what eight prompts take.")] = 60,
     seed: int = 0,
     json_path: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
@@ -193,6 +206,7 @@ def main(
         again = run(server, prompts, jobs[half:], concurrency, "second half again")
         settled = wait_for(lambda: stats_of(server)["pool"]["used"] == 0)
         memory_now, stats = memory_of(server), stats_of(server)
+        preemptions = preemptions_of(server)
         errors = [line for line in server.log.read_text().splitlines() if "Traceback" in line]
     answers = first.answers + second.answers + again.answers
     exact = [(job, text) for job, text in answers if job.exact]
@@ -205,6 +219,7 @@ def main(
         "statuses": dict(first.statuses + second.statuses + again.statuses),
         "outcomes": stats["requests"],
         "deferred": stats["deferred"],
+        "preemptions": preemptions,
         "exact_answers": len(exact),
         "exact_answers_unlike_stock": len(unequal),
         "stock_prompts_with_two_answers": sum(len(texts) > 1 for texts in stock_answers.values()),
@@ -221,6 +236,7 @@ def main(
         "no traceback in the log": not errors,
         "no failed compression": not stats["requests"]["failed"],
         "every exact answer is stock vLLM's": not unequal,
+        "memory was short: something was preempted": preemptions > 0,
         "something was compressed": sum(stats["requests"]["compressed"].values()) > 0,
     }
     table = Table(

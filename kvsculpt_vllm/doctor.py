@@ -56,6 +56,8 @@ def examine(model: str | None, url: str | None, api_key: str | None) -> Iterator
             yield Finding(name, True, check())
         except Trouble as trouble:
             yield Finding(name, False, str(trouble))
+        except Exception as error:  # noqa: BLE001 - what nobody thought of is a finding, too
+            yield Finding(name, False, f"the check itself failed: {type(error).__name__}: {error}")
 
 
 def refusals() -> list[tuple[str, str, str]]:
@@ -139,6 +141,8 @@ def _model(model: str) -> str:
 
     from kvsculpt_vllm.engine.refusals import UnsupportedFeature
 
+    if not hasattr(EngineArgs.create_engine_config, "kvsculpt_hook"):
+        raise Trouble("not checked, because the plugin was not loaded")
     args = EngineArgs(model=model, additional_config={"kv_compression": "sculpt"}, kv_cache_memory_bytes=1 << 28)
     try:
         config = args.create_engine_config()

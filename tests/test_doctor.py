@@ -39,6 +39,16 @@ def test_a_solver_that_says_something_else_than_float64_is_found(monkeypatch):
     assert finding.good is False and "please report this" in finding.detail
 
 
+def test_a_check_that_breaks_does_not_end_the_others(monkeypatch):
+    def broken():
+        raise ModuleNotFoundError("No module named 'vllm'")
+
+    monkeypatch.setattr(doctor, "_flags", broken)
+    findings = {finding.name: finding for finding in doctor.examine(None, None, None)}
+    assert findings["flags"].good is False and "No module named 'vllm'" in findings["flags"].detail
+    assert findings["self-test"].good is True
+
+
 @pytest.mark.parametrize("layout", ["BLNHC", "NHDC"])
 def test_a_layout_that_would_be_refused_is_found(monkeypatch, layout):
     monkeypatch.setattr("kvsculpt_vllm.engine.refusals.requested_layout", lambda: layout)

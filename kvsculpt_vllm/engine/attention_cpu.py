@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from kvsculpt_vllm.engine.capture import CaptureRows
 from kvsculpt_vllm.engine.compat import use_plain_vector_pages
 from kvsculpt_vllm.engine.pages import page_lists
-from kvsculpt_vllm.engine.refusals import UnsupportedFeature
+from kvsculpt_vllm.engine.refusals import Refusal, UnsupportedFeature
 
 if TYPE_CHECKING:
     from kvsculpt_vllm.engine.state import CompressionState
@@ -83,10 +83,8 @@ class SculptCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         use_plain_vector_pages(self, layer_names)
         if self.isa not in READABLE_ISAS:
-            raise UnsupportedFeature(
-                f"KV compression reads pages of the CPU kernels {', '.join(READABLE_ISAS)}, "
-                f"but this machine uses {self.isa!r}: run it on an x86 machine, or start without --kv-compression"
-            )
+            cause = f"pages of the CPU kernels {', '.join(READABLE_ISAS)} are read, and this machine uses {self.isa!r}"
+            raise UnsupportedFeature([Refusal("this processor", cause, "run it on an x86 machine")])
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         self._first_impl: SculptCPUImpl = layers[layer_names[0]].impl
 

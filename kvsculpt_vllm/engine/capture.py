@@ -41,6 +41,7 @@ class QuerySample:
     ) -> None:
         self.positions, self.recent = positions, recent
         self.failure: str | None = None  # why there will be no sample
+        self.refused = False  # for want of room, which is no fault
         self._seen = torch.zeros(len(positions), dtype=torch.bool)
         try:
             self._positions_there = positions.to(like.device)
@@ -58,6 +59,18 @@ class QuerySample:
         self.failure = f"sampling queries failed: {type(error).__name__}: {error}"
         self.queries = None
         logger.warning("kvsculpt: a prompt will stay exact, %s", self.failure, exc_info=error)
+
+    @classmethod
+    def refusal(cls, why: str) -> QuerySample:
+        """The sample of a prompt that is not sampled."""
+        sample = cls(torch.zeros(0, dtype=torch.long), 0, 0, 0, 0, like=torch.empty(0))
+        sample.failure, sample.refused = why, True
+        return sample
+
+    @property
+    def nbytes(self) -> int:
+        """Memory taken."""
+        return 0 if self.failure is not None else self.queries.nbytes
 
     def rows(self, first_position: int, num_tokens: int, first_row: int) -> CaptureRows | None:
         """What to copy from a chunk of tokens that starts at `first_position` and at batch row `first_row`."""

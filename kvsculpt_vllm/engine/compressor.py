@@ -28,6 +28,7 @@ class Cause(StrEnum):
     ERROR_BOUND = "error_bound"  # it loses more than the request or the server allows
     NOT_FINITE = "not_finite"
     OUT_OF_MEMORY = "out_of_memory"
+    NO_ROOM_FOR_QUERIES = "no_room_for_queries"  # too many prompts at once wait for their compression
     QUERIES_MISSING = "queries_missing"  # they could not be sampled while the prompt was computed
     EXCEPTION = "exception"
 
@@ -144,7 +145,7 @@ class Compressor:
         sample = state.samples[command.request_id]
         if not sample.complete:
             cause = sample.failure or "some sampled queries of the prompt were never computed"
-            raise NotUsable(Cause.QUERIES_MISSING, cause)
+            raise NotUsable(Cause.NO_ROOM_FOR_QUERIES if sample.refused else Cause.QUERIES_MISSING, cause)
         blocks = torch.tensor(command.prompt_blocks, device=state.pages.buffer.device)
         keys, values = state.pages.read(state.geometry.block_pages(blocks))
         keys = keys.flatten(0, 1)[:, : command.num_prompt_tokens]

@@ -109,18 +109,25 @@ class SculptSchedulerMixin(SchedulerHooks):
 
         Without, a prompt could take the last blocks: nothing could be compressed any more, and the answers being
         written would soon need blocks that only a preemption gives. The largest compression's blocks will do for all
-        that are to come, as each leaves more free than it took, and a block for every answer that grows meanwhile.
-        Where nothing else runs there is nothing to wait for.
+        that are to come, as each frees more than it takes; one that does not is not waited for. A block for every
+        answer to grow into is a margin: it may grow by more. Where nothing else runs there is nothing to wait for.
         """
         if request.status == RequestStatus.RUNNING or not self.running:
             return True
         to_come = [r for r in self.running if r.request_id not in self._settled]
         planned = [span for r in (request, *to_come) if isinstance(span := self._span(r), spans.Span)]
+        planned = [span for span in planned if 2 * span.packed_blocks < span.blocks]
         if not planned:
             return True
         shared = sum(block.ref_cnt > 0 for block in hit.blocks[0]) if hit is not None else 0
         prompt = -(-request.num_tokens // self.block_size) - shared
-        needed = prompt + max(span.packed_blocks for span in planned) + len(self.running) + 1
+        # What prompts that are computed in chunks have still to get.
+        begun = sum(
+            max(0, -(-r.num_tokens // self.block_size) - len(self._blocks(r.request_id)))
+            for r in self.running
+            if r.num_computed_tokens < r.num_prompt_tokens
+        )
+        needed = prompt + begun + max(span.packed_blocks for span in planned) + len(self.running) + 1
         return needed <= self.kv_cache_manager.block_pool.get_num_free_blocks()
 
     def limit_chunk(self, request: Request, num_left: int, num_tokens: int) -> int:
@@ -152,12 +159,7 @@ class SculptSchedulerMixin(SchedulerHooks):
         if params is None or request.resumable:
             return spans.Skip.NO_SAMPLING
         config = self.compression.for_request(params.extra_args)
-        span = spans.plan_span(config, request.num_prompt_tokens, self.block_size)
-        if span is None:
-            return spans.why_exact(config, request.num_prompt_tokens, self.block_size)
-        # The prefill gives one token, the step that solves another: nothing would read the prefix.
-        few = params.max_tokens is not None and params.max_tokens <= 2
-        return spans.Skip.FEW_OUTPUT_TOKENS if few else span
+        return spans.plan_span(config, request.num_prompt_tokens, self.block_size, params.max_tokens)
 
     def _skip(self, request: Request, reason: spans.Skip) -> None:
         self._news.append(Settled(request.request_id, request.num_prompt_tokens, SKIPPED, reason))

@@ -34,21 +34,23 @@ class Skip(StrEnum):
     ENDED_FIRST = "ended_first"  # finished, aborted or preempted for good before its turn came
 
 
-def why_exact(config: CompressionConfig, num_prompt_tokens: int, block_size: int) -> Skip | None:
-    """Why a prompt of this length is not compressed, or None if it is."""
+def plan_span(
+    config: CompressionConfig, num_prompt_tokens: int, block_size: int, max_tokens: int | None = None
+) -> Span | Skip:
+    """The span of a prompt, or why the prompt stays as it is. The tail keeps at least `window` prompt tokens.
+
+    `max_tokens` is how long the answer may be.
+    """
     if not config.active:
         return Skip.OFF
     if num_prompt_tokens < config.min_tokens:
         return Skip.SHORT
     blocks, packed_blocks = _sizes(config, num_prompt_tokens, block_size)
-    return Skip.NOTHING_TO_FREE if packed_blocks >= blocks else None
-
-
-def plan_span(config: CompressionConfig, num_prompt_tokens: int, block_size: int) -> Span | None:
-    """The span of a prompt, or None if the prompt stays as it is. The tail keeps at least `window` prompt tokens."""
-    if why_exact(config, num_prompt_tokens, block_size) is not None:
-        return None
-    blocks, packed_blocks = _sizes(config, num_prompt_tokens, block_size)
+    if packed_blocks >= blocks:
+        return Skip.NOTHING_TO_FREE
+    # The prefill gives one token, the step that solves another: nothing would read the prefix.
+    if max_tokens is not None and max_tokens <= 2:
+        return Skip.FEW_OUTPUT_TOKENS
     return Span(blocks * block_size, blocks, packed_blocks)
 
 

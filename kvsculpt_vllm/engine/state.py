@@ -24,12 +24,17 @@ if TYPE_CHECKING:
     from kvsculpt_vllm.engine.record import CompressionRecord
 
 
+SAMPLES_BYTES = 4 << 30
+"""What the queries of all prompts that are computed or wait for their compression may take. One more stays exact."""
+
+
 @dataclass(frozen=True)
 class TrackedRequest:
     """A request whose prompt is to be compressed."""
 
     config: CompressionConfig
     num_prompt_tokens: int
+    max_tokens: int | None
 
 
 class CompressionState:
@@ -75,11 +80,17 @@ class CompressionState:
                 continue
             num_prompt = length_from_prompt_token_ids_or_embeds(new.prompt_token_ids, new.prompt_embeds)
             config = self.config.for_request(new.sampling_params.extra_args)
-            self._track(new.req_id, TrackedRequest(config, num_prompt), new.num_computed_tokens)
+            self._track(
+                new.req_id, TrackedRequest(config, num_prompt, new.sampling_params.max_tokens), new.num_computed_tokens
+            )
         for request_id in cached.resumed_req_ids:
             if request_id in self._tracked:
                 self.directory.release(request_id)
                 self._track(request_id, self._tracked[request_id], self._computed[request_id])
+
+    def end_step(self) -> None:
+        """What is computed until the next step begins serves no request."""
+        self._computed = {}
 
     def tracked(self, request_id: str) -> TrackedRequest:
         """The request's settings and prompt length."""
@@ -98,7 +109,8 @@ class CompressionState:
         starts = metadata.query_start_loc_cpu.tolist()
         for row, request_id in enumerate(row_request_ids(self.runner, metadata)):
             sample = self.samples.get(request_id)
-            if sample is None or sample.complete:
+            # A dummy batch, which keeps other ranks company, names requests that are not in this step.
+            if sample is None or sample.complete or request_id not in self._computed:
                 continue
             num_tokens = starts[row + 1] - starts[row]
             rows = sample.rows(self._computed[request_id], num_tokens, starts[row])
@@ -112,11 +124,20 @@ class CompressionState:
         self.solved.pop(request_id, None)
 
     def _track(self, request_id: str, request: TrackedRequest, num_computed: int) -> None:
-        if spans.plan_span(request.config, request.num_prompt_tokens, self.geometry.block_size) is None:
+        planned = spans.plan_span(
+            request.config, request.num_prompt_tokens, self.geometry.block_size, request.max_tokens
+        )
+        if isinstance(planned, spans.Skip):
             return
         self._tracked[request_id] = request
         like, shape = self.pages.buffer, (self.geometry.num_layers, self.num_query_heads, self.pages.head_size)
-        count = EFFORTS[request.config.effort].positions_for(math.prod(shape) * like.element_size())
+        position_bytes = math.prod(shape) * like.element_size()
+        count = EFFORTS[request.config.effort].positions_for(position_bytes)
         first = min(num_computed, request.num_prompt_tokens - 1)
         positions, recent = sample_positions(first, request.num_prompt_tokens, count)
-        self.samples[request_id] = QuerySample(positions, recent, *shape, like=like)
+        taken = sum(sample.nbytes for sample in self.samples.values())
+        if taken and taken + len(positions) * position_bytes > SAMPLES_BYTES:
+            why = f"the queries of {len(self.samples)} other prompts take {taken / 2**30:.1f} GiB of memory already"
+            self.samples[request_id] = QuerySample.refusal(why)
+        else:
+            self.samples[request_id] = QuerySample(positions, recent, *shape, like=like)

@@ -115,7 +115,10 @@ class SculptWorkerMixin:
                 else:
                     self.ledger.hear(command)
             self._go_on_solving()
-        return self._with_answers(super().execute_model(scheduler_output))
+        output = super().execute_model(scheduler_output)
+        if self.compression_state is not None:
+            self.compression_state.end_step()
+        return self._with_answers(output)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """The step's second half, where the model runner has one."""
@@ -174,7 +177,7 @@ class SculptWorkerMixin:
         succeeded = error is None
         if error is not None:
             cause = cause_of(error)
-            lost = cause == Cause.ERROR_BOUND
+            lost = cause in (Cause.ERROR_BOUND, Cause.NO_ROOM_FOR_QUERIES)  # by a rule, not by a fault
             selects = not lost and state.falls_back_to_selection(command.request_id)
             self._warn(command, error, "tries selection" if selects else "stays exact", quiet=lost)
             if selects and (again := (yield from self._attempt(command, fallback=cause))) is not None:

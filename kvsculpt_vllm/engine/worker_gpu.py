@@ -9,6 +9,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu_worker import Worker
 
 from kvsculpt_vllm.engine.pages import TokenPages
+from kvsculpt_vllm.engine.state import SAMPLES_BYTES
 from kvsculpt_vllm.engine.worker import SculptWorkerMixin
 from kvsculpt_vllm.engine.working_memory import solve_bytes
 from kvsculpt_vllm.sculpt.effort import EFFORTS
@@ -29,14 +30,20 @@ class SculptGPUWorker(SculptWorkerMixin, Worker):
         torch.cuda.current_stream().synchronize()
 
     def determine_available_memory(self) -> int:
-        """Bytes for the KV cache: what vLLM finds, less what the solve of the longest prompt takes.
+        """Bytes for the KV cache: what vLLM finds, less what the solve of the longest prompt and all samples take.
 
         A size that the user gave (`--kv-cache-memory-bytes`) is theirs.
         """
         available = super().determine_available_memory()
         if self.cache_config.kv_cache_memory_bytes:
             return available
-        reserved = self._solve_bytes()
+        reserved = self._solve_bytes() + SAMPLES_BYTES
+        if reserved >= available:
+            raise ValueError(
+                f"--kv-compression: compressing the longest prompt (--max-model-len {self.model_config.max_model_len}) "
+                f"takes {reserved / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB are there for it and the KV cache: "
+                "lower --max-model-len, or say by --kv-cache-memory-bytes how much the KV cache gets"
+            )
         logger.info("kvsculpt: %.2f GiB of the KV cache's memory kept free for compression", reserved / 2**30)
         return available - reserved
 

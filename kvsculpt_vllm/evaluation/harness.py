@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from kvsculpt_vllm.config import CompressionConfig
-from kvsculpt_vllm.engine.spans import plan_span
+from kvsculpt_vllm.engine.spans import Span, plan_span
 from kvsculpt_vllm.evaluation.attention import RaggedCache
 from kvsculpt_vllm.evaluation.methods.base import Method
 from kvsculpt_vllm.evaluation.methods.biased import BiasedCompressed
@@ -84,7 +84,7 @@ class Context:
             method="sculpt", keep_ratio=keep_ratio, min_tokens=1, sink=self.sinks, window=self._window
         )
         span = plan_span(config, self.num_tokens, self._block_size)
-        blocks = self.span_blocks if span is None else span.packed_blocks
+        blocks = span.packed_blocks if isinstance(span, Span) else self.span_blocks
         return PagePlan(self._block_size, self.span_blocks, blocks * self.problems.num_problems, self.sinks)
 
     @torch.no_grad()

@@ -39,9 +39,9 @@ def install_identity(poison: bool) -> None:
     stock_plan, shuffle = spans.plan_span, random.Random(0)
     stock_solve, stock_commit, spans_of = compressor.Compressor.solve, compressor.Compressor.commit, {}
 
-    def plan_span(config, num_prompt_tokens, block_size):
-        span = stock_plan(config, num_prompt_tokens, block_size)
-        return span and spans.Span(span.tokens, span.blocks, span.blocks)
+    def plan_span(*args):
+        span = stock_plan(*args)
+        return span if isinstance(span, spans.Skip) else spans.Span(span.tokens, span.blocks, span.blocks)
 
     def keep_all(problems, plan, *args):
         zeros = torch.zeros(problems.num_problems)
@@ -187,6 +187,10 @@ def start(job: dict):
 
     from vllm import LLM
 
+    if "samples_bytes" in job:
+        from kvsculpt_vllm.engine import state
+
+        state.SAMPLES_BYTES = job["samples_bytes"]
     if job.get("identity"):
         # No solver runs, so that the copies of pages can be kernels too.
         os.environ["KVSCULPT_KERNELS"] = "triton" if job.get("gpu_path") else ""

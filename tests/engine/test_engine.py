@@ -202,6 +202,17 @@ def test_a_compression_that_loses_too_much_is_not_used(run_engine):
     assert ours["free"][0][-1] == ours["free_at_start"]
 
 
+def test_a_prompt_whose_queries_find_no_room_stays_exact(run_engine):
+    """Two prompts in one step, and memory for the queries of one."""
+    engine, batches = {"enable_prefix_caching": False}, [[request(0, 600, 6), request(2000, 600, 6)]]
+    stock = run_engine(engine=engine, batches=batches)
+    ours = run_engine(engine={**engine, "additional_config": ON}, batches=batches, samples_bytes=1 << 20)
+    assert ours["tokens"][0][1] == stock["tokens"][0][1]
+    assert ours["stats"]["requests"]["compressed"] == {"": 1}
+    assert ours["stats"]["requests"]["fallback"] == {"no_room_for_queries": 1}
+    assert ours["stats"]["requests"]["failed"] == {}
+
+
 def test_an_aborted_request_returns_its_packed_blocks(run_engine):
     result = run_engine(
         engine={"additional_config": ON, "enable_prefix_caching": False},

@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvsculpt_vllm.config import CompressionConfig
-from kvsculpt_vllm.engine.spans import RECOMPUTED_TOKENS, longest_useful_hit, plan_span
+from kvsculpt_vllm.engine.spans import RECOMPUTED_TOKENS, Skip, longest_useful_hit, plan_span
 
 block_sizes = st.sampled_from([16, 32, 128])
 
@@ -18,7 +18,7 @@ def test_spans_free_blocks_and_keep_the_window_and_the_ratio(num_prompt, per_mil
     blocks = max(num_prompt - window, 0) // size
     packed = -(-per_mille * blocks // 1000)
     if num_prompt < min_tokens or packed >= blocks:
-        assert span is None
+        assert span == (Skip.SHORT if num_prompt < min_tokens else Skip.NOTHING_TO_FREE)
         return
     assert (span.blocks, span.packed_blocks, span.tokens) == (blocks, packed, blocks * size)
     assert 1 <= span.packed_blocks < span.blocks
@@ -26,17 +26,23 @@ def test_spans_free_blocks_and_keep_the_window_and_the_ratio(num_prompt, per_mil
 
 
 @pytest.mark.parametrize(
-    ("settings", "num_prompt"),
+    ("settings", "num_prompt", "max_tokens", "why"),
     [
-        ({"method": "none"}, 5000),
-        ({"method": "select"}, 511),
-        ({"method": "select", "keep_ratio": 1.0}, 5000),
-        ({"method": "select", "min_tokens": 1, "window": 64}, 64 + 2 * 32 - 1),  # a span of one block
-        ({"method": "select", "window": 5000}, 5000),
+        ({"method": "none"}, 5000, None, Skip.OFF),
+        ({"method": "select"}, 511, None, Skip.SHORT),
+        ({"method": "select", "keep_ratio": 1.0}, 5000, None, Skip.NOTHING_TO_FREE),
+        # A span of one block.
+        ({"method": "select", "min_tokens": 1, "window": 64}, 64 + 2 * 32 - 1, None, Skip.NOTHING_TO_FREE),
+        ({"method": "select", "window": 5000}, 5000, None, Skip.NOTHING_TO_FREE),
+        ({"method": "select"}, 5000, 2, Skip.FEW_OUTPUT_TOKENS),
     ],
 )
-def test_prompts_that_stay_as_they_are(settings, num_prompt):
-    assert plan_span(CompressionConfig(**settings), num_prompt, 32) is None
+def test_prompts_that_stay_as_they_are(settings, num_prompt, max_tokens, why):
+    assert plan_span(CompressionConfig(**settings), num_prompt, 32, max_tokens) == why
+
+
+def test_three_tokens_are_enough():
+    assert plan_span(CompressionConfig(method="select"), 600, 32, 3).blocks == 16
 
 
 def test_the_smallest_ratio_keeps_a_block():
