@@ -184,7 +184,7 @@ def main(
         tokens = max(OUTPUT_TOKENS) if cancelled else rng.choice(OUTPUT_TOKENS)
         cancel_after = rng.randrange(1, 8) if cancelled else None
         jobs.append(Job(rng.randrange(PROMPTS), tokens, rng.choices(settings, weights)[0], cancel_after))
-    common = ["--served-model-name", MODEL, "--max-model-len", "2048", "--block-size", "32", "--enforce-eager"]
+    common = ["--served-model-name", MODEL, "--max-model-len", "1088", "--block-size", "32", "--enforce-eager"]
     common += ["--num-gpu-blocks-override", str(blocks), "--kv-cache-memory-bytes", str(1 << 29)]
     common += ["--dtype", fast_dtype(), "--max-num-batched-tokens", "512", "--max-num-seqs", str(concurrency)]
     plain = {(job.prompt, job.output_tokens) for job in jobs if job.exact}
