@@ -110,6 +110,8 @@ def install_faults(faults: dict[str, str]) -> None:
         return result
 
     class Unwritable:
+        nbytes = 0
+
         def __setitem__(self, *args):
             raise RuntimeError("injected")
 
