@@ -26,14 +26,13 @@ from typing import Annotated, Any
 import torch
 import typer
 from openai import OpenAI
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
 from kvsculpt_vllm.evaluation.texts import read_text
 from kvsculpt_vllm.models import MODELS, fast_dtype, prepare
-from kvsculpt_vllm.serving.launch import Server, serve
+from kvsculpt_vllm.serving.launch import Server, read_metrics, serve
 
 MODEL = "model"  # the name it is served under
 POLL_SECONDS = 0.1
@@ -70,10 +69,8 @@ class System:
 
     def gauges(self) -> dict[str, float]:
         """vLLM's metrics without labels, summed."""
-        with urllib.request.urlopen(f"{self.server.address}/metrics", timeout=600) as response:
-            families = text_string_to_metric_families(response.read().decode())
         totals: dict[str, float] = {}
-        for family in families:
+        for family in read_metrics(self.server.address, timeout=600):
             for sample in family.samples:
                 totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
         return totals

@@ -23,13 +23,12 @@ from typing import Annotated, Any
 import psutil
 import typer
 from openai import APIError, APIStatusError, OpenAI
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from kvsculpt_vllm.models import MODELS, fast_dtype, prepare
-from kvsculpt_vllm.serving.launch import Server, serve
+from kvsculpt_vllm.serving.launch import Server, read_metrics, serve
 
 MODEL = "model"
 LENGTHS = (1, 31, 32, 33, 120, 300, 511, 512, 513, 650, 800, 1000)
@@ -141,9 +140,7 @@ def stats_of(server: Server) -> dict[str, Any]:
 
 def preemptions_of(server: Server) -> int:
     """vLLM's count."""
-    with urllib.request.urlopen(f"{server.address}/metrics", timeout=600) as response:
-        families = text_string_to_metric_families(response.read().decode())
-    samples = [sample for family in families for sample in family.samples]
+    samples = [sample for family in read_metrics(server.address, timeout=600) for sample in family.samples]
     return int(sum(sample.value for sample in samples if sample.name == "vllm:num_preemptions_total"))
 
 

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from openai import OpenAI
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
 from kvsculpt_vllm.models import fast_dtype, prepare
-from kvsculpt_vllm.serving.launch import Server, serve
+from kvsculpt_vllm.serving.launch import Server, read_metrics, serve
 
 MODEL = "smollm2-135m"
 KEEP_RATIO = 0.3
@@ -101,8 +100,7 @@ class BlockWatch:
 
     def _read(self) -> None:
         while not self._stop.wait(0.02):
-            with urllib.request.urlopen(f"{self._address}/metrics", timeout=60) as response:
-                families = text_string_to_metric_families(response.read().decode())
+            families = read_metrics(self._address, timeout=60)
             samples = {sample.name: sample for family in families for sample in family.samples}
             # One block is the null block, which vLLM leaves out of the fraction.
             total = int(samples["vllm:cache_config_info"].labels["num_gpu_blocks"]) - 1

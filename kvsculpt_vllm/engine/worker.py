@@ -180,10 +180,11 @@ class SculptWorkerMixin:
             lost = cause in (Cause.ERROR_BOUND, Cause.NO_ROOM_FOR_QUERIES)  # by a rule, not by a fault
             selects = not lost and state.falls_back_to_selection(command.request_id)
             self._warn(command, error, "tries selection" if selects else "stays exact", quiet=lost)
-            if selects and (again := (yield from self._attempt(command, fallback=cause))) is not None:
-                self._warn(command, again, "stays exact", quiet=False)
-                selects = False
-            succeeded = selects
+            if selects:
+                again = yield from self._attempt(command, fallback=cause)
+                succeeded = again is None
+                if again is not None:
+                    self._warn(command, again, "stays exact", quiet=False)
             if not succeeded:
                 outcome = FALLBACK if lost else FAILED
                 self.ledger.settle(command.request_id, command.num_prompt_tokens, outcome, cause, _described(error))

@@ -13,7 +13,7 @@ from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.matmul import fast_matmul
 from kvsculpt_vllm.sculpt.memory import max_elements
 from kvsculpt_vllm.sculpt.problem import Problems
-from kvsculpt_vllm.sculpt.slices import Slices, finish, within
+from kvsculpt_vllm.sculpt.slices import Slices, at_once, within
 from kvsculpt_vllm.sculpt.solve import judged_after, solve
 from kvsculpt_vllm.sculpt.survey import Survey, survey_in_slices
 
@@ -33,13 +33,6 @@ class Compressed:
     trace: Tensor  # (J, 2, B) training and held-out loss at `solve.judged_after(key_steps)`, J = 0 without key steps
 
 
-def compress(
-    problems: Problems, plan: PagePlan, method: str, budget: str, effort: Effort, limit: int | None = None
-) -> Compressed:
-    """`compress_in_slices` at once."""
-    return finish(compress_in_slices(problems, plan, method, budget, effort, limit))
-
-
 def compress_in_slices(
     problems: Problems, plan: PagePlan, method: str, budget: str, effort: Effort, limit: int | None = None
 ) -> Slices[Compressed]:
@@ -52,11 +45,7 @@ def compress_in_slices(
     return (yield from fit_in_slices(problems, plan, found, method, effort, limit))
 
 
-def fit(
-    problems: Problems, plan: PagePlan, found: Survey, method: str, effort: Effort, limit: int | None = None
-) -> Compressed:
-    """`fit_in_slices` at once."""
-    return finish(fit_in_slices(problems, plan, found, method, effort, limit))
+compress = at_once(compress_in_slices)
 
 
 def fit_in_slices(
@@ -113,6 +102,9 @@ def fit_in_slices(
         result.trace[..., index] = done.trace
         yield
     return result
+
+
+fit = at_once(fit_in_slices)
 
 
 def _groups(sizes: list[int], whole: int, max_entries: int) -> Iterator[list[int]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvsculpt_vllm.sculpt.problem import Problems, retained_attention
 from kvsculpt_vllm.sculpt.rotary import Rotary
-from kvsculpt_vllm.sculpt.slices import Slices, finish
+from kvsculpt_vllm.sculpt.slices import Slices, at_once
 
 FUTURE_TOKENS = 512
 """Synthetic queries ask from this many positions after the prompt's end."""
@@ -49,21 +49,6 @@ def future_positions(origin: Tensor, num_prompt_tokens: int, num_positions: int)
     # A fixed pseudo-random spread, so that neighbouring origins ask from unrelated distances.
     offsets = torch.arange(len(origin), device=origin.device) * 193 % FUTURE_TOKENS
     return (num_prompt_tokens + offsets).clamp_max(num_positions - 1)
-
-
-def build_problems(
-    queries: Tensor,  # (L, P, heads, D) sampled queries, with their rotary embedding, in any dtype
-    positions: Tensor,  # (P,) where they were asked, ascending
-    recent: int,  # how many of the last ones are asked as they were, too
-    keys: Tensor,  # (L·H, n, D) all keys of the prompt
-    values: Tensor,  # (L·H, n, D)
-    span: int,  # the first so many tokens are compressed, the others are the exact recent window
-    sinks: int,  # the first so many tokens of the span stay exact
-    rotaries: Sequence[Rotary | None],  # per layer
-    scale: float,
-) -> Problems:
-    """`build_in_slices` at once."""
-    return finish(build_in_slices(queries, positions, recent, keys, values, span, sinks, rotaries, scale))
 
 
 def build_in_slices(
@@ -119,6 +104,9 @@ def build_in_slices(
         group=group,
         recent=recent,
     )
+
+
+build_problems = at_once(build_in_slices)
 
 
 def _ask(real: Tensor, recent: int, origin: Tensor, future: Tensor, rotary: Rotary | None) -> Tensor:

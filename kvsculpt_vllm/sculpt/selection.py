@@ -13,7 +13,7 @@ from kvsculpt_vllm.kernels.dispatch import use_triton
 from kvsculpt_vllm.sculpt.attention import merge
 from kvsculpt_vllm.sculpt.objective import LSE_WEIGHT, with_ones
 from kvsculpt_vllm.sculpt.problem import Problems
-from kvsculpt_vllm.sculpt.slices import Slices, finish
+from kvsculpt_vllm.sculpt.slices import Slices, at_once
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,9 @@ def by_attention(problems: Problems, teacher: Teacher) -> Tensor:
     return teacher.attention
 
 
-def rank(problems: Problems, max_elements: int, score: Score = by_attention, power: int = 1) -> Ranking:
-    """`rank_in_slices` at once."""
-    return finish(rank_in_slices(problems, max_elements, score, power))
-
-
-def rank_in_slices(problems: Problems, max_elements: int, score: Score, power: int) -> Slices[Ranking]:
+def rank_in_slices(
+    problems: Problems, max_elements: int, score: Score = by_attention, power: int = 1
+) -> Slices[Ranking]:
     """Order the entries of all problems by `score`.
 
     Held-out queries count too: a position that is not asked from leaves the entries that it alone would look at
@@ -75,6 +72,9 @@ def rank_in_slices(problems: Problems, max_elements: int, score: Score, power: i
         parts.append(Ranking(order, teacher.out, teacher.lse))
         yield
     return Ranking.join(parts)
+
+
+rank = at_once(rank_in_slices)
 
 
 def selection_errors(problems: Problems, ranking: Ranking, sizes: Sequence[int], max_elements: int) -> Slices[Tensor]:

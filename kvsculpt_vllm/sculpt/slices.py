@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
+Given = ParamSpec("Given")
 Result = TypeVar("Result")
 Slices = Generator[None, None, Result]
 """Between two slices anything may run: no setting of the process may be changed across a `yield` (see `within`)."""
@@ -19,6 +21,16 @@ def finish(slices: Slices[Result]) -> Result:
             next(slices)
         except StopIteration as stop:
             return stop.value
+
+
+def at_once(in_slices: Callable[Given, Slices[Result]]) -> Callable[Given, Result]:
+    """The same function, but with all its slices run in a row."""
+
+    @wraps(in_slices)
+    def run(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        return finish(in_slices(*args, **kwargs))
+
+    return run
 
 
 def within(context: Callable[[], AbstractContextManager[Any]], slices: Slices[Result]) -> Slices[Result]:

@@ -15,7 +15,7 @@ from kvsculpt_vllm.sculpt.matmul import fast_matmul
 from kvsculpt_vllm.sculpt.memory import max_elements
 from kvsculpt_vllm.sculpt.problem import Problems
 from kvsculpt_vllm.sculpt.selection import Ranking, Score, by_attention, rank_in_slices, selection_errors
-from kvsculpt_vllm.sculpt.slices import Slices, finish, within
+from kvsculpt_vllm.sculpt.slices import Slices, at_once, within
 from kvsculpt_vllm.sculpt.solve import solve
 
 METHODS = ("select", "select_fit", "sculpt")
@@ -56,20 +56,6 @@ class Survey:
         return adaptive_budgets(self.curves, self.grid, plan.total), torch.tensor(difficulty, dtype=torch.float32)
 
 
-def survey(
-    problems: Problems,
-    plan: PagePlan,
-    method: str,
-    budget: str,
-    effort: Effort,
-    score: Score = by_attention,
-    power: int | None = None,
-    limit: int | None = None,
-) -> Survey:
-    """`survey_in_slices` at once."""
-    return finish(survey_in_slices(problems, plan, method, budget, effort, score, power, limit))
-
-
 def survey_in_slices(
     problems: Problems,
     plan: PagePlan,
@@ -103,6 +89,9 @@ def survey_in_slices(
     grid = pilot_grid(plan, method)
     curves = yield from within(fast_matmul, pilot(problems, ranking, plan, grid, method, effort, limit))
     return Survey(ranking, grid, curves.cpu().numpy())
+
+
+survey = at_once(survey_in_slices)
 
 
 def pilot_grid(plan: PagePlan, method: str) -> list[int]:

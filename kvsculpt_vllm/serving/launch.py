@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
 START_UP_SECONDS = 300
 STOP_SECONDS = 30
 
@@ -49,6 +52,16 @@ def serve(model: Path, *flags: str) -> Iterator[Server]:
         yield server
     finally:
         _stop(process)
+
+
+def read_metrics(address: str, timeout: float) -> list[Metric]:
+    """What a server's `/metrics` tells; `timeout` in seconds.
+
+    Raises:
+        OSError: it does not answer.
+    """
+    with urllib.request.urlopen(f"{address}/metrics", timeout=timeout) as response:
+        return list(text_string_to_metric_families(response.read().decode()))
 
 
 def _wait_until_ready(process: subprocess.Popen, server: Server) -> None:
