@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from vllm.logger import init_logger
 
@@ -11,7 +11,7 @@ logger = init_logger("vllm.kvsculpt")
 
 @dataclass(frozen=True)
 class CompressionRecord:
-    """One compression that is in use, on one rank. Lists by layer and head are (L, H)."""
+    """One compression, of one rank or (see `merged`) of all. Lists by layer and head are (L, H)."""
 
     request_id: str
     method: str  # whose entries are in use: after a fallback not the one that was asked for
@@ -24,9 +24,9 @@ class CompressionRecord:
     blocks_before: int  # that the prompt held
     blocks_after: int  # that it holds now: packed and tail
     blocks_freed: int  # by which the pool's free count rose (shared blocks stay in use)
-    bytes_freed: int
+    bytes_freed: int  # on all ranks
     steps_waited: int  # scheduler steps spent uncompressed because no block was free, or because blocks were shared
-    seconds: float
+    seconds: float  # of the slowest rank
     error_before: float  # held-out loss of plain selection, mean over heads
     error_after: float  # held-out loss of what was written
     solver_steps: int  # key steps, summed over heads
@@ -39,6 +39,37 @@ class CompressionRecord:
     def summary(self) -> dict:
         """Everything but the lists, for tables of many requests."""
         return {name: value for name, value in asdict(self).items() if name not in ("budgets", "errors")}
+
+
+def merged(ranks: list[list[CompressionRecord]]) -> CompressionRecord:
+    """One record of what all ranks, [pipeline stage][tensor parallel rank], did with their layers and heads.
+
+    Heads that several ranks hold copies of, where there are more ranks than KV heads, are listed once for each.
+    """
+    everyone = [record for stage in ranks for record in stage]
+    heads = [sum(map(len, record.errors)) for record in everyone]
+
+    def mean(name: str) -> float:
+        parts = (getattr(record, name) * count for record, count in zip(everyone, heads, strict=True))
+        return sum(parts) / sum(heads)
+
+    def joined(name: str) -> list[list]:
+        return [
+            [head for row in rows for head in row]
+            for stage in ranks
+            for rows in zip(*(getattr(record, name) for record in stage), strict=True)
+        ]
+
+    return replace(
+        everyone[0],
+        **{name: mean(name) for name in ("entries_kept", "error_before", "error_after")},
+        **{
+            name: sum(getattr(record, name) for record in everyone)
+            for name in ("solver_steps", "heads_at_start", "failed_solves")
+        },
+        **{name: joined(name) for name in ("budgets", "errors")},
+        seconds=max(record.seconds for record in everyone),
+    )
 
 
 def printable(text: str) -> str:

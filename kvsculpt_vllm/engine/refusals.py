@@ -96,6 +96,13 @@ def _block_size(config: VllmConfig) -> bool:
     return config.cache_config.block_size % KERNEL_BLOCK_SIZE[config.device_config.device_type] != 0
 
 
+def _other_cache_dtype(config: VllmConfig) -> bool:
+    dtype = config.cache_config.cache_dtype
+    if dtype == "auto" or is_quantized_kv_cache(dtype):  # the latter has a rule of its own
+        return False
+    return dtype != str(config.model_config.dtype).removeprefix("torch.")
+
+
 def _fine_prefix_match(config: VllmConfig) -> bool:
     return config.cache_config.prefix_match_unit not in (None, config.cache_config.block_size)
 
@@ -122,14 +129,6 @@ _RULES = (
     _Rule(
         lambda c: c.attention_config.hisparse_config is not None,
         Refusal("HiSparse", "it keeps the KV cache on the host", "remove hisparse_config from --attention-config"),
-    ),
-    _Rule(
-        lambda c: c.parallel_config.world_size > 1,
-        Refusal(
-            "tensor and pipeline parallelism",
-            "the ranks do not agree yet on whether a compression has succeeded",
-            "remove --tensor-parallel-size and --pipeline-parallel-size",
-        ),
     ),
     _Rule(
         lambda c: c.parallel_config.decode_context_parallel_size > 1,
@@ -192,7 +191,15 @@ _RULES = (
         Refusal(
             "a quantised KV cache",
             "optimised keys and values have no scales to be stored with",
-            "use --kv-cache-dtype bfloat16",
+            "leave out --kv-cache-dtype",
+        ),
+    ),
+    _Rule(
+        _other_cache_dtype,
+        Refusal(
+            "a KV cache of another dtype than the model's",
+            "queries are kept, and keys fitted to them, in the model's",
+            "leave out --kv-cache-dtype",
         ),
     ),
     _Rule(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from copy import copy
+from dataclasses import dataclass
 from traceback import extract_tb
 from typing import Any, ClassVar
 
@@ -20,12 +21,13 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from kvsculpt_vllm.config import CompressionConfig
+from kvsculpt_vllm.engine.agreement import Failure, Ranks, agreed
 from kvsculpt_vllm.engine.command import CommitCommand, SolveCommand, Solved, attach, attached
 from kvsculpt_vllm.engine.compat import BlockRows
-from kvsculpt_vllm.engine.compressor import Cause, Compressor, cause_of
+from kvsculpt_vllm.engine.compressor import Compressor
 from kvsculpt_vllm.engine.ledger import FAILED, FALLBACK, Ledger
 from kvsculpt_vllm.engine.pages import PageFormat
-from kvsculpt_vllm.engine.record import log, printable
+from kvsculpt_vllm.engine.record import CompressionRecord, log, printable
 from kvsculpt_vllm.engine.refusals import check_attention_layers
 from kvsculpt_vllm.engine.rope import rotary_of_layers
 from kvsculpt_vllm.engine.state import CompressionState
@@ -45,14 +47,21 @@ class AnsweringOutput(AsyncModelRunnerOutput):
         return _answering(self._output.get_output(), self._answers)
 
 
+@dataclass
+class Solving:
+    """A compression in hand."""
+
+    command: SolveCommand
+    slices: Slices[CompressionRecord]
+    first_failure: Failure | None  # of the method that was asked for, if this is the selection that takes its place
+    outcome: CompressionRecord | Failure | None = None  # of this rank, once it is through
+    raised: Exception | None = None  # what made it a failure
+
+
 def _raised_at(error: Exception) -> tuple[str, int | None]:
     """File and line that an exception came from."""
     frame = extract_tb(error.__traceback__)[-1]
     return frame.filename, frame.lineno
-
-
-def _described(error: Exception) -> str:
-    return printable(f"{type(error).__name__}: {error}")
 
 
 def _answering(output: ModelRunnerOutput, answers: list[Solved]) -> ModelRunnerOutput:
@@ -75,9 +84,11 @@ class SculptWorkerMixin:
         self.compressor: Compressor | None = None
         self.ledger: Ledger | None = None
         self.block_rows: BlockRows | None = None
-        self._solving: tuple[SolveCommand, Slices[bool]] | None = None
+        self.ranks: Ranks | None = None
+        self.block_bytes = 0  # on all ranks
+        self._solving: Solving | None = None
         self._answers: list[Solved] = []
-        self._failed_at: set[tuple[str, int | None]] = set()
+        self._failed_at: set[tuple[str, int | None] | None] = set()
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Bind the layers once the KV cache exists."""
@@ -94,7 +105,9 @@ class SculptWorkerMixin:
             layers[0].num_heads,
             self.scheduler_config.max_num_seqs,
         )
-        self.ledger = Ledger(self.compression_state.block_bytes)
+        self.ranks = Ranks()
+        self.block_bytes = sum(map(sum, self.ranks.gather(self.compression_state.block_bytes)))
+        self.ledger = Ledger(self.block_bytes)
         self.block_rows = BlockRows(self.model_runner)
         for index, layer in enumerate(layers):
             layer.impl.state, layer.impl.layer_index = self.compression_state, index
@@ -109,7 +122,7 @@ class SculptWorkerMixin:
             for command in attached(scheduler_output):
                 if isinstance(command, SolveCommand):
                     # The scheduler gives no second one before it has heard of the first, or its request is gone.
-                    self._solving = command, self._solve(command)
+                    self._begin(command)
                 elif isinstance(command, CommitCommand):
                     self._commit(command)
                 else:
@@ -136,29 +149,45 @@ class SculptWorkerMixin:
         return self.ledger.find(request_id)
 
     def _commit(self, command: CommitCommand) -> None:
-        record = self.compressor.commit(command)
+        record = self.compressor.commit(command, self.block_bytes)
         self.block_rows.replace(command.request_id, command.row)
         self.ledger.compressed(record)
-        if self.is_driver_worker:
+        if self.ranks.is_first:
             log(record)
 
     def _forget(self, request_ids: list[str]) -> None:
         """Put an end to the compression of a request that lost its blocks: those to be written to are others' now."""
-        if self._solving is not None and self._solving[0].request_id in request_ids:
+        if self._solving is not None and self._solving.command.request_id in request_ids:
             self._solving = None
 
+    def _begin(self, command: SolveCommand, first_failure: Failure | None = None) -> None:
+        fallback = first_failure.cause if first_failure else None
+        self._solving = Solving(command, self.compressor.solve(command, fallback), first_failure)
+
     def _go_on_solving(self) -> None:
-        """Work on the compression in hand until it is over, or has kept this step waiting for long enough."""
+        """Work on the compression in hand until it is over, or has kept this step waiting for long enough.
+
+        It is over once every rank is through with its part.
+        """
         if self._solving is None:
             return
-        command, slices = self._solving
+        if self._solving.outcome is None:
+            self._work(self._solving)
+        outcomes = self.ranks.gather(self._solving.outcome)
+        if all(outcome is not None for stage in outcomes for outcome in stage):
+            self._conclude(self._solving, outcomes)
+
+    def _work(self, solving: Solving) -> None:
         deadline = time.perf_counter() + self.compression_state.config.max_stall_ms / 1000
         while True:
             try:
-                next(slices)
+                next(solving.slices)
             except StopIteration as done:
-                self._answers.append(Solved(command.request_id, command.attempt, succeeded=done.value))
-                self._solving = None
+                solving.outcome = done.value
+                return
+            except Exception as error:  # noqa: BLE001 - told, counted, and no reason to end the other requests
+                # No memory, a matrix that cannot be factored, a bug.
+                solving.outcome, solving.raised = Failure.of(error), error
                 return
             self.wait_for_device()
             if time.perf_counter() >= deadline:
@@ -167,50 +196,46 @@ class SculptWorkerMixin:
     def wait_for_device(self) -> None:
         """Until what a slice has launched is done: else the step would wait for it, however short the slice took."""
 
-    def _solve(self, command: SolveCommand) -> Slices[bool]:
-        """Compress, by selection if the method fails and the request wants that; whether it can be used.
+    def _conclude(self, solving: Solving, outcomes: list[list[CompressionRecord | Failure]]) -> None:
+        """Have it used, or try selection if the method failed and the request wants that, or leave the cache exact.
 
         Whatever happens, the request's own blocks are as they were: it can go on with them, and so do all others.
         """
-        state = self.compression_state
-        error = yield from self._attempt(command)
-        succeeded = error is None
-        if error is not None:
-            cause = cause_of(error)
-            lost = cause in (Cause.ERROR_BOUND, Cause.NO_ROOM_FOR_QUERIES)  # by a rule, not by a fault
-            selects = not lost and state.falls_back_to_selection(command.request_id)
-            self._warn(command, error, "tries selection" if selects else "stays exact", quiet=lost)
+        state, command = self.compression_state, solving.command
+        result, teller = agreed(outcomes, state.tracked(command.request_id).config.max_error)
+        self._solving = None
+        if isinstance(result, Failure):
+            state.directory.release(command.request_id)
+            final = solving.first_failure is not None or result.by_rule
+            selects = not final and state.falls_back_to_selection(command.request_id)
+            if teller == self.ranks.place:
+                self._warn(solving, result, "tries selection" if selects else "stays exact")
             if selects:
-                again = yield from self._attempt(command, fallback=cause)
-                succeeded = again is None
-                if again is not None:
-                    self._warn(command, again, "stays exact", quiet=False)
-            if not succeeded:
-                outcome = FALLBACK if lost else FAILED
-                self.ledger.settle(command.request_id, command.num_prompt_tokens, outcome, cause, _described(error))
+                self._begin(command, first_failure=result)
+                return
+            lost = solving.first_failure or result
+            outcome = FALLBACK if lost.by_rule else FAILED
+            tokens = command.num_prompt_tokens
+            self.ledger.settle(command.request_id, tokens, outcome, lost.cause, lost.description)
+        else:
+            state.solved[command.request_id] = result
         state.samples.pop(command.request_id, None)
-        return succeeded
+        if self.ranks.is_heard:
+            succeeded = not isinstance(result, Failure)
+            self._answers.append(Solved(command.request_id, command.attempt, succeeded))
 
-    def _attempt(self, command: SolveCommand, fallback: Cause | None = None) -> Slices[Exception | None]:
-        """What was raised: no memory, a matrix that cannot be factored, too large a loss, a bug."""
-        try:
-            yield from self.compressor.solve(command, fallback)
-        except Exception as error:  # noqa: BLE001 - told, counted, and no reason to end the other requests
-            return error
-        return None
-
-    def _warn(self, command: SolveCommand, error: Exception, consequence: str, quiet: bool) -> None:
-        where = _raised_at(error)
-        if self.is_driver_worker:
-            logger.log(
-                logging.INFO if quiet else logging.WARNING,
-                "kvsculpt: request %s %s, its compression cannot be used: %s",
-                printable(command.request_id),
-                consequence,
-                _described(error),
-                # A traceback tells nothing about a loss, and the second one nothing new.
-                exc_info=None if quiet or where in self._failed_at else error,
-            )
+    def _warn(self, solving: Solving, failure: Failure, consequence: str) -> None:
+        quiet = failure.by_rule and solving.first_failure is None
+        where = _raised_at(solving.raised) if solving.raised else None
+        logger.log(
+            logging.INFO if quiet else logging.WARNING,
+            "kvsculpt: request %s %s, its compression cannot be used: %s",
+            printable(solving.command.request_id),
+            consequence,
+            failure.description,
+            # A traceback tells nothing about a loss, and the second one nothing new.
+            exc_info=None if failure.by_rule or where in self._failed_at else solving.raised,
+        )
         self._failed_at.add(where)
 
     def _with_answers(self, output: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvsculpt_vllm.sculpt.matmul import matvec
 from kvsculpt_vllm.sculpt.objective import Target
 
 ITERATIONS = 20
@@ -25,11 +26,11 @@ def match_mass(target: Target, keys: Tensor, valid: Tensor | None = None) -> Ten
     weights = target.weights(keys, valid)  # (B, Q, m), in parts of the teacher's mass
     missing = (1.0 - target.retained_mass).clamp_min(0.0)  # (B, Q, 1) the span's share
     transposed = weights.transpose(1, 2)
-    wanted = torch.bmm(transposed, missing)
+    wanted = matvec(transposed, missing)
     tiny = torch.finfo(weights.dtype).tiny
     x = torch.ones_like(wanted)
     for _ in range(ITERATIONS):
-        x = x * wanted / torch.bmm(transposed, torch.bmm(weights, x)).clamp_min(tiny)
+        x = x * wanted / matvec(transposed, matvec(weights, x)).clamp_min(tiny)
     # 0/0 for padding and for entries that no query sees: no bias.
     bias = x.clamp(1.0 / MOST, MOST).log().nan_to_num(nan=0.0)
     if valid is not None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-BYTES = {"cpu": 1 << 24, "cuda": 1 << 30}
-"""On a CPU 16 MiB: larger ones glibc maps and unmaps each time, and the page faults cost more than the arithmetic
-(measured: 4 to 10 times). On a GPU 1 GiB: enough to fill it."""
+BYTES = {"cpu": 1 << 23, "cuda": 1 << 30}
+"""On a CPU 8 MiB: larger ones leave the caches, and from 16 MiB glibc maps and unmaps each time, when page faults cost
+more than the arithmetic (measured: benchmarks/LOG.md). On a GPU 1 GiB: enough to fill it."""
 
 
 def max_elements(device: torch.device) -> int:

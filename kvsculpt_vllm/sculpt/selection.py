@@ -11,6 +11,7 @@ from torch import Tensor
 from kvsculpt_vllm.kernels.attention_scores import attend, received
 from kvsculpt_vllm.kernels.dispatch import use_triton
 from kvsculpt_vllm.sculpt.attention import merge
+from kvsculpt_vllm.sculpt.matmul import matvec
 from kvsculpt_vllm.sculpt.objective import LSE_WEIGHT, with_ones
 from kvsculpt_vllm.sculpt.problem import Problems
 from kvsculpt_vllm.sculpt.slices import Slices, at_once
@@ -115,7 +116,7 @@ def teach(problems: Problems, max_elements: int, power: int = 1) -> Teacher:
             problems.retained_lse[:, rows],
         )
         to_share = (peak[:, 0] - lse).exp()
-        received += torch.bmm(weights.pow_(power), to_share.pow(power).unsqueeze(-1))
+        received += matvec(weights.pow_(power), to_share.pow(power).unsqueeze(-1))
         outs.append(out)
         lses.append(lse)
     return Teacher(torch.cat(outs, dim=1), torch.cat(lses, dim=1), received.squeeze(-1))

@@ -5,10 +5,11 @@ The first job starts the engine; jobs after it may differ in `batches` and `abor
 
 A job has `engine` (arguments of `LLM`), `batches` (lists of requests that run together, one list after the other; a
 request is `start`, `length` and `max_tokens` plus optionally `extra_args`, `priority`, `fault` and the step it arrives
-after), and `identity`/`poison`/`v2`/`gpu_path`/`asynchronous`.
+after), and `identity`/`poison`/`v2`/`gpu_path`/`asynchronous`. With several ranks each is a fork of this process.
 """
 
 import json
+import multiprocessing
 import os
 import random
 import sys
@@ -19,7 +20,7 @@ sys.stdout = sys.stderr  # vLLM and its libraries print; the result must stay al
 # In this process, so that the test-only method below is the one that runs.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 # Beside the tests of servers, which vLLM puts on the first core.
-os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(max(os.sched_getaffinity(0)))
+CORE = str(max(os.sched_getaffinity(0)))
 # Idle threads must not spin: on a busy machine with two cores that makes every step many times slower.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 # The stock kernel splits a row's keys among threads depending on the rest of the batch; without that split equal rows
@@ -56,12 +57,13 @@ def install_identity(poison: bool) -> None:
         return starts
 
     def solve(self, command, *args):
-        yield from stock_solve(self, command, *args)
+        record = yield from stock_solve(self, command, *args)
         span_blocks = command.span_tokens // self.state.geometry.block_size
         spans_of[command.request_id] = torch.tensor(command.prompt_blocks[:span_blocks])
+        return record
 
-    def commit(self, command):
-        record = stock_commit(self, command)
+    def commit(self, command, *args):
+        record = stock_commit(self, command, *args)
         if poison:
             self.state.pages.buffer[self.state.geometry.block_pages(spans_of[command.request_id])] = POISON
         return record
@@ -70,8 +72,8 @@ def install_identity(poison: bool) -> None:
     compressor.Compressor.solve, compressor.Compressor.commit = solve, commit
 
 
-def install_faults(faults: dict[str, str]) -> None:
-    """Let the compression of a request (`batch-number`) fail: where and how its fault says."""
+def install_faults(faults: dict[str, str], rank: int = 0) -> None:
+    """Let the compression of a request (`batch-number`) fail on one rank: where and how its fault says."""
     import torch
 
     from kvsculpt_vllm.engine import compressor, directory, pages
@@ -80,7 +82,7 @@ def install_faults(faults: dict[str, str]) -> None:
     now = {"fault": None}
 
     def fault_of(request_id):
-        return faults.get("-".join(request_id.split("-")[:2]))
+        return faults.get("-".join(request_id.split("-")[:2])) if torch.distributed.get_rank() == rank else None
 
     def failing(stock, *where):
         """`stock`, but raising where the fault of the request that is being compressed is one of `where`."""
@@ -99,7 +101,7 @@ def install_faults(faults: dict[str, str]) -> None:
         if now["fault"] == "queries not finite":
             self.state.samples[command.request_id].queries[3, 5] = torch.nan
         try:
-            yield from stock_solve(self, command, fallback)
+            return (yield from stock_solve(self, command, fallback))
         finally:
             now["fault"] = None
 
@@ -179,6 +181,8 @@ def schedule_asynchronously() -> None:
 
 def start(job: dict):
     """The engine that this job and those after it run on."""
+    ranks = job["engine"].get("tensor_parallel_size", 1) * job["engine"].get("pipeline_parallel_size", 1)
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join([CORE] * ranks)
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(job.get("v2", False)))
     if job.get("v2") or job.get("gpu_path"):
         interpret_triton()
@@ -189,6 +193,11 @@ def start(job: dict):
 
     from vllm import LLM
 
+    if ranks > 1:
+        from vllm.v1.executor import multiproc_executor
+
+        # vLLM starts workers anew on a CPU; they would lack what is replaced here, and import for half a minute.
+        multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
     if "samples_bytes" in job:
         from kvsculpt_vllm.engine import state
 
@@ -204,8 +213,18 @@ def start(job: dict):
         if "fault" in request
     }
     if faults:
-        install_faults(faults)
+        install_faults(faults, job.get("fault_rank", 0))
     return LLM(enforce_eager=True, kv_cache_memory_bytes=1 << 29, disable_log_stats=False, **job["engine"])
+
+
+def forget_stories(worker) -> None:
+    """The books of the job to come alone."""
+    worker.ledger = type(worker.ledger)(worker.block_bytes)
+
+
+def count_published(worker) -> int:
+    """Packed prefixes that rows may read."""
+    return len(worker.compression_state.directory)
 
 
 def run(job: dict, llm, tokens: list[int]) -> dict:
@@ -214,10 +233,10 @@ def run(job: dict, llm, tokens: list[int]) -> dict:
 
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
-    worker = engine.engine_core.engine_core.model_executor.driver_worker.worker
     pool = scheduler.kv_cache_manager.block_pool
-    if ours := hasattr(worker, "kv_compression_report"):
-        worker.ledger = type(worker.ledger)(worker.compression_state.block_bytes)  # the books of this job alone
+    ours = hasattr(scheduler, "compression")
+    if ours:
+        llm.collective_rpc(forget_stories)
 
     def preemptions():
         return next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
@@ -249,11 +268,11 @@ def run(job: dict, llm, tokens: list[int]) -> dict:
         engine.step()  # the workers hear of what finished
         result["free"].append([*free, pool.get_num_free_blocks()])
     if ours:
-        report = worker.kv_compression_report(1000)
+        report = llm.collective_rpc("kv_compression_report", args=(1000,))[0]
         result["stats"], result["stories"] = report["stats"], report["newest"][::-1]
         result["compressions"] = [story["compression"] for story in result["stories"] if story["compression"]]
     result["scheduler"] = type(scheduler).__name__
-    result["published"] = len(worker.compression_state.directory) if ours else None
+    result["published"] = sum(llm.collective_rpc(count_published)) if ours else None
     result["preemptions"] = preemptions() - preempted
     return result
 

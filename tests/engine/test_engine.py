@@ -213,6 +213,19 @@ def test_a_prompt_whose_queries_find_no_room_stays_exact(run_engine):
     assert ours["stats"]["requests"]["failed"] == {}
 
 
+def test_a_request_aborted_between_slices_returns_the_blocks_taken_for_it(run_engine):
+    sliced = {"kv_compression": {**ON["kv_compression"], "max_stall_ms": 0}}
+    result = run_engine(
+        engine={"additional_config": sliced, "enable_prefix_caching": False},
+        batches=[[request(0, 1000, 200)], [request(2000, 700, 8)]],
+        abort_after=12,
+    )
+    assert result["free_at_start"] - result["free"][0][10] == 32 + 8  # its own, and those that were being filled
+    assert [free[-1] for free in result["free"]] == [result["free_at_start"]] * 2
+    assert result["stats"]["requests"]["skipped"]["ended_first"] == 2
+    assert result["published"] == 0
+
+
 def test_an_aborted_request_returns_its_packed_blocks(run_engine):
     result = run_engine(
         engine={"additional_config": ON, "enable_prefix_caching": False},

@@ -47,10 +47,11 @@ def supported() -> SimpleNamespace:
             prefix_match_unit=None,
         ),
         parallel_config=SimpleNamespace(
-            world_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False
         ),
         model_config=SimpleNamespace(
             hf_text_config=SimpleNamespace(model_type="llama"),
+            dtype=torch.bfloat16,
             attention_chunk_size=None,
             get_sliding_window=lambda: None,
             has_inner_state=False,
@@ -77,7 +78,6 @@ CASES = [
     ("kv_transfer_config", object(), "KV connectors"),
     ("cache_config.kv_offloading_size", 1.0, "KV connectors and KV offloading"),
     ("attention_config.hisparse_config", object(), "HiSparse"),
-    ("parallel_config.world_size", 2, "tensor and pipeline parallelism"),
     ("parallel_config.decode_context_parallel_size", 2, "decode context parallelism"),
     ("parallel_config.prefill_context_parallel_size", 2, "prefill context parallelism"),
     ("parallel_config.use_ubatching", True, "dual batch overlap"),
@@ -93,6 +93,7 @@ CASES = [
     ("cache_config.kv_sharing_fast_prefill", True, "share a KV cache"),
     ("model_config.is_encoder_decoder", True, "encoder-decoder"),
     ("cache_config.cache_dtype", "fp8_e4m3", "quantised KV cache"),
+    ("cache_config.cache_dtype", "float16", "another dtype"),
     ("cache_config.cache_dtype", "int8_per_token_head", "quantised KV cache"),
     (f"{TEXT}.model_type", "gpt_oss", "attention sinks"),
     (f"{TEXT}.attention_sinks", True, "attention sinks"),

@@ -1,0 +1,47 @@
+"""Several ranks, each with some layers and heads of one model, over gloo on the CPU."""
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+ON = {"kv_compression": {"method": "select_fit", "budget": "uniform", "keep_ratio": 0.5, "effort": "fast"}}
+
+
+def request(start, length=600, max_tokens=16, **rest):
+    return {"start": start, "length": length, "max_tokens": max_tokens, "extra_args": None, **rest}
+
+
+# On a CPU only the V2 model runner has pipelines.
+@pytest.mark.parametrize(
+    ("split", "num_ranks", "v2"), [("tensor_parallel_size", 3, False), ("pipeline_parallel_size", 2, True)]
+)
+def test_ranks_compress_as_one_and_fail_as_one(run_engine, first_layers_path, split, num_ranks, v2):
+    """Three heads on three ranks, or four layers in two stages: together they find what one process finds."""
+    engine = {"model": str(first_layers_path), "dtype": "float32", "enable_prefix_caching": False}
+    several = {**engine, split: num_ranks, "additional_config": ON}
+    batch = [
+        request(0),
+        request(2000, fault="solve"),
+        request(3000, fault="once", extra_args={"kv_compression_on_failure": "select"}),
+        request(4000, extra_args={"kv_compression_max_error": 1e-9}),
+    ]
+    plain = [request(r["start"]) for r in batch]
+    stock = run_engine(engine=engine, batches=[plain])
+    one = run_engine(engine={**engine, "additional_config": ON}, batches=[plain[:1]])
+    ranks = run_engine(engine=several, batches=[batch], fault_rank=num_ranks - 1, **({"v2": True} if v2 else {}))
+
+    (alone,) = one["compressions"]
+    whole, selected = ranks["compressions"]
+    assert ranks["tokens"][0][0] == one["tokens"][0][0]
+    assert whole["request_id"].startswith("0-0") and selected["request_id"].startswith("0-2")
+    for name in ("error_before", "error_after", "entries_kept"):
+        assert whole[name] == pytest.approx(alone[name], rel=1e-3)
+    assert whole["bytes_freed"] == alone["bytes_freed"]
+    assert ranks["stats"]["bytes_freed"] == whole["bytes_freed"] + selected["bytes_freed"]
+
+    assert [ranks["tokens"][0][i] for i in (1, 3)] == [stock["tokens"][0][i] for i in (1, 3)]
+    assert selected["method"] == "select"
+    assert ranks["stats"]["requests"]["failed"] == {"exception": 1}
+    assert ranks["stats"]["requests"]["fallback"] == {"exception": 1, "error_bound": 1}
+    assert ranks["published"] == 0
+    assert ranks["free"][0][-1] == ranks["free_at_start"]
