@@ -219,6 +219,7 @@ def start(job: dict):
 
 def forget_stories(worker) -> None:
     """The books of the job to come alone."""
+    worker = worker.worker  # vLLM hands over a wrapper, on which it would be set
     worker.ledger = type(worker.ledger)(worker.block_bytes)
 
 

@@ -220,7 +220,7 @@ def test_a_request_aborted_between_slices_returns_the_blocks_taken_for_it(run_en
         batches=[[request(0, 1000, 200)], [request(2000, 700, 8)]],
         abort_after=12,
     )
-    assert result["free_at_start"] - result["free"][0][10] == 32 + 8  # its own, and those that were being filled
+    assert result["free_at_start"] - result["free"][0][10] == 32 + 9  # its own, and those that were being filled
     assert [free[-1] for free in result["free"]] == [result["free_at_start"]] * 2
     assert result["stats"]["requests"]["skipped"]["ended_first"] == 2
     assert result["published"] == 0
