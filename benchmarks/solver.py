@@ -7,36 +7,61 @@ every 5 steps. It goes on until it is as good as ours, or to the paper's 100 ste
 queries (the same for both, and what answers depend on) is no higher than ours; the moment at which its loss on training
 queries is no higher is reported beside it, though that is not what ours minimises: it stops early and shrinks values.
 
-Prints a table and ends with one JSON line. Timed in one run, alternating, nothing else should run beside it.
+With `--shape` the context is made of random numbers in the shape of a model whose weights are not needed: for seconds;
+what they come to means nothing (nor does the reference's number of steps). Prints a table and ends with one JSON line.
+Timed in one run, nothing else should run beside it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
+import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
+from kvsculpt_vllm.kernels.dispatch import VARIABLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from kvsculpt_vllm import models
 from kvsculpt_vllm.config import CompressionConfig
+from kvsculpt_vllm.engine.spans import Span, plan_span
 from kvsculpt_vllm.evaluation.harness import Context
 from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer
 from kvsculpt_vllm.evaluation.texts import passages, read_text
+from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.compress import compress, fit
-from kvsculpt_vllm.sculpt.effort import EFFORTS
+from kvsculpt_vllm.sculpt.effort import EFFORTS, Effort
 from kvsculpt_vllm.sculpt.problem import Problems
+from kvsculpt_vllm.sculpt.queries import build_problems, sample_positions
 from kvsculpt_vllm.sculpt.survey import survey
 
-STEPS, REFIT_EVERY, RIDGE = 100, 5, 1e-3
+STEPS, REFIT_EVERY, RIDGE, BLOCK_SIZE = 100, 5, 1e-3, 32
+
+
+class Shape(NamedTuple):
+    """What a context's problems look like, whatever the model."""
+
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_size: int
+
+
+SHAPES = {
+    "smollm2-135m": Shape(30, 9, 3, 64),
+    "qwen2.5-1.5b": Shape(28, 12, 2, 128),
+    "llama-3.1-8b": Shape(32, 32, 8, 128),
+}
 
 
 @dataclass(frozen=True)
@@ -100,9 +125,9 @@ def reference(train: Part, held_out: Part, keys: Tensor, values: Tensor, goals: 
             return start + torch.linalg.solve(gram, weights.T @ (residual - weights @ start))
 
     optimizer = torch.optim.LBFGS([keys], lr=1, max_iter=REFIT_EVERY, history_size=10, line_search_fn="strong_wolfe")
-    begin = time.perf_counter()
+    begin = now(keys.device.type)
     values = fit_values()
-    result = Reached(None, None, time.perf_counter() - begin, 0, torch.inf)
+    result = Reached(None, None, now(keys.device.type) - begin, 0, torch.inf)
     while True:
         losses = [float(part.loss(keys.detach(), values)) for part in (train, held_out)]
         result.held_out_loss = min(result.held_out_loss, losses[1])
@@ -119,42 +144,108 @@ def reference(train: Part, held_out: Part, keys: Tensor, values: Tensor, goals: 
             loss.backward()
             return loss
 
-        begin = time.perf_counter()
+        begin = now(keys.device.type)
         optimizer.step(closure)
         values = fit_values()
-        result.seconds += time.perf_counter() - begin
+        result.seconds += now(keys.device.type) - begin
         result.steps += REFIT_EVERY
+
+
+def random_context(shape: Shape, tokens: int, effort: Effort, device: str) -> Problems:
+    """A context of random queries, keys and values in bfloat16; logits spread by about 2, as is usual."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float32).bfloat16().to(device)
+
+    count = effort.positions_for(2 * shape.layers * shape.query_heads * shape.head_size)
+    positions, recent = sample_positions(0, tokens, count)
+    exact = CompressionConfig()
+    pairs = (shape.layers * shape.kv_heads, tokens, shape.head_size)
+    return build_problems(
+        queries=2 * normal(shape.layers, len(positions), shape.query_heads, shape.head_size),
+        positions=positions.to(device),
+        recent=recent,
+        keys=normal(*pairs),
+        values=normal(*pairs),
+        span=max(tokens - exact.window, 0) // BLOCK_SIZE * BLOCK_SIZE,
+        sinks=exact.sink,
+        rotaries=[None] * shape.layers,
+        scale=shape.head_size**-0.5,
+    )
+
+
+def now(device: str) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def products(work: Callable[[], object]) -> int:
+    """Floating-point operations of all matrix products in `work`, which runs on the kernels' torch twins for it."""
+    before = os.environ.get(VARIABLE, "")
+    os.environ[VARIABLE] = "torch"
+    try:
+        with FlopCounterMode(display=False) as counter:
+            work()
+    finally:
+        os.environ[VARIABLE] = before
+    return counter.get_total_flops()
 
 
 def main(
     model: Annotated[str, typer.Option(help="As for kvsculpt eval.")] = "smollm2-135m",
     text: Annotated[str, typer.Option(help="As for kvsculpt eval.")] = "pydoc",
+    shape: Annotated[
+        str | None, typer.Option(help=f"Random numbers instead of a model and a text: {', '.join(SHAPES)}.")
+    ] = None,
     context: Annotated[int, typer.Option(min=256, help="Tokens.")] = 2048,
     keep_ratio: Annotated[float, typer.Option(help="Fraction kept.")] = 0.3,
     effort: Annotated[str, typer.Option(help="fast, balanced or thorough.")] = "balanced",
     every: Annotated[
         int, typer.Option(min=1, help="The reference takes every so many-th head; the rest is scaled.")
     ] = 6,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    json_path: Annotated[Path | None, typer.Option("--json", help="A file for the JSON line, too.")] = None,
 ) -> None:
     """Time a whole context and compare."""
-    directory = models.prepare(model) if model in models.MODELS else Path(model)
-    tokenizer, prefix = load_tokenizer(directory)
-    tokens = tokenizer(read_text(text), add_special_tokens=False, verbose=False).input_ids
-    (passage,) = passages(tokens, context, 1, 1, 0, prefix)
-    exact, amount = CompressionConfig(), EFFORTS[effort]
-    case = Context(EvaluationModel.load(directory, "cpu"), passage.context, 1, amount, 32, exact.window, exact.sink)
-    problems, plan = case.problems, case.plan(keep_ratio)
+    if shape is not None and shape not in SHAPES:
+        raise typer.BadParameter(f"{shape!r} given, allowed are {', '.join(SHAPES)}", param_hint="--shape")
+    amount, exact = EFFORTS[effort], CompressionConfig(keep_ratio=keep_ratio, min_tokens=1)
+    if shape is not None:
+        name, source = shape, "random numbers"
+        with torch.no_grad():
+            problems = random_context(SHAPES[shape], context, amount, device)
+    else:
+        directory = models.prepare(model) if model in models.MODELS else Path(model)
+        name, source = directory.name, Path(text).name
+        tokenizer, prefix = load_tokenizer(directory)
+        tokens = tokenizer(read_text(text), add_special_tokens=False, verbose=False).input_ids
+        (passage,) = passages(tokens, context, 1, 1, 0, prefix)
+        loaded = EvaluationModel.load(directory, device)
+        problems = Context(loaded, passage.context, 1, amount, BLOCK_SIZE, exact.window, exact.sink).problems
+    span = plan_span(exact, context, BLOCK_SIZE)
+    if not isinstance(span, Span):
+        raise typer.BadParameter(f"nothing would be compressed: {span}", param_hint="--context, --keep-ratio")
+    plan = PagePlan(BLOCK_SIZE, span.blocks, span.packed_blocks * problems.num_problems, exact.sink)
     with torch.no_grad():
         compress(problems, plan, "select", "uniform", amount)  # warm caches and threads
-        begin = time.perf_counter()
+        operations = products(lambda: compress(problems, plan, "sculpt", "adaptive", amount))
+        if device == "cuda":
+            compress(problems, plan, "sculpt", "adaptive", amount)  # compiles the kernels
+            torch.cuda.reset_peak_memory_stats()
+        begin = now(device)
         found = survey(problems, plan, "sculpt", "adaptive", amount)
-        surveyed = time.perf_counter() - begin
-        begin = time.perf_counter()
+        surveyed = now(device) - begin
+        begin = now(device)
         ours = fit(problems, plan, found, "sculpt", amount)
-        fitted = time.perf_counter() - begin
+        fitted = now(device) - begin
+    on_device = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    peak = on_device or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     sample = [b for b in range(0, problems.num_problems, every) if len(ours.keys[b]) < problems.num_entries]
     fitted_heads = sum(len(keys) < problems.num_entries for keys in ours.keys)
-    table = Table(title=f"{directory.name}, {context} tokens of {Path(text).name}, keep {keep_ratio:g}, {effort}")
+    table = Table(title=f"{name}, {context} tokens of {source}, keep {keep_ratio:g}, {effort}, {device}")
     for heading in ("head", "entries", "our held-out loss", "reference's best", "steps", "s", "s to our training loss"):
         table.add_column(heading, justify="right")
     rows = problems.with_rows(problems.thin_rows(amount.fit_positions * problems.group))
@@ -180,7 +271,9 @@ def main(
     out.print(table)
     reached = {name: sum(getattr(run, name) is not None for run in runs) for name in ("held_out", "training")}
     out.print(
-        f"ours: {surveyed:.1f} s for ranking and budgets, {fitted:.1f} s for the fit of {fitted_heads} heads.",
+        f"ours: {surveyed:.2f} s for ranking and budgets, {fitted:.2f} s for the fit of {fitted_heads} heads; "
+        f"{operations / (surveyed + fitted) / 1e9:.0f} GFLOP/s in matrix products.",
+        f"peak memory{'' if on_device else ' of the whole process'}: {peak / 2**30:.2f} GiB.",
         f"reference, fit alone, from {len(runs)} heads: {held_out:.0f} s until its held-out loss is no higher or its "
         f"{STEPS} steps are over ({reached['held_out']} heads get there),",
         f"{training:.0f} s until its training loss is no higher ({reached['training']} heads).",
@@ -188,15 +281,21 @@ def main(
     )
     line = {
         "benchmark": "solver",
-        "model": directory.name,
+        "model": name,
+        "source": source,
         "context": context,
         "keep_ratio": keep_ratio,
         "effort": effort,
-        "device": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "survey_seconds": round(surveyed, 2),
         "fit_seconds": round(fitted, 2),
         "seconds": round(surveyed + fitted, 2),
+        "products_flop": operations,
+        "flop_per_second": round(operations / (surveyed + fitted)),
+        "peak_bytes": peak,
         "reference_heads": len(runs),
         "reference_fit_seconds": {"held_out": round(held_out, 1), "training": round(training, 1)},
         "reference_reached": reached,
@@ -206,6 +305,8 @@ def main(
             for name, seconds in (("held_out", held_out), ("training", training))
         },
     }
+    if json_path is not None:
+        json_path.write_text(json.dumps(line) + "\n")
     print(json.dumps(line))
 
 
