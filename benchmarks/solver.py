@@ -212,7 +212,7 @@ def main(
     """Time a whole context and compare."""
     if shape is not None and shape not in SHAPES:
         raise typer.BadParameter(f"{shape!r} given, allowed are {', '.join(SHAPES)}", param_hint="--shape")
-    amount, exact = EFFORTS[effort], CompressionConfig(keep_ratio=keep_ratio, min_tokens=1)
+    amount, exact = EFFORTS[effort], CompressionConfig(method="sculpt", keep_ratio=keep_ratio, min_tokens=1)
     if shape is not None:
         name, source = shape, "random numbers"
         with torch.no_grad():
