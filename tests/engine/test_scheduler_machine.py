@@ -176,7 +176,8 @@ class Machine(RuleBasedStateMachine):
 
     seen: ClassVar[Counter] = Counter()
 
-    @initialize(asynchronous=st.booleans(), blocks=st.sampled_from([22, 23]) | st.integers(22, NUM_BLOCKS))  # few: no room for what a lone prompt is packed into
+    # The fewest have no room beside a lone prompt for what it is packed into.
+    @initialize(asynchronous=st.booleans(), blocks=st.sampled_from([22, 23]) | st.integers(22, NUM_BLOCKS))
     def start(self, asynchronous, blocks):
         text_config = self.config.model_config.hf_text_config
         spec = FullAttentionSpec(
