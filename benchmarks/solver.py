@@ -151,7 +151,7 @@ def reference(train: Part, held_out: Part, keys: Tensor, values: Tensor, goals: 
         result.steps += REFIT_EVERY
 
 
-def random_context(shape: Shape, tokens: int, effort: Effort, device: str) -> Problems:
+def random_context(shape: Shape, tokens: int, span_tokens: int, effort: Effort, device: str) -> Problems:
     """A context of random queries, keys and values in bfloat16; logits spread by about 2, as is usual."""
     generator = torch.Generator().manual_seed(0)
 
@@ -160,7 +160,6 @@ def random_context(shape: Shape, tokens: int, effort: Effort, device: str) -> Pr
 
     count = effort.positions_for(2 * shape.layers * shape.query_heads * shape.head_size)
     positions, recent = sample_positions(0, tokens, count)
-    exact = CompressionConfig()
     pairs = (shape.layers * shape.kv_heads, tokens, shape.head_size)
     return build_problems(
         queries=2 * normal(shape.layers, len(positions), shape.query_heads, shape.head_size),
@@ -168,8 +167,8 @@ def random_context(shape: Shape, tokens: int, effort: Effort, device: str) -> Pr
         recent=recent,
         keys=normal(*pairs),
         values=normal(*pairs),
-        span=max(tokens - exact.window, 0) // BLOCK_SIZE * BLOCK_SIZE,
-        sinks=exact.sink,
+        span=span_tokens,
+        sinks=CompressionConfig().sink,
         rotaries=[None] * shape.layers,
         scale=shape.head_size**-0.5,
     )
@@ -213,10 +212,13 @@ def main(
     if shape is not None and shape not in SHAPES:
         raise typer.BadParameter(f"{shape!r} given, allowed are {', '.join(SHAPES)}", param_hint="--shape")
     amount, exact = EFFORTS[effort], CompressionConfig(method="sculpt", keep_ratio=keep_ratio, min_tokens=1)
+    span = plan_span(exact, context, BLOCK_SIZE)
+    if not isinstance(span, Span):
+        raise typer.BadParameter(f"nothing would be compressed: {span}", param_hint="--context, --keep-ratio")
     if shape is not None:
         name, source = shape, "random numbers"
         with torch.no_grad():
-            problems = random_context(SHAPES[shape], context, amount, device)
+            problems = random_context(SHAPES[shape], context, span.tokens, amount, device)
     else:
         directory = models.prepare(model) if model in models.MODELS else Path(model)
         name, source = directory.name, Path(text).name
@@ -225,13 +227,9 @@ def main(
         (passage,) = passages(tokens, context, 1, 1, 0, prefix)
         loaded = EvaluationModel.load(directory, device)
         problems = Context(loaded, passage.context, 1, amount, BLOCK_SIZE, exact.window, exact.sink).problems
-    span = plan_span(exact, context, BLOCK_SIZE)
-    if not isinstance(span, Span):
-        raise typer.BadParameter(f"nothing would be compressed: {span}", param_hint="--context, --keep-ratio")
     plan = PagePlan(BLOCK_SIZE, span.blocks, span.packed_blocks * problems.num_problems, exact.sink)
     with torch.no_grad():
-        compress(problems, plan, "select", "uniform", amount)  # warm caches and threads
-        operations = products(lambda: compress(problems, plan, "sculpt", "adaptive", amount))
+        operations = products(lambda: compress(problems, plan, "sculpt", "adaptive", amount))  # warms caches, too
         if device == "cuda":
             compress(problems, plan, "sculpt", "adaptive", amount)  # compiles the kernels
             torch.cuda.reset_peak_memory_stats()

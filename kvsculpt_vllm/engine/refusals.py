@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import vllm.envs as envs
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 if TYPE_CHECKING:
@@ -97,10 +98,10 @@ def _block_size(config: VllmConfig) -> bool:
 
 
 def _other_cache_dtype(config: VllmConfig) -> bool:
-    dtype = config.cache_config.cache_dtype
-    if dtype == "auto" or is_quantized_kv_cache(dtype):  # the latter has a rule of its own
+    dtype, model = config.cache_config.cache_dtype, config.model_config
+    if is_quantized_kv_cache(dtype):  # which has a rule of its own
         return False
-    return dtype != str(config.model_config.dtype).removeprefix("torch.")
+    return kv_cache_dtype_str_to_dtype(dtype, model) != model.dtype
 
 
 def _fine_prefix_match(config: VllmConfig) -> bool:

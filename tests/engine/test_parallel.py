@@ -28,7 +28,7 @@ def test_ranks_compress_as_one_and_fail_as_one(run_engine, first_layers_path, sp
     plain = [request(r["start"]) for r in batch]
     stock = run_engine(engine=engine, batches=[plain])
     one = run_engine(engine={**engine, "additional_config": ON}, batches=[plain[:1]])
-    ranks = run_engine(engine=several, batches=[batch], fault_rank=num_ranks - 1, **({"v2": True} if v2 else {}))
+    ranks = run_engine(engine=several, batches=[batch], fault_rank=num_ranks - 1, v2=v2)
 
     (alone,) = one["compressions"]
     whole, selected = ranks["compressions"]
