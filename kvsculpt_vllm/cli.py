@@ -85,6 +85,13 @@ def evaluate(
     ] = 32,
     seed: Annotated[int, typer.Option(help="Moves the contexts along the text.")] = 0,
     device: Annotated[str, typer.Option(help="Where torch computes: cpu, cuda.")] = "cpu",
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="What adaptive budgets of sculpt follow: a file of `kvsculpt calibrate`, none (a pilot on each "
+            "context), or auto, the file that a server would find."
+        ),
+    ] = "auto",
     json: Annotated[Path | None, typer.Option(metavar="OUT", help="The file that rows are added to.")] = None,
     report: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A folder to write index.html and its pictures to.")
@@ -144,6 +151,7 @@ def evaluate(
         seed=seed,
         device=device,
         tasks=_names(tasks),
+        calibration=calibration,
     )
     if tasks and report is not None:
         raise typer.BadParameter("shows how the text goes on, so it cannot be had with --tasks", param_hint="--report")
@@ -152,6 +160,53 @@ def evaluate(
     except (ValueError, OSError, NotImplementedError, models.ModelError) as error:
         typer.echo(f"kvsculpt eval: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+@app.command()
+def calibrate(
+    model: Annotated[
+        str, typer.Option(help=f"A model's directory, or one of: {', '.join(models.MODELS)}.")
+    ] = "smollm2-135m",
+    text: Annotated[
+        list[str],
+        typer.Option(help="A UTF-8 file like the prompts that will come, or pydoc; several may be given."),
+    ] = ["pydoc"],  # noqa: B006
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a context. It is read twice in a row.")] = 2048,
+    num_contexts: Annotated[int, typer.Option(min=1, help="Contexts of each text, spread evenly over it.")] = 4,
+    effort: Annotated[
+        str, typer.Option(help="Queries that losses are measured by: fast, balanced, thorough.")
+    ] = "balanced",
+    seed: Annotated[int, typer.Option(help="Moves the contexts along the text.")] = 0,
+    device: Annotated[str, typer.Option(help="Where torch computes: cpu, cuda.")] = "cpu",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The file to write; by default the one in the model's directory that servers look for."),
+    ] = None,
+) -> None:
+    """Measure once which layers and heads of a model need many entries, so that no prompt has to.
+
+    A server that finds the file (kvsculpt-calibration.json in the model's directory, or the one that
+    --kv-compression-calibration names) gives out adaptive budgets of the method sculpt by it. Compression takes less
+    time then, and loses less: the average over several contexts tells more of a model than one prompt does.
+
+    The model is run in transformers in float32.
+    """
+    from rich.console import Console
+
+    from kvsculpt_vllm.calibration import FILE
+    from kvsculpt_vllm.evaluation.calibrate import calibrate as measure
+    from kvsculpt_vllm.sculpt.effort import EFFORTS
+
+    if effort not in EFFORTS:
+        raise typer.BadParameter(f"got {effort}, allowed: {', '.join(EFFORTS)}", param_hint="--effort")
+    try:
+        directory, calibration = measure(model, text, context, num_contexts, effort, seed, device, Console(stderr=True))
+        path = out or directory / FILE
+        calibration.write(path)
+    except (ValueError, OSError, NotImplementedError, models.ModelError) as error:
+        typer.echo(f"kvsculpt calibrate: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(path)
 
 
 @app.command()

@@ -13,7 +13,7 @@ KEY = "kv_compression"
 # Mutable, so that a test can add a method of its own.
 METHODS = {"none", "select", "select_fit", "sculpt"}
 
-SERVER_ONLY = {"max_stall_ms"}
+SERVER_ONLY = {"calibration", "max_stall_ms"}
 """Settings that no request can change."""
 
 
@@ -82,6 +82,13 @@ class CompressionConfig(BaseModel):
         description="For how long, in milliseconds, a compression may hold up the other requests between two steps; "
         "longer ones go on after the next step. The server's only. On a CPU 60000 unless given: its prefills stall for "
         "longer than 200 ms.",
+    )
+
+    calibration: str = Field(
+        "auto",
+        description="What adaptive budgets of the method sculpt follow: a file that `kvsculpt calibrate` wrote, or "
+        "none, a pilot on each prompt, which takes longer. auto: kvsculpt-calibration.json in the model's directory, "
+        "or what comes with the plugin for the model, else none. The server's only.",
     )
 
     @field_validator("*", mode="before")
@@ -210,6 +217,8 @@ def allowed(field: str) -> str:
     if options := choices(field):
         return ", ".join(options)
     info = CompressionConfig.model_fields[field]
+    if field == "calibration":
+        return "auto, none, or a file that `kvsculpt calibrate` wrote for this model"
     symbols = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     bounds = [
         f"{symbol} {getattr(rule, name):g}"

@@ -30,6 +30,7 @@ configs = st.builds(
     effort=st.sampled_from(["fast", "balanced", "thorough"]),
     max_error=st.floats(1e-9, 1e9),
     max_stall_ms=st.floats(0, 1e9),
+    calibration=st.text(),
 )
 
 

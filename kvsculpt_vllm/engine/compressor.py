@@ -14,6 +14,7 @@ from kvsculpt_vllm.engine.command import CommitCommand, SolveCommand
 from kvsculpt_vllm.engine.record import CompressionRecord
 from kvsculpt_vllm.engine.state import CompressionState
 from kvsculpt_vllm.sculpt.budgets import PagePlan
+from kvsculpt_vllm.sculpt.calibration import Calibration
 from kvsculpt_vllm.sculpt.compress import Compressed, compress_in_slices
 from kvsculpt_vllm.sculpt.effort import EFFORTS
 from kvsculpt_vllm.sculpt.problem import Problems
@@ -51,10 +52,19 @@ def cause_of(error: Exception) -> Cause:
 
 
 class Compressor:
-    """Bound to one worker's state; `softmax_scale` is the attention layers' common one."""
+    """Bound to one worker's state; `softmax_scale` is the attention layers' common one, `calibration` what adaptive
+    budgets of the method sculpt follow.
+    """
 
-    def __init__(self, state: CompressionState, rotaries: list[Rotary | None], softmax_scale: float) -> None:
+    def __init__(
+        self,
+        state: CompressionState,
+        rotaries: list[Rotary | None],
+        softmax_scale: float,
+        calibration: Calibration | None = None,
+    ) -> None:
         self.state, self.rotaries, self.softmax_scale = state, rotaries, softmax_scale
+        self.calibration = calibration
 
     def solve(self, command: SolveCommand, fallback: Cause | None = None) -> Slices[CompressionRecord]:
         """Compress the request's span into the blocks taken for it. The request's own blocks are only read.
@@ -78,7 +88,15 @@ class Compressor:
         problems, sinks = yield from self._problems(command, config.sink)
         span_blocks = command.span_tokens // geometry.block_size
         plan = PagePlan(geometry.block_size, span_blocks, len(command.packed) * geometry.num_cells, config.sink)
-        fitted = yield from compress_in_slices(problems, plan, config.method, config.budget, EFFORTS[config.effort])
+        fitted = yield from compress_in_slices(
+            problems,
+            plan,
+            config.method,
+            config.budget,
+            EFFORTS[config.effort],
+            # It was measured with sculpt's fits.
+            calibration=self.calibration if config.method == "sculpt" else None,
+        )
         if not all(
             entries.isfinite().all() for entries in (fitted.start_error, fitted.error, *fitted.keys, *fitted.values)
         ):

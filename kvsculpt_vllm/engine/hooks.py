@@ -12,7 +12,9 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from kvsculpt_vllm.calibration import NONE
 from kvsculpt_vllm.config import KEY, CompressionConfig, flag
+from kvsculpt_vllm.engine.calibrated import resolved
 from kvsculpt_vllm.engine.compat import is_extra_api_server
 from kvsculpt_vllm.engine.cpu_memory import fit_default_memory
 from kvsculpt_vllm.engine.flags import add_flags
@@ -89,6 +91,7 @@ def _with_compression(stock: Callable[..., VllmConfig]) -> Callable[..., VllmCon
         vllm_config = stock(self, *args, **kwargs)
         check_config(self, vllm_config)
         config.check_block_size(vllm_config.cache_config.block_size, flag)
+        config = resolved(config, vllm_config.model_config)
         _use_our_classes(vllm_config, config)
         _allow_long_steps()
         global _compresses
@@ -128,9 +131,12 @@ def _use_our_classes(vllm_config: VllmConfig, config: CompressionConfig) -> None
 
 
 def _start_up_line(vllm_config: VllmConfig, config: CompressionConfig, block_size_chosen: bool) -> str:
+    budgets = config.budget
+    if config.calibration != NONE:
+        budgets += f" (sculpt's by {config.calibration})"
     return (
         f"KV compression: active, because --kv-compression is {config.method}. "
-        f"Keep ratio {config.keep_ratio:g}, budget {config.budget}, prompts from {config.min_tokens} tokens, "
+        f"Keep ratio {config.keep_ratio:g}, budget {budgets}, prompts from {config.min_tokens} tokens, "
         f"block size {vllm_config.cache_config.block_size}{' (chosen, the smallest)' if block_size_chosen else ''}, "
         f"layout {requested_layout() or DEFAULT_LAYOUT}, "
         f"model runner {'V2' if vllm_config.use_v2_model_runner else 'V1'}."

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from kvsculpt_vllm import models
 from kvsculpt_vllm.evaluation.attention import NAME, Cache, RaggedCache, Recorder
 from kvsculpt_vllm.sculpt.matmul import fast_matmul
 from kvsculpt_vllm.sculpt.rotary import Rotary
@@ -89,6 +90,19 @@ class EvaluationModel:
                 logits_to_keep=1 if last_only else 0,
                 evaluation_cache=cache,
             ).logits[0]
+
+
+def model_directory(name: str) -> Path:
+    """Where the model is that `--model` names, downloaded first if it is one of `models.MODELS`.
+
+    Raises:
+        ValueError: there is none.
+        models.ModelError: it cannot be prepared.
+    """
+    directory = models.prepare(name) if name in models.MODELS else Path(name)
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"--model: {name} is neither a model's directory nor one of {', '.join(models.MODELS)}")
+    return directory
 
 
 def load_tokenizer(directory: Path) -> tuple[AutoTokenizer, list[int]]:

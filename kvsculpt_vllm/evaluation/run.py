@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from kvsculpt_vllm import models
+from kvsculpt_vllm.calibration import AUTO, NONE, CalibrationFile, find, read
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.evaluation.continuation import Measurement, Trial
 from kvsculpt_vllm.evaluation.harness import Context
 from kvsculpt_vllm.evaluation.methods import METHODS
-from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer
+from kvsculpt_vllm.evaluation.methods.base import surveyed
+from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer, model_directory
+from kvsculpt_vllm.evaluation.progress import progress_bar
 from kvsculpt_vllm.evaluation.report import write_report
 from kvsculpt_vllm.evaluation.results import Key, Results, Row, code_version
 from kvsculpt_vllm.evaluation.retrieval import Found, Retrieval
@@ -73,6 +74,7 @@ class Request:
     seed: int
     device: str
     tasks: Sequence[str] = ()
+    calibration: str = AUTO
 
     def check(self) -> None:
         """Raises ValueError, naming the option, for what no measurement could be made of."""
@@ -125,19 +127,21 @@ def run(request: Request, json_path: Path | None, console: Console, report: Path
     """
     request.check()
     transformers_logging.disable_progress_bar()
-    directory = models.prepare(request.model) if request.model in models.MODELS else Path(request.model)
-    if not (directory / "config.json").is_file():
-        raise ValueError(
-            f"--model: {request.model} is neither a model's directory nor one of {', '.join(models.MODELS)}"
-        )
+    directory = model_directory(request.model)
     tokenizer, prefix = load_tokenizer(directory)
     exact = CompressionConfig()
+    shape = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
+    path = find(request.calibration, str(directory), shape.num_hidden_layers, shape.num_key_value_heads)
+    calibration = None if path is None else read(path)
+    methods = METHODS
+    if calibration is not None:
+        methods = METHODS | {"sculpt": surveyed("sculpt", calibration=calibration.whole)}
     load_model = cache(lambda: EvaluationModel.load(directory, request.device))  # only if anything is missing
     rows = []
-    for series in _series(request, directory.name, tokenizer, prefix, exact):
+    for series in _series(request, directory.name, tokenizer, prefix, exact, calibration):
         results = Results(json_path, series.settings, len(series.items), series.kind)
         work = [[key for key in request.keys if i in results.missing(key)] for i in range(len(series.items))]
-        with _progress(console) as progress:
+        with progress_bar(console) as progress:
             bar = progress.add_task("", total=sum(map(len, work)))
             for i, (item, keys) in enumerate(zip(series.items, work, strict=True)):
                 place = f"{series.name} {i + 1} of {len(series.items)}"
@@ -148,7 +152,7 @@ def run(request: Request, json_path: Path | None, console: Console, report: Path
                 for method, budget in dict.fromkeys(key[:2] for key in keys):
                     ratios = [key[2] for key in keys if key[:2] == (method, budget)]
                     progress.update(bar, description=f"{place}: {method}, {budget}")
-                    for ratio, measured in zip(ratios, trial.measure(METHODS[method], budget, ratios), strict=True):
+                    for ratio, measured in zip(ratios, trial.measure(methods[method], budget, ratios), strict=True):
                         results.add((method, budget, ratio), i, measured)
                         progress.advance(bar)
         results.close(request.keys)
@@ -156,15 +160,17 @@ def run(request: Request, json_path: Path | None, console: Console, report: Path
         Console(file=console.file, width=max(console.width, TABLE_WIDTH)).print(table(own, series))
         rows += own
     if report is not None:
-        num_kv_heads = (
-            AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config().num_key_value_heads
-        )
-        console.print(f"report: {write_report(report, rows, COLUMNS, num_kv_heads)}")
+        console.print(f"report: {write_report(report, rows, COLUMNS, shape.num_key_value_heads)}")
     return rows
 
 
 def _series(
-    request: Request, model: str, tokenizer: PreTrainedTokenizerBase, prefix: list[int], exact: CompressionConfig
+    request: Request,
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    prefix: list[int],
+    exact: CompressionConfig,
+    calibration: CalibrationFile | None,
 ) -> Iterator[Series]:
     text = read_text(request.text)
     settings = {
@@ -179,6 +185,7 @@ def _series(
         "sink": exact.sink,
         "seed": request.seed,
         "device": torch.device(request.device).type,
+        "calibration": NONE if calibration is None else calibration.digest,
         "code": code_version(),
     }
     for task in request.tasks:
@@ -219,15 +226,3 @@ def table(rows: Sequence[Row], series: Series) -> Table:
         numbers = (form.format(row[name]) for name, (_, form) in series.columns.items())
         result.add_row(f"{row['keep_ratio']:g}", row["budget"], row["method"], *numbers)
     return result
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )

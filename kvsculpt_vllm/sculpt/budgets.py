@@ -29,6 +29,12 @@ class PagePlan:
         return math.ceil((self.sinks + 1) / self.block_size)
 
 
+def grid_of(plan: PagePlan, fractions: Sequence[float]) -> list[int]:
+    """Page counts, ascending: the least, those that `fractions` of the span come to, the whole span."""
+    inner = {round(fraction * plan.span_pages) for fraction in fractions}
+    return sorted({plan.least, plan.span_pages} | {p for p in inner if plan.least < p < plan.span_pages})
+
+
 def uniform_budgets(num_problems: int, total: int, least: int, most: int) -> list[int]:
     """The same number of pages for all; what does not divide goes to the first ones.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvsculpt_vllm.sculpt.budgets import PagePlan
+from kvsculpt_vllm.sculpt.calibration import Calibration
 from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.matmul import fast_matmul
 from kvsculpt_vllm.sculpt.memory import max_elements
@@ -29,19 +30,26 @@ class Compressed:
     error: Tensor  # (B,) held-out loss of what is returned
     steps: Tensor  # (B,) key steps taken
     failed_solves: Tensor  # (B,) systems of the values that could not be solved, so that the values stayed
-    difficulty: Tensor  # (B,) the pilot's error at the uniform budget, as budgets weigh it; 0 for uniform budgets
+    difficulty: Tensor  # (B,) the error at the uniform budget, as adaptive budgets weigh it; 0 for uniform ones
     trace: Tensor  # (J, 2, B) training and held-out loss at `solve.judged_after(key_steps)`, J = 0 without key steps
 
 
 def compress_in_slices(
-    problems: Problems, plan: PagePlan, method: str, budget: str, effort: Effort, limit: int | None = None
+    problems: Problems,
+    plan: PagePlan,
+    method: str,
+    budget: str,
+    effort: Effort,
+    limit: int | None = None,
+    calibration: Calibration | None = None,
 ) -> Slices[Compressed]:
     """Give out the pages by the rule `budget` and fit every problem by `method`. `limit` bounds temporaries, in floats.
+    With a `calibration` adaptive budgets follow it, and not a pilot on these problems.
 
     Raises:
         ValueError: an unknown method or budget rule, a total that cannot be given out, or no query to fit or judge on.
     """
-    found = yield from survey_in_slices(problems, plan, method, budget, effort, limit=limit)
+    found = yield from survey_in_slices(problems, plan, method, budget, effort, limit=limit, calibration=calibration)
     return (yield from fit_in_slices(problems, plan, found, method, effort, limit))
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvsculpt_vllm.sculpt.budgets import PagePlan, adaptive_budgets, uniform_budgets
+from kvsculpt_vllm.sculpt.budgets import PagePlan, adaptive_budgets, grid_of, uniform_budgets
+from kvsculpt_vllm.sculpt.calibration import Calibration
 from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.matmul import fast_matmul
 from kvsculpt_vllm.sculpt.memory import max_elements
@@ -40,7 +41,7 @@ class Survey:
 
     ranking: Ranking
     grid: Sequence[int]  # (G,) page counts
-    curves: np.ndarray | None  # (B, G) what a head loses at them; None for uniform budgets
+    curves: np.ndarray | None  # (B, G) what a head loses at them, or lost elsewhere; None for uniform budgets
 
     def budgets(self, plan: PagePlan) -> tuple[list[int], Tensor]:
         """Pages per problem, and the difficulty (B,) that a report shows: the loss at the uniform budget.
@@ -65,12 +66,16 @@ def survey_in_slices(
     score: Score = by_attention,
     power: int | None = None,
     limit: int | None = None,
+    calibration: Calibration | None = None,
+    fractions: Sequence[float] | None = None,
 ) -> Slices[Survey]:
     """Rank entries by `score` over all queries, attention being summed to the `power` (the method's own if None), and
-    for adaptive budgets run the pilot. The plan's total plays no part. `limit` bounds temporaries, in floats.
+    for adaptive budgets run the pilot at those `fractions` of the span (the method's own if None), or take the
+    `calibration` in its place. The plan's total plays no part. `limit` bounds temporaries, in floats.
 
     Raises:
-        ValueError: an unknown method or budget rule, or no query to fit or to judge on.
+        ValueError: an unknown method or budget rule, no query to fit or to judge on, or a calibration of another number
+            of heads.
     """
     if method not in METHODS:
         raise ValueError(f"method: {method!r} given, allowed are {', '.join(METHODS)}")
@@ -81,23 +86,22 @@ def survey_in_slices(
             f"{int(problems.held_out.sum())} of {len(problems.held_out)} queries are held out: "
             "at least one must be, and one must not"
         )
+    if calibration is not None and len(calibration.losses) != problems.num_problems:
+        raise ValueError(f"calibration: of {len(calibration.losses)} heads, there are {problems.num_problems}")
     limit = limit or max_elements(problems.keys.device)
     power = POWERS[method] if power is None else power
     ranking = yield from within(fast_matmul, rank_in_slices(problems, limit, score, power))
     if budget == "uniform":
         return Survey(ranking, [], None)
-    grid = pilot_grid(plan, method)
+    if calibration is not None:
+        grid = calibration.grid(plan)
+        return Survey(ranking, grid, calibration.curves(grid, plan))
+    grid = grid_of(plan, fractions or PILOT_FRACTIONS[method])
     curves = yield from within(fast_matmul, pilot(problems, ranking, plan, grid, method, effort, limit))
     return Survey(ranking, grid, curves.cpu().numpy())
 
 
 survey = at_once(survey_in_slices)
-
-
-def pilot_grid(plan: PagePlan, method: str) -> list[int]:
-    """The page counts at which the pilot measures a head's error."""
-    inner = {round(fraction * plan.span_pages) for fraction in PILOT_FRACTIONS[method]}
-    return sorted({plan.least, plan.span_pages} | {p for p in inner if plan.least < p < plan.span_pages})
 
 
 def pilot(

@@ -96,6 +96,13 @@ def test_help_shows_the_group(parser, capsys, monkeypatch):
         assert f"--kv-compression-{field.replace('_', '-')} " in shown
 
 
+MODEL = SimpleNamespace(
+    model="some/model",
+    hf_text_config=SimpleNamespace(num_hidden_layers=2),
+    get_total_num_kv_heads=lambda: 3,
+)
+
+
 class StockArgs:
     """Stands in for EngineArgs around a stock `create_engine_config` that records what it saw."""
 
@@ -111,6 +118,7 @@ class StockArgs:
             cache_config=SimpleNamespace(block_size=self.block_size or 128),
             parallel_config=SimpleNamespace(worker_cls="stock"),
             scheduler_config=SimpleNamespace(scheduler_cls=None, async_scheduling=self.async_scheduling),
+            model_config=MODEL,
             use_v2_model_runner=False,
         )
 
@@ -152,7 +160,7 @@ def test_compression_chooses_classes_and_block_size_and_says_so(log, block_size,
     # A bound given counts; else a CPU's compressions are not cut into hundreds of steps.
     assert config.additional_config == {
         "other": 1,
-        "kv_compression": HALF.model_dump() | {"max_stall_ms": stall or 60_000},
+        "kv_compression": HALF.model_dump() | {"max_stall_ms": stall or 60_000, "calibration": "none"},
     }
     assert given["kv_compression"] == settings
     (line,) = log

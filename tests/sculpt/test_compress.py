@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 from kvsculpt_vllm.sculpt.budgets import PagePlan
+from kvsculpt_vllm.sculpt.calibration import Calibration
 from kvsculpt_vllm.sculpt.compress import compress, fit
 from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.selection import rank, selection_errors
@@ -227,3 +229,27 @@ def test_one_survey_serves_every_total(case, method):
         alone = compress(case.problems, plan, method, "adaptive", EFFORT)
         assert sum(shared.pages) == total
         assert all(map(torch.equal, shared.keys + shared.values, alone.keys + alone.values))
+
+
+def test_a_calibration_takes_the_place_of_the_pilot(case, results, monkeypatch):
+    found = survey(case.problems, PLAN, "sculpt", "adaptive", EFFORT)
+    measured = Calibration(tuple(count / SPAN_PAGES for count in found.grid), found.curves)
+    monkeypatch.setattr("kvsculpt_vllm.sculpt.survey.pilot", None)  # must not be called
+    own = compress(case.problems, PLAN, "sculpt", "adaptive", EFFORT, calibration=measured)
+    piloted = results["sculpt", "adaptive"]
+    assert own.pages == piloted.pages
+    assert all(map(torch.equal, own.keys + own.values, piloted.keys + piloted.values))
+    turned = dataclasses.replace(measured, losses=measured.losses[::-1].copy())
+    other = compress(case.problems, PLAN, "sculpt", "adaptive", EFFORT, calibration=turned)
+    assert other.pages == own.pages[::-1] != own.pages
+    assert compress(case.problems, PLAN, "sculpt", "uniform", EFFORT, calibration=measured).pages == [6] * 3 + [5] * 2
+    few = dataclasses.replace(measured, losses=measured.losses[1:])
+    with pytest.raises(ValueError, match="calibration: of 4 heads, there are 5"):
+        compress(case.problems, PLAN, "sculpt", "adaptive", EFFORT, calibration=few)
+
+
+def test_a_calibration_is_read_between_its_fractions_in_spans_of_any_length():
+    measured = Calibration((0.25, 0.5, 1.0), np.array([[8.0, 4.0, 0.0]]))
+    plan = dataclasses.replace(PLAN, span_pages=32)
+    assert measured.grid(plan) == [1, 8, 16, 32]
+    np.testing.assert_allclose(measured.curves([1, 8, 12, 16, 24, 32], plan), [[8, 8, 6, 4, 2, 0]])

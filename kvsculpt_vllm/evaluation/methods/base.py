@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvsculpt_vllm.sculpt.budgets import PagePlan
+from kvsculpt_vllm.sculpt.calibration import Calibration
 from kvsculpt_vllm.sculpt.compress import Compressed, fit
 from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.problem import Problems
@@ -21,13 +22,13 @@ Method = Callable[[Problems, PagePlan, str, Effort], ToPages]
 """Does, for problems, a budget rule and an effort, what serves any number of pages; the plan's total plays no part."""
 
 
-def surveyed(name: str, score: Score = by_attention) -> Method:
+def surveyed(name: str, score: Score = by_attention, calibration: Calibration | None = None) -> Method:
     """Method `name` of `sculpt.compress` (select, select_fit or sculpt), by the very calls that the engine makes; the
-    entries with the highest `score` come first.
+    entries with the highest `score` come first, and adaptive budgets follow the `calibration` if there is one.
     """
 
     def prepare(problems: Problems, plan: PagePlan, budget: str, effort: Effort) -> ToPages:
-        found = survey(problems, plan, name, budget, effort, score)
+        found = survey(problems, plan, name, budget, effort, score, calibration=calibration)
         return lambda plan: fit(problems, plan, found, name, effort)
 
     return prepare

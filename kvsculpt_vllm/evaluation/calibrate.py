@@ -1,0 +1,129 @@
+"""`kvsculpt calibrate`: what every head of a model loses at every budget, averaged over contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from kvsculpt_vllm.calibration import CalibrationFile
+from kvsculpt_vllm.config import CompressionConfig
+from kvsculpt_vllm.evaluation.harness import Context
+from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer, model_directory
+from kvsculpt_vllm.evaluation.progress import progress_bar
+from kvsculpt_vllm.evaluation.texts import passages, read_text
+from kvsculpt_vllm.sculpt.effort import EFFORTS
+from kvsculpt_vllm.sculpt.problem import Problems, retained_attention
+from kvsculpt_vllm.sculpt.queries import HELD_OUT_EVERY
+from kvsculpt_vllm.sculpt.survey import survey
+
+BLOCK_SIZE = 32
+FRACTIONS = (0.06, 0.15, 0.3, 0.55)
+"""Of a span's pages, at which losses are measured, besides the least and all of them."""
+
+
+def calibrate(
+    model: str,
+    texts: Sequence[str],
+    context: int,
+    num_contexts: int,
+    effort: str,
+    seed: int,
+    device: str,
+    console: Console,
+) -> tuple[Path, CalibrationFile]:
+    """Read `num_contexts` contexts of each text twice and average what the heads lose. Returns the model's directory
+    and the calibration.
+
+    The first reading is the prompt's own. In the second the context comes once more behind itself, and its queries look
+    for what they need to copy it (as KVzip, arXiv 2505.23416, scores entries): some heads copy, and hardly any query of
+    an ordinary prompt asks them to. Both readings count the same.
+
+    Raises:
+        ValueError, OSError, NotImplementedError, models.ModelError: what cannot be done, in words for the user.
+    """
+    transformers_logging.disable_progress_bar()
+    directory = model_directory(model)
+    tokenizer, prefix = load_tokenizer(directory)
+    chosen = []
+    for text in texts:
+        tokens = tokenizer(read_text(text), add_special_tokens=False, verbose=False).input_ids
+        chosen += [passage.context for passage in passages(tokens, context, 0, num_contexts, seed, prefix)]
+    evaluated = EvaluationModel.load(directory, device)
+    if 2 * context > evaluated.num_positions:
+        raise ValueError(
+            f"--context: got {context}, allowed: at most half of the model's {evaluated.num_positions} positions"
+        )
+    fractions, found = (), []
+    with progress_bar(console) as progress:
+        for tokens in progress.track(chosen, description="contexts read"):
+            fractions, losses = curves(evaluated, tokens, effort)
+            found.append(losses)
+    mean = np.mean(found, axis=0).reshape(evaluated.num_layers, -1, len(fractions))
+    return directory, CalibrationFile(
+        model=directory.name,
+        num_layers=mean.shape[0],
+        num_kv_heads=mean.shape[1],
+        context=context,
+        texts={Path(text).name: num_contexts for text in texts},
+        fractions=fractions,
+        losses=[[[float(f"{loss:.6g}") for loss in head] for head in layer] for layer in mean],
+    )
+
+
+def curves(model: EvaluationModel, tokens: Sequence[int], effort: str) -> tuple[tuple[float, ...], np.ndarray]:
+    """Fractions (G,) of the span, and what each head (L·H, G) loses there, the sum over both readings of `tokens`."""
+    exact, amount = CompressionConfig(), EFFORTS[effort]
+    context = Context(model, tokens, 0, amount, BLOCK_SIZE, exact.window, exact.sink)
+    plan = context.plan(1.0)
+    readings = [
+        survey(problems, plan, "sculpt", "adaptive", amount, fractions=FRACTIONS)
+        for problems in (context.problems, second_reading(model, tokens, plan.span_pages * BLOCK_SIZE, exact.sink))
+    ]
+    return tuple(count / plan.span_pages for count in readings[0].grid), sum(found.curves for found in readings)
+
+
+def second_reading(model: EvaluationModel, tokens: Sequence[int], span: int, sinks: int) -> Problems:
+    """The problems of the same context, asked by what follows if it is read once more.
+
+    What the second reading sees of itself is left out: the first one's entries are what is to be compressed.
+    """
+    number = len(tokens)
+    positions = torch.arange(number, 2 * number)
+    recording = model.record([*tokens, *tokens], positions)
+    keys, values = recording.keys[:, :number], recording.values[:, :number]
+    heads = len(keys) // model.num_layers
+    # (L, P, heads, D) to one row of queries per KV head, as `queries.build_in_slices` orders them.
+    queries = recording.queries.float().transpose(1, 2)
+    group = queries.shape[1] // heads
+    queries = queries.unflatten(1, (heads, group)).transpose(2, 3).flatten(2, 3).flatten(0, 1)
+    row_positions = positions.to(keys.device).repeat_interleave(group)
+    recent_positions = torch.arange(span, number, device=keys.device)
+    retained = [
+        retained_attention(
+            queries[b : b + 1],
+            row_positions,
+            keys[b : b + 1, :sinks],
+            values[b : b + 1, :sinks],
+            keys[b : b + 1, span:],
+            values[b : b + 1, span:],
+            recent_positions,
+            recording.scale,
+        )
+        for b in range(len(keys))
+    ]
+    held_out = torch.arange(number, device=keys.device) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    return Problems(
+        queries=queries,
+        keys=keys[:, sinks:span],
+        values=values[:, sinks:span],
+        retained_out=torch.cat([out for out, _ in retained]),
+        retained_lse=torch.cat([lse for _, lse in retained]),
+        held_out=held_out.repeat_interleave(group),
+        scale=recording.scale,
+        group=group,
+    )

@@ -1,0 +1,97 @@
+"""The second reading's problems against transformers' own attention; the average is that of single contexts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from kvsculpt_vllm.calibration import FILE, read
+from kvsculpt_vllm.cli import app
+from kvsculpt_vllm.evaluation.calibrate import curves, second_reading
+from kvsculpt_vllm.evaluation.model import EvaluationModel
+from kvsculpt_vllm.sculpt.selection import teach
+
+LAYERS, HEADS, KV_HEADS, WORDS = 2, 4, 2, 50
+CONTEXT, SPAN, SINKS = 150, 64, 4
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A tiny model with random weights, whose words are numbers."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("tiny")
+    config = LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=400,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(WORDS)}, unk_token="0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
+    return path
+
+
+@torch.no_grad()
+def test_the_second_reading_asks_the_first_ones_entries_alone(directory):
+    tokens = torch.randint(WORDS, (CONTEXT,), generator=torch.Generator().manual_seed(1)).tolist()
+    model = EvaluationModel.load(directory, "cpu")
+    model.storage = torch.float32
+    problems = second_reading(model, tokens, SPAN, SINKS)
+    found = teach(problems.take(torch.arange(LAYERS * KV_HEADS)), 1 << 20)
+
+    # Transformers' own eager attention weights over both readings, those of the first reading scaled to sum to 1.
+    plain = LlamaForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    told = plain(torch.tensor([tokens + tokens]), output_attentions=True, use_cache=True)
+    for layer in range(LAYERS):
+        weights = told.attentions[layer][0, :, CONTEXT:, :CONTEXT]
+        values = told.past_key_values.layers[layer].values[0, :, :CONTEXT].repeat_interleave(HEADS // KV_HEADS, 0)
+        expected = weights / weights.sum(-1, keepdim=True) @ values  # (heads, CONTEXT, D)
+        own = slice(layer * KV_HEADS, (layer + 1) * KV_HEADS)
+        by_head = found.out[own].unflatten(1, (CONTEXT, HEADS // KV_HEADS)).transpose(1, 2).flatten(0, 1)
+        torch.testing.assert_close(by_head, expected, rtol=0, atol=1e-4)
+
+
+def test_the_command_writes_the_mean_of_the_contexts_where_servers_look(directory, tmp_path):
+    words = torch.randint(WORDS, (3 * (CONTEXT + 1),), generator=torch.Generator().manual_seed(2)).tolist()
+    text = tmp_path / "numbers.txt"
+    text.write_text(" ".join(map(str, words)))
+    arguments = ["calibrate", "--model", directory, "--text", text, "--context", CONTEXT, "--num-contexts", 3]
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    assert result.stdout.split() == [str(directory / FILE)]
+
+    file = read(directory / FILE)
+    assert (file.model, file.texts) == (directory.name, {"numbers.txt": 3})
+    model = EvaluationModel.load(directory, "cpu")
+    # Three contexts fill the text, whatever the seed.
+    single = [curves(model, words[i * (CONTEXT + 1) :][:CONTEXT], "balanced") for i in range(3)]
+    assert file.fractions == single[0][0]
+    np.testing.assert_allclose(file.whole.losses, np.mean([losses for _, losses in single], axis=0), rtol=1e-4)
+    assert (file.whole.losses[:, -1] == 0).all()
+    assert (file.whole.losses[:, 0] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--effort", "much"], "got much, allowed: fast, balanced, thorough"),
+        (["--context", "300"], "--context: got 300, allowed: at most half of the model's 400 positions"),
+        (["--text", "/absent"], "No such file"),
+        (["--model", "/absent"], "--model: /absent is neither"),
+        (["--num-contexts", "100000"], "contexts of"),
+    ],
+)
+def test_bad_input_is_refused_by_name(directory, arguments, message):
+    result = CliRunner().invoke(app, ["calibrate", "--model", str(directory), *arguments])
+    assert result.exit_code
+    assert message in " ".join(result.output.replace("│", " ").split())
