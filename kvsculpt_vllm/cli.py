@@ -49,7 +49,10 @@ def evaluate(
     model: Annotated[
         str, typer.Option(help=f"A model's directory, or one of: {', '.join(models.MODELS)}.")
     ] = "smollm2-135m",
-    text: Annotated[str, typer.Option(help="A UTF-8 file, or pydoc: the help topics that come with Python.")] = "pydoc",
+    text: Annotated[
+        str,
+        typer.Option(help="A UTF-8 file, or pydoc (the help topics that come with Python), or stdlib (its source)."),
+    ] = "pydoc",
     context: Annotated[int, typer.Option(min=1, help="Tokens whose cache is compressed.")] = 2048,
     continuation: Annotated[int, typer.Option(min=1, help="Tokens scored after each context.")] = 256,
     num_contexts: Annotated[int, typer.Option(min=1, help="Contexts, spread evenly over the text.")] = 8,
@@ -169,8 +172,11 @@ def calibrate(
     ] = "smollm2-135m",
     text: Annotated[
         list[str],
-        typer.Option(help="A UTF-8 file like the prompts that will come, or pydoc; several may be given."),
-    ] = ["pydoc"],  # noqa: B006
+        typer.Option(
+            help="A UTF-8 file like the prompts that will come, pydoc (Python's help topics) or stdlib (its source); "
+            "several may be given."
+        ),
+    ] = ["stdlib"],  # noqa: B006
     context: Annotated[int, typer.Option(min=1, help="Tokens of a context. It is read twice in a row.")] = 2048,
     num_contexts: Annotated[int, typer.Option(min=1, help="Contexts of each text, spread evenly over it.")] = 4,
     effort: Annotated[

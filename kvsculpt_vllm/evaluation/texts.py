@@ -5,9 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
-PYDOC = "pydoc"
+PYDOC, STDLIB = "pydoc", "stdlib"
+MODULES = (
+    *("argparse", "calendar", "configparser", "csv", "difflib", "email.message", "fractions", "heapq", "inspect"),
+    *("ipaddress", "json.decoder", "logging", "mailbox", "optparse", "pickle", "random", "smtplib", "statistics"),
+    *("tarfile", "textwrap", "typing", "unittest.mock", "urllib.parse", "zipfile"),
+)
+"""Those of Python's own whose source, comments and all, is the text ``stdlib``."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +28,15 @@ class Passage:
 
 
 def read_text(name: str) -> str:
-    """The text of a UTF-8 file, or ``pydoc``: Python's own help topics, joined in the order of their names.
+    """The text of a UTF-8 file, or ``pydoc``: Python's own help topics, joined in the order of their names, or
+    ``stdlib``: the source of some of its modules.
 
     Raises:
         OSError: the file cannot be read.
         UnicodeDecodeError: it is not UTF-8.
     """
+    if name == STDLIB:
+        return "\n\n".join(Path(find_spec(module).origin).read_text(encoding="utf-8") for module in MODULES)
     if name != PYDOC:
         return Path(name).read_text(encoding="utf-8")
     from pydoc_data.topics import topics
