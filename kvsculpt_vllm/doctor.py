@@ -139,6 +139,8 @@ def _environment() -> str:
 def _model(model: str) -> str:
     from vllm.engine.arg_utils import EngineArgs
 
+    from kvsculpt_vllm.calibration import NONE
+    from kvsculpt_vllm.config import CompressionConfig
     from kvsculpt_vllm.engine.refusals import UnsupportedFeature
 
     if not hasattr(EngineArgs.create_engine_config, "kvsculpt_hook"):
@@ -150,7 +152,10 @@ def _model(model: str) -> str:
         raise Trouble(_reasons(refused)) from None
     except (ValueError, OSError) as error:
         raise Trouble(f"vLLM cannot configure it: {error}") from None
-    return f"not refused, block size {config.cache_config.block_size}"
+    calibration = CompressionConfig.from_additional_config(config.additional_config).calibration
+    if calibration == NONE:
+        calibration = f"none: `kvsculpt calibrate --model {model}` would make compression faster and better"
+    return f"not refused, block size {config.cache_config.block_size}, calibration {calibration}"
 
 
 def _reasons(refused: Any) -> str:

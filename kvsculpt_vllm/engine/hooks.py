@@ -134,6 +134,8 @@ def _start_up_line(vllm_config: VllmConfig, config: CompressionConfig, block_siz
     budgets = config.budget
     if config.calibration != NONE:
         budgets += f" (sculpt's by {config.calibration})"
+    elif config.method == "sculpt" and config.budget == "adaptive":
+        budgets += " (by a pilot on each prompt; `kvsculpt calibrate` would make it faster and better)"
     return (
         f"KV compression: active, because --kv-compression is {config.method}. "
         f"Keep ratio {config.keep_ratio:g}, budget {budgets}, prompts from {config.min_tokens} tokens, "

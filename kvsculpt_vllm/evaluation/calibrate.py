@@ -22,7 +22,7 @@ from kvsculpt_vllm.sculpt.queries import HELD_OUT_EVERY
 from kvsculpt_vllm.sculpt.survey import survey
 
 BLOCK_SIZE = 32
-FRACTIONS = (0.06, 0.15, 0.3, 0.55)
+FRACTIONS = (0.03, 0.06, 0.1, 0.15, 0.22, 0.3, 0.42, 0.55, 0.75)
 """Of a span's pages, at which losses are measured, besides the least and all of them."""
 
 
