@@ -7,8 +7,9 @@ import pydoc_data.topics
 import pytest
 import torch
 
+from kvsculpt_vllm.calibration import SHIPPED, read
 from kvsculpt_vllm.evaluation.harness import Context
-from kvsculpt_vllm.evaluation.methods import METHODS
+from kvsculpt_vllm.evaluation.methods.base import surveyed
 from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer
 from kvsculpt_vllm.sculpt.effort import EFFORTS
 
@@ -34,7 +35,9 @@ def test_the_engine_fits_what_the_harness_fits_and_answers_the_same(run_engine, 
     model = EvaluationModel.load(model_path, "cpu")
     context = Context(model, prompt, ANSWER, EFFORTS["fast"], block_size=32, window=64, sinks=4)
     plan = context.plan(0.3)
-    fitted = METHODS["sculpt"](context.problems, plan, "adaptive", EFFORTS["fast"])(plan)
+    # The engine finds the one that comes with the package.
+    calibration = read(SHIPPED / f"{model_path.name}.json").whole
+    fitted = surveyed("sculpt", calibration=calibration)(context.problems, plan, "adaptive", EFFORTS["fast"])(plan)
 
     packed = plan.total // context.problems.num_problems
     assert record["blocks_after"] == packed + LENGTH // 32 - context.span_blocks
