@@ -44,7 +44,7 @@ def install_identity(poison: bool) -> None:
         span = stock_plan(*args)
         return span if isinstance(span, spans.Skip) else spans.Span(span.tokens, span.blocks, span.blocks)
 
-    def keep_all(problems, plan, *args):
+    def keep_all(problems, plan, *args, **kwargs):
         zeros = torch.zeros(problems.num_problems)
         yield
         pages_each = [plan.span_pages] * problems.num_problems
@@ -105,8 +105,8 @@ def install_faults(faults: dict[str, str], rank: int = 0) -> None:
         finally:
             now["fault"] = None
 
-    def compress(*args):
-        result = yield from stock_compress(*args)
+    def compress(*args, **kwargs):
+        result = yield from stock_compress(*args, **kwargs)
         if now["fault"] == "values not finite":
             result.values[3][5, 0] = torch.nan
         return result
