@@ -41,7 +41,7 @@ class CalibrationFile(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> CalibrationFile:
         shape = (self.num_layers, self.num_kv_heads, len(self.fractions))
-        if {len(self.losses)} | {0} != {self.num_layers, 0} or any(
+        if len(self.losses) != self.num_layers or any(
             len(heads) != self.num_kv_heads or any(len(losses) != len(self.fractions) for losses in heads)
             for heads in self.losses
         ):
