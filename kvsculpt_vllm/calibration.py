@@ -96,8 +96,9 @@ def find(setting: str, model: str, num_layers: int, num_kv_heads: int) -> Path |
     """
     if setting == NONE:
         return None
-    beside, shipped = Path(model) / FILE, SHIPPED / f"{Path(model).name}.json"
-    if setting == AUTO and not beside.is_file():
+    directory, name = _place(model)
+    beside, shipped = directory / FILE if directory else None, SHIPPED / f"{name}.json"
+    if setting == AUTO and not (beside and beside.is_file()):
         fits = shipped.is_file() and _shape(read(shipped)) == (num_layers, num_kv_heads)
         return shipped if fits else None
     path = beside if setting == AUTO else Path(setting)
@@ -108,6 +109,18 @@ def find(setting: str, model: str, num_layers: int, num_kv_heads: int) -> Path |
             f"{num_kv_heads}"
         )
     return path.resolve()
+
+
+def _place(model: str) -> tuple[Path | None, str]:
+    """The model's directory, if it is one or a file in one, and its name."""
+    path = Path(model).resolve()
+    if path.is_file():
+        path = path.parent
+    if not path.is_dir():
+        return None, path.name
+    # vLLM offline: Hugging Face's cache, …/models--organisation--name/snapshots/revision
+    in_cache = path.parent.name == "snapshots"
+    return path, path.parent.parent.name.rpartition("--")[2] if in_cache else path.name
 
 
 def _shape(file: CalibrationFile) -> tuple[int, int]:

@@ -201,14 +201,17 @@ def calibrate(
 
     from kvsculpt_vllm.calibration import FILE
     from kvsculpt_vllm.evaluation.calibrate import calibrate as measure
+    from kvsculpt_vllm.evaluation.model import model_directory
     from kvsculpt_vllm.sculpt.effort import EFFORTS
 
     if effort not in EFFORTS:
         raise typer.BadParameter(f"got {effort}, allowed: {', '.join(EFFORTS)}", param_hint="--effort")
     try:
-        directory, calibration = measure(model, text, context, num_contexts, effort, seed, device, Console(stderr=True))
+        directory = model_directory(model)
         path = out or directory / FILE
-        calibration.write(path)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):  # before and not after minutes of work
+            raise ValueError(f"--out: {path} cannot be written, allowed: a file in a writable directory")
+        measure(directory, text, context, num_contexts, effort, seed, device, Console(stderr=True)).write(path)
     except (ValueError, OSError, NotImplementedError, models.ModelError) as error:
         typer.echo(f"kvsculpt calibrate: {error}", err=True)
         raise typer.Exit(1) from error

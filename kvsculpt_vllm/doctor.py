@@ -154,7 +154,7 @@ def _model(model: str) -> str:
         raise Trouble(f"vLLM cannot configure it: {error}") from None
     calibration = CompressionConfig.from_additional_config(config.additional_config).calibration
     if calibration == NONE:
-        calibration = f"none: `kvsculpt calibrate --model {model}` would make compression faster and better"
+        calibration = "none: `kvsculpt calibrate --model DIR` would make compression faster and better"
     return f"not refused, block size {config.cache_config.block_size}, calibration {calibration}"
 
 

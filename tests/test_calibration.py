@@ -77,8 +77,13 @@ def test_auto_is_the_models_own_before_the_shipped_one_of_its_name_and_shape(mad
     assert find("auto", "org/m", LAYERS, HEADS) == shipped
     assert find("auto", str(model), LAYERS + 1, HEADS) is None  # another model of that name
     assert find("auto", "org/n", LAYERS, HEADS) is None
+    cached = model.parent / "models--org--m" / "snapshots" / "abc"
+    cached.mkdir(parents=True)
+    assert find("auto", str(cached), LAYERS, HEADS) == shipped
     made.write(model / FILE)
     assert find("auto", *shape) == model / FILE
+    (model / "m.gguf").touch()
+    assert find("auto", str(model / "m.gguf"), LAYERS, HEADS) == model / FILE
     assert find("none", *shape) is None
     assert find(str(shipped), *shape) == shipped
 

@@ -37,7 +37,10 @@ def of_rank(
     """
     if config.calibration == NONE:
         return None
-    file = read(Path(config.calibration))
+    try:
+        file = read(Path(config.calibration))
+    except CalibrationError as error:
+        raise CalibrationError(f"{error}; with several machines it must be at the same path on all of them") from None
     copies = max(1, world_size // file.num_kv_heads)
     first = rank // copies * num_kv_heads
     return file.part([extract_layer_index(name) for name in layer_names], list(range(first, first + num_kv_heads)))

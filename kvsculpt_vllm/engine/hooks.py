@@ -132,7 +132,7 @@ def _use_our_classes(vllm_config: VllmConfig, config: CompressionConfig) -> None
 
 def _start_up_line(vllm_config: VllmConfig, config: CompressionConfig, block_size_chosen: bool) -> str:
     budgets = config.budget
-    if config.calibration != NONE:
+    if config.calibration != NONE and config.budget == "adaptive":
         budgets += f" (sculpt's by {config.calibration})"
     elif config.method == "sculpt" and config.budget == "adaptive":
         budgets += " (by a pilot on each prompt; `kvsculpt calibrate` would make it faster and better)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from kvsculpt_vllm.calibration import CalibrationFile
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.evaluation.harness import Context
-from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer, model_directory
+from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer
 from kvsculpt_vllm.evaluation.progress import progress_bar
 from kvsculpt_vllm.evaluation.texts import passages, read_text
 from kvsculpt_vllm.sculpt.effort import EFFORTS
@@ -27,7 +28,7 @@ FRACTIONS = (0.03, 0.06, 0.1, 0.15, 0.22, 0.3, 0.42, 0.55, 0.75)
 
 
 def calibrate(
-    model: str,
+    directory: Path,
     texts: Sequence[str],
     context: int,
     num_contexts: int,
@@ -35,22 +36,21 @@ def calibrate(
     seed: int,
     device: str,
     console: Console,
-) -> tuple[Path, CalibrationFile]:
-    """Read `num_contexts` contexts of each text twice and average what the heads lose. Returns the model's directory
-    and the calibration.
+) -> CalibrationFile:
+    """Read `num_contexts` contexts of each text twice and average what the heads of the model in `directory` lose.
 
     The first reading is the prompt's own. In the second the context comes once more behind itself, and its queries look
     for what they need to copy it (as KVzip, arXiv 2505.23416, scores entries): some heads copy, and hardly any query of
     an ordinary prompt asks them to. Both readings count the same.
 
     Raises:
-        ValueError, OSError, NotImplementedError, models.ModelError: what cannot be done, in words for the user.
+        ValueError, OSError, NotImplementedError: what cannot be done, in words for the user.
     """
     transformers_logging.disable_progress_bar()
-    directory = model_directory(model)
     tokenizer, prefix = load_tokenizer(directory)
-    chosen = []
+    chosen, counts = [], Counter()
     for text in texts:
+        counts[Path(text).name] += num_contexts
         tokens = tokenizer(read_text(text), add_special_tokens=False, verbose=False).input_ids
         chosen += [passage.context for passage in passages(tokens, context, 0, num_contexts, seed, prefix)]
     evaluated = EvaluationModel.load(directory, device)
@@ -61,40 +61,49 @@ def calibrate(
     fractions, found = (), []
     with progress_bar(console) as progress:
         for tokens in progress.track(chosen, description="contexts read"):
-            fractions, losses = curves(evaluated, tokens, effort)
+            fractions, losses = curves(evaluated, tokens, effort, len(prefix))
             found.append(losses)
     mean = np.mean(found, axis=0).reshape(evaluated.num_layers, -1, len(fractions))
-    return directory, CalibrationFile(
+    return CalibrationFile(
         model=directory.name,
         num_layers=mean.shape[0],
         num_kv_heads=mean.shape[1],
         context=context,
-        texts={Path(text).name: num_contexts for text in texts},
+        texts=counts,
         fractions=fractions,
         losses=[[[float(f"{loss:.6g}") for loss in head] for head in layer] for layer in mean],
     )
 
 
-def curves(model: EvaluationModel, tokens: Sequence[int], effort: str) -> tuple[tuple[float, ...], np.ndarray]:
-    """Fractions (G,) of the span, and what each head (L·H, G) loses there, the sum over both readings of `tokens`."""
+def curves(
+    model: EvaluationModel, tokens: Sequence[int], effort: str, prefix: int = 0
+) -> tuple[tuple[float, ...], np.ndarray]:
+    """Fractions (G,) of the span, and what each head (L·H, G) loses there, the sum over both readings of `tokens`, the
+    first `prefix` of which are there only once.
+    """
     exact, amount = CompressionConfig(), EFFORTS[effort]
     context = Context(model, tokens, 0, amount, BLOCK_SIZE, exact.window, exact.sink)
     plan = context.plan(1.0)
+    again, count = tokens[prefix:], amount.positions_for(model.position_bytes)
+    second = second_reading(model, tokens, again, count, plan.span_pages * BLOCK_SIZE, exact.sink)
     readings = [
         survey(problems, plan, "sculpt", "adaptive", amount, fractions=FRACTIONS)
-        for problems in (context.problems, second_reading(model, tokens, plan.span_pages * BLOCK_SIZE, exact.sink))
+        for problems in (context.problems, second)
     ]
     return tuple(count / plan.span_pages for count in readings[0].grid), sum(found.curves for found in readings)
 
 
-def second_reading(model: EvaluationModel, tokens: Sequence[int], span: int, sinks: int) -> Problems:
-    """The problems of the same context, asked by what follows if it is read once more.
+def second_reading(
+    model: EvaluationModel, tokens: Sequence[int], again: Sequence[int], count: int, span: int, sinks: int
+) -> Problems:
+    """The problems of a context, asked by what it is followed by if it is read `again`, from `count` of its positions.
 
     What the second reading sees of itself is left out: the first one's entries are what is to be compressed.
     """
     number = len(tokens)
-    positions = torch.arange(number, 2 * number)
-    recording = model.record([*tokens, *tokens], positions)
+    spread = torch.linspace(0, len(again) - 1, min(count, len(again)), dtype=torch.float64).round().long()
+    positions = number + spread
+    recording = model.record([*tokens, *again], positions)
     keys, values = recording.keys[:, :number], recording.values[:, :number]
     heads = len(keys) // model.num_layers
     # (L, P, heads, D) to one row of queries per KV head, as `queries.build_in_slices` orders them.
@@ -116,7 +125,7 @@ def second_reading(model: EvaluationModel, tokens: Sequence[int], span: int, sin
         )
         for b in range(len(keys))
     ]
-    held_out = torch.arange(number, device=keys.device) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    held_out = torch.arange(len(positions), device=keys.device) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     return Problems(
         queries=queries,
         keys=keys[:, sinks:span],

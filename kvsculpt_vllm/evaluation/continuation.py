@@ -16,7 +16,7 @@ from kvsculpt_vllm.evaluation.metrics import TokenScores, compare, summarise
 from kvsculpt_vllm.evaluation.texts import Passage
 
 HEADS = {
-    "difficulty": "the pilot's error at the uniform budget, as adaptive budgets weigh it (0: they are uniform)",
+    "difficulty": "the error at the uniform budget that adaptive budgets weigh, by pilot or calibration (0: uniform)",
     "entries": "entries kept of the span, sinks included",
     "error": "held-out loss of what is used",
 }

@@ -40,7 +40,17 @@ class EvaluationModel:
 
     @classmethod
     def load(cls, directory: Path, device: str) -> EvaluationModel:
-        """The model in `directory` on `device`, its weights exactly those on disk."""
+        """The model in `directory` on `device`, its weights exactly those on disk.
+
+        Raises:
+            ValueError: a device that there is not.
+        """
+        try:
+            found = torch.device(device).type == "cpu" or torch.cuda.is_available()
+        except RuntimeError:
+            found = False
+        if not found:
+            raise ValueError(f"--device: got {device}, allowed: cpu, and cuda where torch finds a GPU")
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
         return cls(model.to(device))
 
@@ -102,7 +112,7 @@ def model_directory(name: str) -> Path:
     directory = models.prepare(name) if name in models.MODELS else Path(name)
     if not (directory / "config.json").is_file():
         raise ValueError(f"--model: {name} is neither a model's directory nor one of {', '.join(models.MODELS)}")
-    return directory
+    return directory.resolve()
 
 
 def load_tokenizer(directory: Path) -> tuple[AutoTokenizer, list[int]]:

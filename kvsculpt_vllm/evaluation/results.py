@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import kvsculpt_vllm
+from kvsculpt_vllm.calibration import NONE
 
 HARNESS = ("attention", "continuation", "harness", "metrics", "model", "retrieval", "tasks", "texts")
 """The modules of this package that decide numbers; the others show them."""
@@ -138,4 +139,5 @@ def _key(row: Row) -> Key:
 
 
 def _but_code(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name != "code"}
+    # Rows of before there were calibrations do not name theirs.
+    return {"calibration": NONE} | {name: value for name, value in settings.items() if name != "code"}

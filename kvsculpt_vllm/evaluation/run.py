@@ -131,7 +131,8 @@ def run(request: Request, json_path: Path | None, console: Console, report: Path
     tokenizer, prefix = load_tokenizer(directory)
     exact = CompressionConfig()
     shape = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
-    path = find(request.calibration, str(directory), shape.num_hidden_layers, shape.num_key_value_heads)
+    num_kv_heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    path = find(request.calibration, str(directory), shape.num_hidden_layers, num_kv_heads)
     calibration = None if path is None else read(path)
     methods = METHODS
     if calibration is not None:
@@ -160,7 +161,7 @@ def run(request: Request, json_path: Path | None, console: Console, report: Path
         Console(file=console.file, width=max(console.width, TABLE_WIDTH)).print(table(own, series))
         rows += own
     if report is not None:
-        console.print(f"report: {write_report(report, rows, COLUMNS, shape.num_key_value_heads)}")
+        console.print(f"report: {write_report(report, rows, COLUMNS, num_kv_heads)}")
     return rows
 
 

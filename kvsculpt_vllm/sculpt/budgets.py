@@ -51,7 +51,7 @@ def adaptive_budgets(
     grid: Sequence[int],  # (G,) ascending page counts; the first is the least, the last the most a problem may get
     total: int,
 ) -> list[int]:
-    """Pages per problem, summing to `total`, that minimise the summed error of the pilot's curves.
+    """Pages per problem, summing to `total`, that minimise the summed error of the curves.
 
     The greedy marginal gain on the lower convex hull of each curve is the exact minimum of the convexified
     problem. KVSculpt redistributes one total by each head's pilot error; its formula is not public, and the hull

@@ -26,6 +26,17 @@ class Calibration:
         return grid_of(plan, self.fractions)
 
     def curves(self, grid: Sequence[int], plan: PagePlan) -> np.ndarray:
-        """What each head loses (B, len(grid)) at the page counts in `grid`; below the smallest fraction, as there."""
+        """What each head loses (B, len(grid)) at the page counts in `grid`.
+
+        One page of a long span is a smaller part of it than was measured. There a loss goes on as the power of the
+        fraction that it follows between the two smallest ones: were it to stay, a head would seem to gain nothing from
+        its second page, and get none.
+        """
         at = np.array(grid) / plan.span_pages
-        return np.stack([np.interp(at, self.fractions, losses) for losses in self.losses])
+        found = np.stack([np.interp(at, self.fractions, losses) for losses in self.losses])
+        below, (first, second) = at < self.fractions[0], self.fractions[:2]
+        tiny = np.finfo(np.float64).tiny
+        fall = np.log(np.maximum(self.losses[:, 0], tiny) / np.maximum(self.losses[:, 1], tiny))
+        power = np.maximum(fall, 0) / np.log(second / first)
+        found[:, below] *= (first / at[below]) ** power[:, None]
+        return found

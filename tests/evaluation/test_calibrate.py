@@ -46,18 +46,18 @@ def test_the_second_reading_asks_the_first_ones_entries_alone(directory):
     tokens = torch.randint(WORDS, (CONTEXT,), generator=torch.Generator().manual_seed(1)).tolist()
     model = EvaluationModel.load(directory, "cpu")
     model.storage = torch.float32
-    problems = second_reading(model, tokens, SPAN, SINKS)
+    problems = second_reading(model, tokens, tokens[1:], CONTEXT, SPAN, SINKS)
     found = teach(problems.take(torch.arange(LAYERS * KV_HEADS)), 1 << 20)
 
     # Transformers' own eager attention weights over both readings, those of the first reading scaled to sum to 1.
     plain = LlamaForCausalLM.from_pretrained(directory, attn_implementation="eager")
-    told = plain(torch.tensor([tokens + tokens]), output_attentions=True, use_cache=True)
+    told = plain(torch.tensor([tokens + tokens[1:]]), output_attentions=True, use_cache=True)
     for layer in range(LAYERS):
         weights = told.attentions[layer][0, :, CONTEXT:, :CONTEXT]
         values = told.past_key_values.layers[layer].values[0, :, :CONTEXT].repeat_interleave(HEADS // KV_HEADS, 0)
-        expected = weights / weights.sum(-1, keepdim=True) @ values  # (heads, CONTEXT, D)
+        expected = weights / weights.sum(-1, keepdim=True) @ values  # (heads, CONTEXT - 1, D)
         own = slice(layer * KV_HEADS, (layer + 1) * KV_HEADS)
-        by_head = found.out[own].unflatten(1, (CONTEXT, HEADS // KV_HEADS)).transpose(1, 2).flatten(0, 1)
+        by_head = found.out[own].unflatten(1, (CONTEXT - 1, HEADS // KV_HEADS)).transpose(1, 2).flatten(0, 1)
         torch.testing.assert_close(by_head, expected, rtol=0, atol=1e-4)
 
 
@@ -89,9 +89,13 @@ def test_the_command_writes_the_mean_of_the_contexts_where_servers_look(director
         (["--text", "/absent"], "No such file"),
         (["--model", "/absent"], "--model: /absent is neither"),
         (["--num-contexts", "100000"], "contexts of"),
+        (["--device", "cuda"], "--device: got cuda, allowed: cpu"),
+        (["--device", "tpv"], "--device: got tpv, allowed: cpu"),
+        (["--out", "/absent/c.json"], "--out: /absent/c.json cannot be written"),
     ],
 )
-def test_bad_input_is_refused_by_name(directory, arguments, message):
+def test_bad_input_is_refused_by_name(directory, monkeypatch, arguments, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = CliRunner().invoke(app, ["calibrate", "--model", str(directory), *arguments])
     assert result.exit_code
     assert message in " ".join(result.output.replace("│", " ").split())

@@ -249,7 +249,11 @@ def test_a_calibration_takes_the_place_of_the_pilot(case, results, monkeypatch):
 
 
 def test_a_calibration_is_read_between_its_fractions_in_spans_of_any_length():
-    measured = Calibration((0.25, 0.5, 1.0), np.array([[8.0, 4.0, 0.0]]))
+    # The heads halve their loss with twice the pages, lose nothing, lose more with more (noise), and need all.
+    losses = [[8.0, 4.0, 0.0], [0.0, 0.0, 0.0], [3.0, 5.0, 0.0], [8.0, 8.0, 0.0]]
+    measured = Calibration((0.25, 0.5, 1.0), np.array(losses))
     plan = dataclasses.replace(PLAN, span_pages=32)
     assert measured.grid(plan) == [1, 8, 16, 32]
-    np.testing.assert_allclose(measured.curves([1, 8, 12, 16, 24, 32], plan), [[8, 8, 6, 4, 2, 0]])
+    found = measured.curves([1, 4, 8, 12, 16, 24, 32], plan)
+    expected = [[64, 16, 8, 6, 4, 2, 0], [0] * 7, [3, 3, 3, 4, 5, 2.5, 0], [8, 8, 8, 8, 8, 4, 0]]
+    np.testing.assert_allclose(found, expected)
