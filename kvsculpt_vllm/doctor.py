@@ -154,7 +154,7 @@ def _model(model: str) -> str:
         raise Trouble(f"vLLM cannot configure it: {error}") from None
     calibration = CompressionConfig.from_additional_config(config.additional_config).calibration
     if calibration == NONE:
-        calibration = "none: `kvsculpt calibrate --model DIR` would make compression faster and better"
+        calibration = "none (a pilot on each prompt, which `kvsculpt calibrate --model DIR` can save)"
     return f"not refused, block size {config.cache_config.block_size}, calibration {calibration}"
 
 

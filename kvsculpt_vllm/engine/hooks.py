@@ -135,7 +135,7 @@ def _start_up_line(vllm_config: VllmConfig, config: CompressionConfig, block_siz
     if config.calibration != NONE and config.budget == "adaptive":
         budgets += f" (sculpt's by {config.calibration})"
     elif config.method == "sculpt" and config.budget == "adaptive":
-        budgets += " (by a pilot on each prompt; `kvsculpt calibrate` would make it faster and better)"
+        budgets += " (by a pilot on each prompt, which `kvsculpt calibrate` can save)"
     return (
         f"KV compression: active, because --kv-compression is {config.method}. "
         f"Keep ratio {config.keep_ratio:g}, budget {budgets}, prompts from {config.min_tokens} tokens, "

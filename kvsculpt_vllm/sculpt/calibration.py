@@ -14,8 +14,8 @@ from kvsculpt_vllm.sculpt.budgets import PagePlan, grid_of
 class Calibration:
     """Curves as `survey.pilot` finds them, averaged over contexts.
 
-    Which heads need many entries is nearly the model's own, and one prompt's pilot measures it with much noise: budgets
-    by averaged curves are better than those by the prompt's own, and cost nothing (benchmarks/LOG.md).
+    Which heads need many entries is largely the model's own, and one prompt's pilot measures it with noise: budgets by
+    averaged curves cost nothing, and lose less on one model of two that were measured (benchmarks/LOG.md).
     """
 
     fractions: tuple[float, ...]  # (G,) of a span's pages, ascending, the last one 1
