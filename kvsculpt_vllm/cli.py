@@ -11,6 +11,10 @@ from kvsculpt_vllm import models
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
+Model = Annotated[str, typer.Option(help=f"A model's directory, or one of: {', '.join(models.MODELS)}.")]
+Seed = Annotated[int, typer.Option(help="Moves the contexts along the text.")]
+Device = Annotated[str, typer.Option(help="Where torch computes: cpu, cuda.")]
+
 
 @app.callback()
 def _commands() -> None:
@@ -46,9 +50,7 @@ class _SeveralRatios(TyperCommand):
 
 @app.command("eval", cls=_SeveralRatios)
 def evaluate(
-    model: Annotated[
-        str, typer.Option(help=f"A model's directory, or one of: {', '.join(models.MODELS)}.")
-    ] = "smollm2-135m",
+    model: Model = "smollm2-135m",
     text: Annotated[
         str,
         typer.Option(help="A UTF-8 file, or pydoc (the help topics that come with Python), or stdlib (its source)."),
@@ -86,8 +88,8 @@ def evaluate(
     block_size: Annotated[
         int, typer.Option(min=1, help="Entries in a page, as vLLM's --block-size: spans and budgets are whole pages.")
     ] = 32,
-    seed: Annotated[int, typer.Option(help="Moves the contexts along the text.")] = 0,
-    device: Annotated[str, typer.Option(help="Where torch computes: cpu, cuda.")] = "cpu",
+    seed: Seed = 0,
+    device: Device = "cpu",
     calibration: Annotated[
         str,
         typer.Option(
@@ -167,9 +169,7 @@ def evaluate(
 
 @app.command()
 def calibrate(
-    model: Annotated[
-        str, typer.Option(help=f"A model's directory, or one of: {', '.join(models.MODELS)}.")
-    ] = "smollm2-135m",
+    model: Model = "smollm2-135m",
     text: Annotated[
         list[str],
         typer.Option(
@@ -182,8 +182,8 @@ def calibrate(
     effort: Annotated[
         str, typer.Option(help="Queries that losses are measured by: fast, balanced, thorough.")
     ] = "balanced",
-    seed: Annotated[int, typer.Option(help="Moves the contexts along the text.")] = 0,
-    device: Annotated[str, typer.Option(help="Where torch computes: cpu, cuda.")] = "cpu",
+    seed: Seed = 0,
+    device: Device = "cpu",
     out: Annotated[
         Path | None,
         typer.Option(help="The file to write; by default the one in the model's directory that servers look for."),

@@ -9,7 +9,7 @@ from vllm.config import ModelConfig
 from vllm.model_executor.models.utils import extract_layer_index
 
 from kvsculpt_vllm.calibration import NONE, CalibrationError, find, read
-from kvsculpt_vllm.config import CompressionConfig, ConfigError, Problem, flag
+from kvsculpt_vllm.config import CompressionConfig, ConfigError, Problem, allowed, flag
 from kvsculpt_vllm.sculpt.calibration import Calibration
 
 
@@ -23,8 +23,8 @@ def resolved(config: CompressionConfig, model: ModelConfig) -> CompressionConfig
     try:
         path = find(config.calibration, model.model, num_layers, model.get_total_num_kv_heads())
     except CalibrationError as error:
-        allowed = f"auto, none, or a file that `kvsculpt calibrate` wrote for this model ({error})"
-        raise ConfigError([Problem(flag("calibration"), config.calibration, allowed)]) from None
+        cure = f"{allowed('calibration')} ({error})"
+        raise ConfigError([Problem(flag("calibration"), config.calibration, cure)]) from None
     return config.model_copy(update={"calibration": NONE if path is None else str(path)})
 
 

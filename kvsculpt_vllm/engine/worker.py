@@ -13,7 +13,6 @@ from traceback import extract_tb
 from typing import Any, ClassVar
 
 from vllm.config import get_layers_from_vllm_config
-from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -114,13 +113,12 @@ class SculptWorkerMixin:
         for index, layer in enumerate(layers):
             layer.impl.state, layer.impl.layer_index = self.compression_state, index
         rotaries = rotary_of_layers(self.model_runner.get_model(), layers, self.model_config.hf_text_config)
-        tensor_parallel = get_tp_group()
         calibration = of_rank(
             self.compression_state.config,
             group.layer_names,
             layers[0].num_kv_heads,
-            tensor_parallel.rank_in_group,
-            tensor_parallel.world_size,
+            self.ranks.place[1],
+            self.parallel_config.tensor_parallel_size,
         )
         self.compressor = Compressor(self.compression_state, rotaries, layers[0].impl.scale, calibration)
 

@@ -18,8 +18,8 @@ from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer
 from kvsculpt_vllm.evaluation.progress import progress_bar
 from kvsculpt_vllm.evaluation.texts import passages, read_text
 from kvsculpt_vllm.sculpt.effort import EFFORTS
-from kvsculpt_vllm.sculpt.problem import Problems, retained_attention
-from kvsculpt_vllm.sculpt.queries import HELD_OUT_EVERY
+from kvsculpt_vllm.sculpt.problem import Problems
+from kvsculpt_vllm.sculpt.queries import asked_problems, held_out_of
 from kvsculpt_vllm.sculpt.survey import survey
 
 BLOCK_SIZE = 32
@@ -104,35 +104,14 @@ def second_reading(
     spread = torch.linspace(0, len(again) - 1, min(count, len(again)), dtype=torch.float64).round().long()
     positions = number + spread
     recording = model.record([*tokens, *again], positions)
-    keys, values = recording.keys[:, :number], recording.values[:, :number]
-    heads = len(keys) // model.num_layers
-    # (L, P, heads, D) to one row of queries per KV head, as `queries.build_in_slices` orders them.
-    queries = recording.queries.float().transpose(1, 2)
-    group = queries.shape[1] // heads
-    queries = queries.unflatten(1, (heads, group)).transpose(2, 3).flatten(2, 3).flatten(0, 1)
-    row_positions = positions.to(keys.device).repeat_interleave(group)
-    recent_positions = torch.arange(span, number, device=keys.device)
-    retained = [
-        retained_attention(
-            queries[b : b + 1],
-            row_positions,
-            keys[b : b + 1, :sinks],
-            values[b : b + 1, :sinks],
-            keys[b : b + 1, span:],
-            values[b : b + 1, span:],
-            recent_positions,
-            recording.scale,
-        )
-        for b in range(len(keys))
-    ]
-    held_out = torch.arange(len(positions), device=keys.device) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-    return Problems(
-        queries=queries,
-        keys=keys[:, sinks:span],
-        values=values[:, sinks:span],
-        retained_out=torch.cat([out for out, _ in retained]),
-        retained_lse=torch.cat([lse for _, lse in retained]),
-        held_out=held_out.repeat_interleave(group),
+    return asked_problems(
+        (queries.float() for queries in recording.queries),
+        model.num_layers,
+        positions.to(model.device),
+        held_out_of(len(positions), model.device),
+        keys=recording.keys[:, :number],
+        values=recording.values[:, :number],
+        span=span,
+        sinks=sinks,
         scale=recording.scale,
-        group=group,
     )

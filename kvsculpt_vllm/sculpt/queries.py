@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -63,24 +64,53 @@ def build_in_slices(
     scale: float,
 ) -> Slices[Problems]:
     """One problem per (layer, KV head), layers outermost, with the queries of all heads of its group."""
-    num_layers, _, num_query_heads, _ = queries.shape
-    heads = len(keys) // num_layers
-    group = num_query_heads // heads
     num_prompt_tokens = keys.shape[1]
     covered = [rotary.num_positions for rotary in rotaries if rotary is not None]
     future = future_positions(positions, num_prompt_tokens, min(covered, default=num_prompt_tokens + FUTURE_TOKENS))
-    row_positions = torch.cat([future, positions[-recent:]]).repeat_interleave(group)
-    recent_positions = torch.arange(span, num_prompt_tokens, device=keys.device)
+    asked = (
+        _ask(queries[layer].float(), recent, positions, future, rotary)  # (P + recent, heads, D)
+        for layer, rotary in enumerate(rotaries)
+    )
+    held_out = held_out_of(len(positions), keys.device)
+    # A query that is asked twice is held out twice or not at all.
+    held_out = torch.cat([held_out, held_out[-recent:]])
+    asked_at = torch.cat([future, positions[-recent:]])
+    problems = yield from asked_in_slices(
+        asked, len(rotaries), asked_at, held_out, keys=keys, values=values, span=span, sinks=sinks, scale=scale
+    )
+    return replace(problems, recent=recent)
+
+
+def held_out_of(count: int, device: torch.device) -> Tensor:
+    """Which of `count` sampled positions are never fitted to (count,) bool."""
+    return torch.arange(count, device=device) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+
+
+def asked_in_slices(
+    asked: Iterable[Tensor],  # per layer (A, heads, D) fp32
+    num_layers: int,
+    positions: Tensor,  # (A,) where they are asked
+    held_out: Tensor,  # (A,) bool
+    *,
+    keys: Tensor,  # these as in `build_in_slices`
+    values: Tensor,
+    span: int,
+    sinks: int,
+    scale: float,
+) -> Slices[Problems]:
+    """The problems of those queries."""
+    heads = len(keys) // num_layers
+    recent_positions = torch.arange(span, keys.shape[1], device=keys.device)
     rows, retained = [], []
-    for layer, rotary in enumerate(rotaries):
-        asked = _ask(queries[layer].float(), recent, positions, future, rotary)  # (P + recent, heads, D)
-        rows.append(asked.unflatten(1, (heads, group)).transpose(0, 1).flatten(1, 2))  # (H, P·G, D)
+    for layer, queries in enumerate(asked):
+        group = queries.shape[1] // heads
+        rows.append(queries.unflatten(1, (heads, group)).transpose(0, 1).flatten(1, 2))  # (H, A·G, D)
         own = slice(layer * heads, (layer + 1) * heads)
         # A layer at a time: for the whole model at once the scores of a wide window would take gigabytes.
         retained.append(
             retained_attention(
                 rows[-1],
-                row_positions,
+                positions.repeat_interleave(group),
                 keys[own, :sinks],
                 values[own, :sinks],
                 keys[own, span:],
@@ -90,9 +120,6 @@ def build_in_slices(
             )
         )
         yield
-    held_out = torch.arange(len(positions), device=keys.device) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-    # A query that is asked twice is held out twice or not at all.
-    held_out = torch.cat([held_out, held_out[-recent:]])
     return Problems(
         queries=torch.cat(rows),
         keys=keys[:, sinks:span],
@@ -102,10 +129,10 @@ def build_in_slices(
         held_out=held_out.repeat_interleave(group),
         scale=scale,
         group=group,
-        recent=recent,
     )
 
 
+asked_problems = at_once(asked_in_slices)
 build_problems = at_once(build_in_slices)
 
 

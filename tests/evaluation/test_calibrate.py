@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from kvsculpt_vllm.calibration import FILE, read
@@ -20,21 +20,10 @@ CONTEXT, SPAN, SINKS = 150, 64, 4
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
+def directory(tmp_path_factory, tiny_llama):
     """A tiny model with random weights, whose words are numbers."""
-    torch.manual_seed(0)
     path = tmp_path_factory.mktemp("tiny")
-    config = LlamaConfig(
-        vocab_size=WORDS,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        max_position_embeddings=400,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
+    tiny_llama(LAYERS, HEADS, KV_HEADS, WORDS, positions=400).save_pretrained(path)
     words = Tokenizer(models.WordLevel({str(i): i for i in range(WORDS)}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)

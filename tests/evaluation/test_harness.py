@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 from kvsculpt_vllm.evaluation.attention import RaggedCache
 from kvsculpt_vllm.evaluation.continuation import Measurement, Trial
@@ -38,23 +38,13 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def make_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        max_position_embeddings=1024,
-        initializer_range=0.3,  # attention that is far from even, so that it matters what is kept
-    )
-    return LlamaForCausalLM(config).eval()
+@pytest.fixture(scope="module")
+def make_model(tiny_llama):
+    return lambda: tiny_llama(LAYERS, HEADS, KV_HEADS, VOCABULARY, positions=1024)
 
 
 @pytest.fixture(scope="module")
-def plain():
+def plain(make_model):
     """The model as transformers runs it."""
     return make_model()
 
@@ -66,7 +56,7 @@ def chosen():
 
 
 @pytest.fixture(scope="module")
-def trials(chosen):
+def trials(make_model, chosen):
     model = EvaluationModel(make_model())
     return [
         Trial(Context(model, passage.context, CONTINUATION, EFFORT, BLOCK, WINDOW, SINKS), passage)
@@ -83,7 +73,7 @@ def kl(measurements):
 
 
 @torch.no_grad()
-def test_the_full_cache_gives_the_logits_of_the_plain_model(plain, chosen):
+def test_the_full_cache_gives_the_logits_of_the_plain_model(make_model, plain, chosen):
     passage = chosen[0]
     expected = plain(torch.tensor([passage.context + passage.continuation])).logits[0, CONTEXT:]
     model = EvaluationModel(make_model(), storage=torch.float32)
@@ -93,7 +83,9 @@ def test_the_full_cache_gives_the_logits_of_the_plain_model(plain, chosen):
 
 
 @torch.no_grad()
-def test_heads_with_different_entries_give_the_logits_of_the_plain_model_that_masks_the_others(plain, chosen):
+def test_heads_with_different_entries_give_the_logits_of_the_plain_model_that_masks_the_others(
+    make_model, plain, chosen
+):
     passage = chosen[1]
     generator = torch.Generator().manual_seed(2)
     kept = [torch.randperm(CONTEXT, generator=generator)[:size] for size in (150, 37)]  # by KV head, in any order
@@ -122,7 +114,7 @@ def test_heads_with_different_entries_give_the_logits_of_the_plain_model_that_ma
 
 
 @torch.no_grad()
-def test_recorded_queries_are_those_the_model_asks_and_move_with_its_rotary_embedding(chosen):
+def test_recorded_queries_are_those_the_model_asks_and_move_with_its_rotary_embedding(make_model, chosen):
     model = EvaluationModel(make_model(), storage=torch.float32)
     tokens = [chosen[0].context[0]] * CONTEXT  # one token everywhere: layer 0 asks the same at every position
     recording = model.record(tokens, torch.tensor([3, 50, 199]))
