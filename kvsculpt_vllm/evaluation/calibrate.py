@@ -26,6 +26,9 @@ BLOCK_SIZE = 32
 FRACTIONS = (0.03, 0.06, 0.1, 0.15, 0.22, 0.3, 0.42, 0.55, 0.75)
 """Of a span's pages, at which losses are measured, besides the least and all of them."""
 
+COMPARED_AT = 0.15
+"""A fraction of a span's pages at which every head of the models measured loses something."""
+
 
 def calibrate(
     directory: Path,
@@ -41,7 +44,9 @@ def calibrate(
 
     The first reading is the prompt's own. In the second the context comes once more behind itself, and its queries look
     for what they need to copy it (as KVzip, arXiv 2505.23416, scores entries): some heads copy, and hardly any query of
-    an ordinary prompt asks them to. Both readings count the same.
+    an ordinary prompt asks them to. A head's loss in a reading is its share of what all heads lose there with
+    `COMPARED_AT` of their pages: heads lose five to ten times as much in a second reading, and would be judged by that
+    alone (measured: benchmarks/LOG.md).
 
     Raises:
         ValueError, OSError, NotImplementedError: what cannot be done, in words for the user.
@@ -78,8 +83,8 @@ def calibrate(
 def curves(
     model: EvaluationModel, tokens: Sequence[int], effort: str, prefix: int = 0
 ) -> tuple[tuple[float, ...], np.ndarray]:
-    """Fractions (G,) of the span, and what each head (L·H, G) loses there, the sum over both readings of `tokens`, the
-    first `prefix` of which are there only once.
+    """Fractions (G,) of the span, and what each head (L·H, G) loses there: the mean of its `shares` in both readings of
+    `tokens`, the first `prefix` of which are there only once.
     """
     exact, amount = CompressionConfig(), EFFORTS[effort]
     context = Context(model, tokens, 0, amount, BLOCK_SIZE, exact.window, exact.sink)
@@ -90,7 +95,20 @@ def curves(
         survey(problems, plan, "sculpt", "adaptive", amount, fractions=FRACTIONS)
         for problems in (context.problems, second)
     ]
-    return tuple(count / plan.span_pages for count in readings[0].grid), sum(found.curves for found in readings)
+    fractions = tuple(count / plan.span_pages for count in readings[0].grid)
+    return fractions, np.mean([shares(found.curves, fractions) for found in readings], axis=0)
+
+
+def shares(losses: np.ndarray, fractions: Sequence[float]) -> np.ndarray:
+    """Losses (B, G) at `fractions` (G,), relative to what all heads together lose at `COMPARED_AT`.
+
+    Raises:
+        ValueError: they lose nothing there.
+    """
+    whole = np.interp(COMPARED_AT, fractions, losses.sum(0))
+    if not whole > 0:
+        raise ValueError(f"no head loses anything with {COMPARED_AT} of its pages, so that there is nothing to compare")
+    return losses / whole
 
 
 def second_reading(

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from kvsculpt_vllm.calibration import FILE, read
 from kvsculpt_vllm.cli import app
-from kvsculpt_vllm.evaluation.calibrate import curves, second_reading
+from kvsculpt_vllm.evaluation.calibrate import COMPARED_AT, curves, second_reading, shares
 from kvsculpt_vllm.evaluation.model import EvaluationModel
 from kvsculpt_vllm.sculpt.selection import teach
 
@@ -68,6 +68,14 @@ def test_the_command_writes_the_mean_of_the_contexts_where_servers_look(director
     np.testing.assert_allclose(file.whole.losses, np.mean([losses for _, losses in single], axis=0), rtol=1e-4)
     assert (file.whole.losses[:, -1] == 0).all()
     assert (file.whole.losses[:, 0] > 0).all()
+
+
+def test_readings_count_the_same_however_much_is_lost_in_them():
+    losses, fractions = np.array([[8.0, 4.0, 0.0], [2.0, 2.0, 0.0]]), (COMPARED_AT / 2, COMPARED_AT * 2, 1.0)
+    np.testing.assert_allclose(shares(losses, fractions), losses / (10 - 4 / 3))  # a third of the way from 10 to 6
+    np.testing.assert_allclose(shares(7 * losses, fractions), shares(losses, fractions))
+    with pytest.raises(ValueError, match=r"no head loses anything with 0\.15 of its pages"):
+        shares(0 * losses, fractions)
 
 
 @pytest.mark.parametrize(
