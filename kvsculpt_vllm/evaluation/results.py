@@ -15,6 +15,9 @@ from kvsculpt_vllm.calibration import NONE
 HARNESS = ("attention", "continuation", "harness", "metrics", "model", "retrieval", "tasks", "texts")
 """The modules of this package that decide numbers; the others show them."""
 
+CALIBRATED = ("sculpt", "adaptive")
+"""The method and the budgets that a calibration decides; what other rows hold is the same with any."""
+
 Row = dict[str, Any]
 Key = tuple[str, str, float]  # method, budget, keep ratio
 
@@ -43,7 +46,7 @@ class Results:
     Single measurements wait in `<file>.parts` until a row has all its contexts, so that a killed run goes on where
     it stopped. A row counts as done only if its `settings` are the ones asked for; they name the code that measured
     it (`code_version`), so that a changed method is measured anew. Rows of other settings stay in the file; rows of
-    the same settings but other code are replaced.
+    the same settings but other code are replaced. Only `CALIBRATED` rows name a calibration.
     """
 
     def __init__(self, path: Path | None, settings: dict[str, Any], num_contexts: int, kind: type[Measured]) -> None:
@@ -64,7 +67,8 @@ class Results:
 
     def row(self, key: Key) -> Row | None:
         """The finished row of these settings, if there is one."""
-        return next((row for row in self._rows if row["settings"] == self._settings and _key(row) == key), None)
+        settings = self._settings_of(key)
+        return next((row for row in self._rows if row["settings"] == settings and _key(row) == key), None)
 
     def missing(self, key: Key) -> list[int]:
         """Contexts that are still to be measured for a row."""
@@ -78,7 +82,8 @@ class Results:
         measured[context] = measurement
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            part = {"settings": self._settings, "key": key, "context": context, "measurement": measurement.to_json()}
+            plain = measurement.to_json()
+            part = {"settings": self._settings_of(key), "key": key, "context": context, "measurement": plain}
             with self._parts.open("a") as file:
                 file.write(json.dumps(part) + "\n")
         if len(measured) == self._num_contexts:
@@ -93,9 +98,13 @@ class Results:
     def _parts(self) -> Path:
         return self._path.with_name(self._path.name + ".parts")
 
+    def _settings_of(self, key: Key) -> dict[str, Any]:
+        return self._settings if key[:2] == CALIBRATED else self._settings | {"calibration": NONE}
+
     def _finish(self, key: Key, numbers: Row) -> None:
-        row = dict(zip(("method", "budget", "keep_ratio"), key, strict=True)) | numbers | {"settings": self._settings}
-        same = [_but_code(self._settings), key]
+        settings = self._settings_of(key)
+        row = dict(zip(("method", "budget", "keep_ratio"), key, strict=True)) | numbers | {"settings": settings}
+        same = [_but_code(settings), key]
         self._rows = [old for old in self._rows if [_but_code(old["settings"]), _key(old)] != same] + [row]
         if self._path is None:
             return
@@ -109,8 +118,9 @@ class Results:
                 part = json.loads(line)
             except json.JSONDecodeError:  # a killed process left half a line
                 continue
-            if part["settings"] == self._settings:
-                measured = self._measured.setdefault(tuple(part["key"]), {})
+            key = tuple(part["key"])
+            if part["settings"] == self._settings_of(key):
+                measured = self._measured.setdefault(key, {})
                 measured[part["context"]] = self._kind.from_json(part["measurement"])
 
 

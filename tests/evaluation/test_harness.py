@@ -269,3 +269,14 @@ def test_an_interrupted_run_goes_on_and_changed_code_is_measured_again(trials, t
         changed.add(key, context, measurement)
     (row,) = json.loads(path.read_text())
     assert row["settings"]["code"] == "b" and row["kl_per_context"] == [kl([two]), kl([one])]
+
+
+def test_only_rows_that_follow_a_calibration_are_measured_again_with_another(trials, tmp_path):
+    keys = [("sculpt", "adaptive", 0.3), ("sculpt", "uniform", 0.3), ("select", "adaptive", 0.3)]
+    (one,) = measure(trials[:1], "select", "uniform", 0.3)
+    first = Results(tmp_path / "out.json", {"calibration": "first"}, 1, Measurement)
+    for key in keys:
+        first.add(key, 0, one)
+    second = Results(tmp_path / "out.json", {"calibration": "second"}, 1, Measurement)
+    assert [second.missing(key) for key in keys] == [[0], [], []]
+    assert [first.row(key)["settings"]["calibration"] for key in keys] == ["first", "none", "none"]
