@@ -35,6 +35,7 @@ class CalibrationFile(BaseModel):
     num_kv_heads: int = Field(ge=1)
     context: int  # tokens of each context
     texts: dict[str, int]  # what was read, and how many contexts of it
+    second_weight: float | None = None  # of the second readings; None in older files, which hold the sum of losses
     fractions: tuple[float, ...]  # of a span's pages, ascending, the last one 1
     losses: tuple[tuple[tuple[float, ...], ...], ...]  # of each layer and KV head at each fraction
 
@@ -54,7 +55,7 @@ class CalibrationFile(BaseModel):
     @property
     def digest(self) -> str:
         """What tells it from others in a result file."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+        return hashlib.sha256(self._json().encode()).hexdigest()[:12]
 
     def part(self, layers: list[int], kv_heads: list[int]) -> Calibration:
         """The curves of some layers and of some KV heads of each."""
@@ -69,8 +70,11 @@ class CalibrationFile(BaseModel):
     def write(self, path: Path) -> None:
         """Raises OSError if it cannot be written."""
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(self.model_dump_json() + "\n")
+        partial.write_text(self._json() + "\n")
         partial.replace(path)
+
+    def _json(self) -> str:
+        return self.model_dump_json(exclude_none=True)
 
 
 def read(path: Path) -> CalibrationFile:

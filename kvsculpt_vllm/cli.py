@@ -182,6 +182,15 @@ def calibrate(
     effort: Annotated[
         str, typer.Option(help="Queries that losses are measured by: fast, balanced, thorough.")
     ] = "balanced",
+    second_reading: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Weight of what heads lose where the context is read again, the rest being that of its first reading. "
+            "More of it keeps more of what copies.",
+        ),
+    ] = 0.25,
     seed: Seed = 0,
     device: Device = "cpu",
     out: Annotated[
@@ -212,7 +221,10 @@ def calibrate(
         path = out or directory / FILE
         if path.is_dir() or not os.access(path.parent, os.W_OK):  # before and not after minutes of work
             raise ValueError(f"--out: {path} cannot be written, allowed: a file in a writable directory")
-        measure(directory, text, context, num_contexts, effort, seed, device, Console(stderr=True)).write(path)
+        measured = measure(
+            directory, text, context, num_contexts, effort, second_reading, seed, device, Console(stderr=True)
+        )
+        measured.write(path)
     except (ValueError, OSError, NotImplementedError, models.ModelError) as error:
         typer.echo(f"kvsculpt calibrate: {error}", err=True)
         raise typer.Exit(1) from error

@@ -36,6 +36,7 @@ def calibrate(
     context: int,
     num_contexts: int,
     effort: str,
+    second_weight: float,
     seed: int,
     device: str,
     console: Console,
@@ -46,7 +47,8 @@ def calibrate(
     for what they need to copy it (as KVzip, arXiv 2505.23416, scores entries): some heads copy, and hardly any query of
     an ordinary prompt asks them to. A head's loss in a reading is its share of what all heads lose there with
     `COMPARED_AT` of their pages: heads lose five to ten times as much in a second reading, and would be judged by that
-    alone (measured: benchmarks/LOG.md).
+    alone. `second_weight` is that of the second reading's shares, that of the first one's is the rest of 1 (measured:
+    benchmarks/LOG.md).
 
     Raises:
         ValueError, OSError, NotImplementedError: what cannot be done, in words for the user.
@@ -66,7 +68,7 @@ def calibrate(
     fractions, found = (), []
     with progress_bar(console) as progress:
         for tokens in progress.track(chosen, description="contexts read"):
-            fractions, losses = curves(evaluated, tokens, effort, len(prefix))
+            fractions, losses = curves(evaluated, tokens, effort, second_weight, len(prefix))
             found.append(losses)
     mean = np.mean(found, axis=0).reshape(evaluated.num_layers, -1, len(fractions))
     return CalibrationFile(
@@ -75,28 +77,31 @@ def calibrate(
         num_kv_heads=mean.shape[1],
         context=context,
         texts=counts,
+        second_weight=second_weight,
         fractions=fractions,
         losses=[[[float(f"{loss:.6g}") for loss in head] for head in layer] for layer in mean],
     )
 
 
 def curves(
-    model: EvaluationModel, tokens: Sequence[int], effort: str, prefix: int = 0
+    model: EvaluationModel, tokens: Sequence[int], effort: str, second_weight: float, prefix: int = 0
 ) -> tuple[tuple[float, ...], np.ndarray]:
-    """Fractions (G,) of the span, and what each head (L·H, G) loses there: the mean of its `shares` in both readings of
-    `tokens`, the first `prefix` of which are there only once.
+    """Fractions (G,) of the span, and what each head (L·H, G) loses there: its `shares` in both readings of `tokens`,
+    the first `prefix` of which are there only once; those of the second one have the `second_weight`, the others the
+    rest of 1.
     """
     exact, amount = CompressionConfig(), EFFORTS[effort]
     context = Context(model, tokens, 0, amount, BLOCK_SIZE, exact.window, exact.sink)
     plan = context.plan(1.0)
     again, count = tokens[prefix:], amount.positions_for(model.position_bytes)
-    second = second_reading(model, tokens, again, count, plan.span_pages * BLOCK_SIZE, exact.sink)
+    asked_again = second_reading(model, tokens, again, count, plan.span_pages * BLOCK_SIZE, exact.sink)
     readings = [
         survey(problems, plan, "sculpt", "adaptive", amount, fractions=FRACTIONS)
-        for problems in (context.problems, second)
+        for problems in (context.problems, asked_again)
     ]
     fractions = tuple(count / plan.span_pages for count in readings[0].grid)
-    return fractions, np.mean([shares(found.curves, fractions) for found in readings], axis=0)
+    weights = 1 - second_weight, second_weight
+    return fractions, np.average([shares(found.curves, fractions) for found in readings], 0, weights)
 
 
 def shares(losses: np.ndarray, fractions: Sequence[float]) -> np.ndarray:

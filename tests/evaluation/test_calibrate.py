@@ -55,17 +55,20 @@ def test_the_command_writes_the_mean_of_the_contexts_where_servers_look(director
     text = tmp_path / "numbers.txt"
     text.write_text(" ".join(map(str, words)))
     arguments = ["calibrate", "--model", directory, "--text", text, "--context", CONTEXT, "--num-contexts", 3]
+    arguments += ["--second-reading", 0.5]
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
     assert result.stdout.split() == [str(directory / FILE)]
 
     file = read(directory / FILE)
-    assert (file.model, file.texts) == (directory.name, {"numbers.txt": 3})
+    assert (file.model, file.texts, file.second_weight) == (directory.name, {"numbers.txt": 3}, 0.5)
     model = EvaluationModel.load(directory, "cpu")
     # Three contexts fill the text, whatever the seed.
-    single = [curves(model, words[i * (CONTEXT + 1) :][:CONTEXT], "balanced") for i in range(3)]
-    assert file.fractions == single[0][0]
-    np.testing.assert_allclose(file.whole.losses, np.mean([losses for _, losses in single], axis=0), rtol=1e-4)
+    contexts = [words[i * (CONTEXT + 1) :][:CONTEXT] for i in range(3)]
+    first, second = ([curves(model, tokens, "balanced", weight) for tokens in contexts] for weight in (0, 1))
+    assert file.fractions == first[0][0]
+    expected = np.mean([losses for _, losses in first + second], axis=0)
+    np.testing.assert_allclose(file.whole.losses, expected, rtol=1e-4)
     assert (file.whole.losses[:, -1] == 0).all()
     assert (file.whole.losses[:, 0] > 0).all()
 
@@ -83,6 +86,7 @@ def test_readings_count_the_same_however_much_is_lost_in_them():
     [
         (["--effort", "much"], "got much, allowed: fast, balanced, thorough"),
         (["--context", "300"], "--context: got 300, allowed: at most half of the model's 400 positions"),
+        (["--second-reading", "1.5"], "Invalid value for '--second-reading'"),
         (["--text", "/absent"], "No such file"),
         (["--model", "/absent"], "--model: /absent is neither"),
         (["--num-contexts", "100000"], "contexts of"),
