@@ -46,7 +46,7 @@ def calibrate(
     The first reading is the prompt's own. In the second the context comes once more behind itself, and its queries look
     for what they need to copy it (as KVzip, arXiv 2505.23416, scores entries): some heads copy, and hardly any query of
     an ordinary prompt asks them to. A head's loss in a reading is its share of what all heads lose there with
-    `COMPARED_AT` of their pages: heads lose five to ten times as much in a second reading, and would be judged by that
+    `COMPARED_AT` of their pages: heads lose four to ten times as much in a second reading, and would be judged by that
     alone. `second_weight` is that of the second reading's shares, that of the first one's is the rest of 1 (measured:
     benchmarks/LOG.md).
 
