@@ -23,7 +23,7 @@ import torch
 import triton
 import typer
 from kvsculpt_vllm.kernels.attention_loss import attention_loss, attention_loss_twin
-from kvsculpt_vllm.kernels.paged_attention import Prefixes, paged_attention
+from kvsculpt_vllm.kernels.paged_attention import Prefixes, paged_attention, parts_for
 from kvsculpt_vllm.kernels.pages import Pages
 from rich.console import Console
 from rich.progress import track
@@ -32,7 +32,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 WINDOW = 64  # prompt tokens that stay exact, as by default
-MOST_PARTS = 32
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 console = Console(stderr=True)
@@ -114,9 +113,8 @@ class Case:
         """Our kernel, split as the backend splits it."""
         result = torch.empty_like(self.query)
         rows = len(self.lens)
-        # As `engine.attention_triton.num_parts` does: the engine is not imported, for machines without vLLM.
         processors = torch.cuda.get_device_properties(0).multi_processor_count if self.query.is_cuda else 4
-        parts = min(MOST_PARTS, max(1, 2 * processors // (rows * shape.kv_heads)))
+        parts = parts_for(rows * shape.kv_heads, processors)
         scale = shape.head_size**-0.5
         tensors = self.block_table, self.starts, self.lens
         paged_attention(

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kvsculpt_vllm import models
 from kvsculpt_vllm.config import CompressionConfig
-from kvsculpt_vllm.engine.spans import Span, plan_span
+from kvsculpt_vllm.engine.shared.spans import Span, plan_span
 from kvsculpt_vllm.evaluation.harness import Context
 from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer
 from kvsculpt_vllm.evaluation.texts import passages, read_text

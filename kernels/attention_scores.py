@@ -2,7 +2,7 @@
 
 With logits ``s_qj = q·k_j`` (queries come scaled)::
 
-    attend:    z_q = log Σ_j e^(s_qj)            o_q = Σ_j e^(s_qj - z_q) v_j
+    attention_with_lse:    z_q = log Σ_j e^(s_qj)            o_q = Σ_j e^(s_qj - z_q) v_j
     received:  a_j = Σ_q e^(power (s_qj - z_q))
 
 ``received`` with power 1 is the accumulated attention of H2O and KVSculpt (arXiv 2603.27819), with power 2 the square
@@ -19,8 +19,8 @@ from kvsculpt_vllm.kernels.tiles import load_rows, tiling, with_strides
 from torch import Tensor
 
 
-def attend_twin(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """See `attend`."""
+def attention_with_lse_twin(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """See `attention_with_lse`."""
     logits = queries @ keys.transpose(1, 2)
     return logits.softmax(-1) @ values, logits.logsumexp(-1)
 
@@ -30,7 +30,7 @@ def received_twin(queries: Tensor, lse: Tensor, keys: Tensor, power: int) -> Ten
     return (power * (queries @ keys.transpose(1, 2) - lse[..., None])).exp().sum(1)
 
 
-def attend(
+def attention_with_lse(
     queries: Tensor,  # (B, Q, D) scaled
     keys: Tensor,  # (B, n, D)
     values: Tensor,  # (B, n, D)

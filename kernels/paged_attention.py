@@ -22,8 +22,11 @@ import torch
 import triton
 import triton.language as tl
 from kvsculpt_vllm.kernels.checks import check_head_size, check_tensors
-from kvsculpt_vllm.kernels.pages import Pages
+from kvsculpt_vllm.kernels.pages import FLOATS, Pages
 from torch import Tensor
+
+MOST_PARTS = 32
+"""Programs that share one (row, KV head)'s entries, at most: what each of them writes is read again to merge it."""
 
 ROWS = 16
 """The fewest rows that a matrix product's tile has: query heads of a group times tokens, padded."""
@@ -48,7 +51,6 @@ def paged_attention_twin(
     layer: int,
     num_kv_heads: int,
     scale: float,
-    bias: Tensor | None = None,
 ) -> Tensor:
     """Row by row, head by head, entry by entry; see `paged_attention`."""
     _, heads, head_size = query.shape
@@ -60,7 +62,7 @@ def paged_attention_twin(
         span = int(prefixes.span_blocks[slot])
         for h in range(num_kv_heads):
             start, packed = int(prefixes.starts[slot, layer, h]), int(prefixes.lengths[slot, layer, h])
-            keys, values, positions, extra = [], [], [], []
+            keys, values, positions = [], [], []
             for e in range(packed * size + length - span * size):
                 j, own = e // size, layer * num_kv_heads + h
                 column, cell = divmod(start + j, cells) if j < packed else (span + j - packed, own)
@@ -69,12 +71,11 @@ def paged_attention_twin(
                 keys.append(pages.buffer[page, at : at + head_size])
                 values.append(pages.buffer[page, at + pages.value_offset : at + pages.value_offset + head_size])
                 positions.append(-1 if j < packed else e + (span - packed) * size)
-                extra.append(0.0 if bias is None else float(bias[page, e % size]))
             keys, values = torch.stack(keys).double(), torch.stack(values).double()
             for t in range(first, last):
                 hidden = torch.tensor(positions) > length - (last - t)
                 for g in range(h * group, (h + 1) * group):
-                    logits = keys @ query[t, g].double() * scale + torch.tensor(extra).to(keys)
+                    logits = keys @ query[t, g].double() * scale
                     weights = logits.masked_fill(hidden.to(logits.device), -torch.inf).softmax(0)
                     out[t, g] = (weights @ values).to(out.dtype)
     return out
@@ -93,7 +94,6 @@ def paged_attention(
     scale: float,
     max_query_len: int,
     num_parts: int = 1,
-    bias: Tensor | None = None,  # (pages, block_size) float32, added to the logits
 ) -> None:
     """Attend from `query` to the cache, which holds the new tokens' entries already.
 
@@ -105,7 +105,7 @@ def paged_attention(
     """
     tokens, heads, head_size = query.shape
     rows = len(seq_lens)
-    _check(query, out, pages, prefixes, block_table, query_start_loc, seq_lens, num_kv_heads, bias)
+    _check(query, out, pages, prefixes, block_table, query_start_loc, seq_lens, num_kv_heads)
     group = heads // num_kv_heads
     block_d = max(16, triton.next_power_of_2(head_size))
     # Tokens of one row that a program takes: one while decoding, more in a prefill.
@@ -132,7 +132,6 @@ def paged_attention(
         pages.block_stride,
         pages.entry_stride,
         pages.value_offset,
-        bias if bias is not None else pages.cell_pages,
         *prefixes,
         block_table,
         block_table.stride(0),
@@ -148,7 +147,6 @@ def paged_attention(
         group=group,
         head_size=head_size,
         block_size=pages.block_size,
-        has_bias=bias is not None,
         in_parts=num_parts > 1,
         # Triton's interpreter would multiply bfloat16's bit patterns.
         widen=query.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
@@ -174,6 +172,14 @@ def paged_attention(
         )
 
 
+def parts_for(programs: int, processors: int) -> int:
+    """Over how many programs each (row, KV head)'s entries are split, so that every processor has two.
+
+    It follows from the batch's shape alone, never from its lengths: in a recorded graph it is fixed.
+    """
+    return min(MOST_PARTS, max(1, 2 * processors // max(1, programs)))
+
+
 @triton.jit
 def _row_of(tile, query_start_loc, rows, block_t: tl.constexpr):
     """The row whose tiles include `tile`: row r's begin at query_start_loc[r] // block_t + r."""
@@ -192,12 +198,12 @@ def _attend_pages(
     query, query_t, query_h,
     parts, parts_t, parts_h, parts_s,
     lse,
-    buffer, page_stride, cell_pages, block_stride, entry_stride, value_offset, bias,
+    buffer, page_stride, cell_pages, block_stride, entry_stride, value_offset,
     slot_of_block, starts, lengths, span_blocks,
     block_table, table_stride, query_start_loc, seq_lens,
     rows, layer, num_layers, tokens, heads, scale,
     num_kv_heads: tl.constexpr, group: tl.constexpr, head_size: tl.constexpr, block_size: tl.constexpr,
-    has_bias: tl.constexpr, in_parts: tl.constexpr, widen: tl.constexpr,
+    in_parts: tl.constexpr, widen: tl.constexpr,
     block_t: tl.constexpr, block_rows: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
     tile, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -248,8 +254,6 @@ def _attend_pages(
             if widen:
                 k, v = k.to(tl.float32), v.to(tl.float32)
             logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
-            if has_bias:
-                logits += tl.load(bias + page * block_size + e % block_size, mask=there, other=0.0)[None, :]
             visible = there[None, :] & (in_prefix[None, :] | (e[None, :] <= position[:, None]))
             logits = tl.where(visible, logits, float("-inf"))
             higher = tl.maximum(peak, tl.max(logits, 1))
@@ -294,7 +298,6 @@ def _check(
     query_start_loc: Tensor,
     seq_lens: Tensor,
     num_kv_heads: int,
-    bias: Tensor | None,
 ) -> None:
     _, heads, head_size = query.shape
     rows = len(seq_lens)
@@ -302,8 +305,7 @@ def _check(
     check_head_size(head_size)
     if heads % num_kv_heads:
         raise ValueError(f"num_kv_heads: {num_kv_heads} given, {heads} query heads are not a multiple of it")
-    floats = (torch.bfloat16, torch.float16, torch.float32)
-    check_tensors(query, floats, query=(query, query.shape))
+    check_tensors(query, FLOATS, query=(query, query.shape))
     check_tensors(query, query.dtype, out=(out, query.shape), buffer=(pages.buffer, (None, None)))
     check_tensors(
         query,
@@ -322,8 +324,6 @@ def _check(
         lengths=(prefixes.lengths, by_head),
         span_blocks=(prefixes.span_blocks, (slots,)),
     )
-    if bias is not None:
-        check_tensors(query, torch.float32, bias=(bias, (len(pages.buffer), pages.block_size)))
     for name, tensor in (("query", query), ("out", out), ("buffer", pages.buffer), ("block_table", block_table)):
         if tensor.stride(-1) != 1:
             raise ValueError(f"{name}: strides {tensor.stride()} given, the last must be 1")

@@ -209,7 +209,7 @@ def calibrate(
     """
     from rich.console import Console
 
-    from kvsculpt_vllm.calibration import FILE
+    from kvsculpt_vllm.calibration_file import FILE
     from kvsculpt_vllm.evaluation.calibrate import calibrate as measure
     from kvsculpt_vllm.evaluation.model import model_directory
     from kvsculpt_vllm.sculpt.effort import EFFORTS

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import CoreSchema, core_schema
+
+from kvsculpt_vllm.sculpt.effort import EFFORTS
+from kvsculpt_vllm.sculpt.options import BUDGETS, METHODS, described
 
 KEY = "kv_compression"
 
-# Mutable, so that a test can add a method of its own.
-METHODS = {"none", "select", "select_fit", "sculpt"}
+NO_METHOD = {"none": "nothing, plain vLLM"}
+
+ON_FAILURE = {
+    "exact": "it keeps its whole cache",
+    "select": "it keeps the entries with the highest attention scores, as many for every layer and head, and its whole "
+    "cache if that fails, too",
+}
+"""What a prompt keeps whose compression fails."""
 
 SERVER_ONLY = {"calibration", "max_stall_ms"}
 """Settings that no request can change."""
 
 
-class Problem(NamedTuple):
+class OneOf:
+    """Marks a field that is one of some names."""
+
+    def __init__(self, options: Iterable[str]) -> None:
+        self.options = tuple(options)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.literal_schema(list(self.options))
+
+
+class WrongSetting(NamedTuple):
     """One wrong setting: the option as its user spells it, what was given, and what is allowed."""
 
     option: str
@@ -31,14 +51,14 @@ class Problem(NamedTuple):
 class ConfigError(ValueError):
     """Wrong settings, all of them in one message. `option`, `given` and `allowed` are those of the first."""
 
-    def __init__(self, problems: list[Problem]) -> None:
-        super().__init__("; ".join(map(str, problems)))
-        self.problems = tuple(problems)
-        self.option, self.given, self.allowed = problems[0]
+    def __init__(self, wrong: list[WrongSetting]) -> None:
+        super().__init__("; ".join(map(str, wrong)))
+        self.wrong = tuple(wrong)
+        self.option, self.given, self.allowed = wrong[0]
 
     def __reduce__(self) -> tuple:
         # The default would rebuild it from the message; vLLM passes errors between processes.
-        return type(self), (list(self.problems),)
+        return type(self), (list(self.wrong),)
 
 
 class CompressionConfig(BaseModel):
@@ -46,23 +66,19 @@ class CompressionConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    method: str = Field(
+    method: Annotated[str, OneOf(NO_METHOD | METHODS)] = Field(
         "none",
-        description="What takes the place of a prompt's KV cache after its prefill. none: nothing, plain vLLM. "
-        "select: its entries with the highest attention scores. select_fit: the same, values refitted by least "
-        "squares. sculpt: keys and values optimised to give the same attention.",
+        description=f"What takes the place of a prompt's KV cache after its prefill. {described(NO_METHOD | METHODS)}",
     )
     keep_ratio: float = Field(0.3, gt=0, le=1, description="Fraction of the compressed span's entries that is kept.")
-    budget: Literal["uniform", "adaptive"] = Field(
-        "adaptive",
-        description="uniform: as many entries for every layer and head. adaptive: more where attention needs them, "
-        "the same in total.",
-    )
+    budget: Annotated[str, OneOf(BUDGETS)] = Field("adaptive", description=described(BUDGETS))
     min_tokens: int = Field(512, ge=1, description="Prompts with fewer tokens stay exact.")
     sink: int = Field(4, ge=0, description="First tokens of a prompt, kept exactly. Fewer than the block size.")
     window: int = Field(64, ge=1, description="Most recent tokens of a prompt, kept exactly.")
-    effort: Literal["fast", "balanced", "thorough"] = Field(
-        "balanced", description="How much time the optimisation takes for its quality."
+    effort: Annotated[str, OneOf(EFFORTS)] = Field(
+        "balanced",
+        description="How much time the optimisation takes for its quality: how many queries it fits to, and how many "
+        f"steps it optimises keys for. {described({name: effort.meaning for name, effort in EFFORTS.items()})}",
     )
     max_error: float = Field(
         1.0,
@@ -70,11 +86,10 @@ class CompressionConfig(BaseModel):
         description="A prompt whose compression has a larger error on held-out queries (relative squared output error "
         "plus squared log-sum-exp error, mean over layers and heads) stays exact. 1 is an output as far off as none.",
     )
-    on_failure: Literal["exact", "select"] = Field(
+    on_failure: Annotated[str, OneOf(ON_FAILURE)] = Field(
         "exact",
-        description="What a prompt is left with whose compression fails (out of memory, numbers that are not finite, a "
-        "bug). exact: its whole cache. select: its entries with the highest attention scores, as many for every head; "
-        "exact if that fails too.",
+        description="If the compression of a prompt fails (it runs out of memory, its numbers are not finite, or it "
+        f"meets a bug), this says what the prompt keeps. {described(ON_FAILURE)}",
     )
     max_stall_ms: float = Field(
         200,
@@ -98,13 +113,6 @@ class CompressionConfig(BaseModel):
             raise ValueError("a boolean is no setting")
         return value
 
-    @field_validator("method")
-    @classmethod
-    def _known_method(cls, value: str) -> str:
-        if value not in METHODS:
-            raise ValueError("unknown method")
-        return value
-
     @property
     def active(self) -> bool:
         """Whether anything is compressed."""
@@ -123,15 +131,15 @@ class CompressionConfig(BaseModel):
         if entry is None:
             return cls()
         settings = as_settings(entry)
-        problems = [
-            Problem(f"{KEY}.{key}", value, f"no such setting, there are {', '.join(cls.model_fields)}")
+        wrong = [
+            WrongSetting(f"{KEY}.{key}", value, f"no such setting, there are {', '.join(cls.model_fields)}")
             for key, value in settings.items()
             if key not in cls.model_fields
         ]
-        config = _build({k: v for k, v in settings.items() if k in cls.model_fields}, flag, problems)
+        config = _build({k: v for k, v in settings.items() if k in cls.model_fields}, flag, wrong)
         if not config.active and (unused := settings.keys() - {"method"}):
             cure = "nothing while compression is off, add --kv-compression sculpt"
-            raise ConfigError([Problem(flag(key), settings[key], cure) for key in sorted(unused)])
+            raise ConfigError([WrongSetting(flag(key), settings[key], cure) for key in sorted(unused)])
         return config
 
     def for_request(self, extra_args: Mapping[str, Any] | None) -> CompressionConfig:
@@ -147,11 +155,11 @@ class CompressionConfig(BaseModel):
             return self
         if not self.active:
             cure = "nothing, this server does not compress: start it with --kv-compression sculpt"
-            raise ConfigError([Problem(key, value, cure) for key, value in given.items()])
+            raise ConfigError([WrongSetting(key, value, cure) for key, value in given.items()])
         fields = {request_key(field): field for field in type(self).model_fields if field not in SERVER_ONLY}
-        problems = [Problem(key, value, _cure(key)) for key, value in given.items() if key not in fields]
+        wrong = [WrongSetting(key, value, _cure(key)) for key, value in given.items() if key not in fields]
         changes = {fields[key]: value for key, value in given.items() if key in fields}
-        return _build(self.model_dump() | changes, request_key, problems)
+        return _build(self.model_dump() | changes, request_key, wrong)
 
     def check_block_size(self, block_size: int, spell: Callable[[str], str]) -> None:
         """Check what depends on the KV cache's block size; `spell` is `flag` or `request_key`.
@@ -160,7 +168,9 @@ class CompressionConfig(BaseModel):
             ConfigError: if the sink does not fit into the first block next to at least one compressed entry.
         """
         if self.active and self.sink >= block_size:
-            raise ConfigError([Problem(spell("sink"), self.sink, f"a whole number below the block size {block_size}")])
+            raise ConfigError(
+                [WrongSetting(spell("sink"), self.sink, f"a whole number below the block size {block_size}")]
+            )
 
 
 def flag(field: str) -> str:
@@ -209,7 +219,8 @@ def parse_field(field: str, value: Any) -> Any:
 
 def choices(field: str) -> tuple[str, ...]:
     """The values of a field that has a fixed set of them, else nothing."""
-    return tuple(sorted(METHODS)) if field == "method" else get_args(CompressionConfig.model_fields[field].annotation)
+    rules = CompressionConfig.model_fields[field].metadata
+    return next((rule.options for rule in rules if isinstance(rule, OneOf)), ())
 
 
 def allowed(field: str) -> str:
@@ -229,14 +240,14 @@ def allowed(field: str) -> str:
     return f"{'a whole number' if info.annotation is int else 'a number'} {' and '.join(bounds)}"
 
 
-def _build(values: dict[str, Any], spell: Callable[[str], str], problems: list[Problem]) -> CompressionConfig:
-    """Build a configuration; problems found before and those of the values become one error."""
+def _build(values: dict[str, Any], spell: Callable[[str], str], wrong: list[WrongSetting]) -> CompressionConfig:
+    """Build a configuration; what was `wrong` before and what is wrong with the values become one error."""
     try:
         config = CompressionConfig(**values)
     except ValidationError as error:
-        wrong = {str(entry["loc"][0]): entry["input"] for entry in error.errors()}
-        problems = problems + [Problem(spell(field), value, allowed(field)) for field, value in wrong.items()]
-        raise ConfigError(problems) from None
-    if problems:
-        raise ConfigError(problems)
+        refused = {str(entry["loc"][0]): entry["input"] for entry in error.errors()}
+        also = [WrongSetting(spell(field), value, allowed(field)) for field, value in refused.items()]
+        raise ConfigError(wrong + also) from None
+    if wrong:
+        raise ConfigError(wrong)
     return config

@@ -62,7 +62,7 @@ def examine(model: str | None, url: str | None, api_key: str | None) -> Iterator
 
 def refusals() -> list[tuple[str, str, str]]:
     """What --kv-compression is refused with, why, and the cure."""
-    from kvsculpt_vllm.engine.refusals import known_refusals
+    from kvsculpt_vllm.engine.startup.refusals import known_refusals
 
     return [tuple(refusal) for refusal in known_refusals()]
 
@@ -99,7 +99,7 @@ def _flags() -> str:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from kvsculpt_vllm.engine.flags import find_option
+    from kvsculpt_vllm.engine.compat.frontend import find_option
 
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())  # loads the plugins, as `vllm serve` does
     try:
@@ -112,7 +112,7 @@ def _flags() -> str:
 def _device() -> str:
     from vllm.platforms import current_platform
 
-    from kvsculpt_vllm.engine.refusals import UnsupportedFeature, check_platform
+    from kvsculpt_vllm.engine.startup.refusals import UnsupportedFeature, check_platform
 
     try:
         check_platform(current_platform)
@@ -126,7 +126,7 @@ def _device() -> str:
 def _environment() -> str:
     from vllm import envs
 
-    from kvsculpt_vllm.engine.refusals import DEFAULT_LAYOUT, LAYOUTS, requested_layout
+    from kvsculpt_vllm.engine.startup.refusals import DEFAULT_LAYOUT, LAYOUTS, requested_layout
 
     layout = requested_layout()
     if layout not in (None, *LAYOUTS):
@@ -139,11 +139,13 @@ def _environment() -> str:
 def _model(model: str) -> str:
     from vllm.engine.arg_utils import EngineArgs
 
-    from kvsculpt_vllm.calibration import NONE
+    from kvsculpt_vllm.calibration_file import NONE
     from kvsculpt_vllm.config import CompressionConfig
-    from kvsculpt_vllm.engine.refusals import UnsupportedFeature
+    from kvsculpt_vllm.engine.compat.patcher import is_applied
+    from kvsculpt_vllm.engine.compat.patches import CREATE_ENGINE_CONFIG
+    from kvsculpt_vllm.engine.startup.refusals import UnsupportedFeature
 
-    if not hasattr(EngineArgs.create_engine_config, "kvsculpt_hook"):
+    if not is_applied(CREATE_ENGINE_CONFIG):
         raise Trouble("not checked, because the plugin was not loaded")
     args = EngineArgs(model=model, additional_config={"kv_compression": "sculpt"}, kv_cache_memory_bytes=1 << 28)
     try:

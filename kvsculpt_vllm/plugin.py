@@ -15,7 +15,7 @@ def register() -> None:
     check_vllm_version()
     # Here and not at the top: vLLM logs an error of the import and goes on without the plugin, but an error of
     # this call stops it.
-    from kvsculpt_vllm.engine import hooks
+    from kvsculpt_vllm.engine.startup import hooks
     from kvsculpt_vllm.serving import install
 
     hooks.install()

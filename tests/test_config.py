@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvsculpt_vllm.config import (
-    METHODS,
     SERVER_ONLY,
     CompressionConfig,
     ConfigError,
@@ -16,12 +15,13 @@ from kvsculpt_vllm.config import (
     parse_field,
     request_key,
 )
+from kvsculpt_vllm.sculpt.options import METHODS
 
 SCULPT = CompressionConfig(method="sculpt")
 
 configs = st.builds(
     CompressionConfig,
-    method=st.sampled_from(sorted(METHODS - {"none"})),
+    method=st.sampled_from(sorted(METHODS)),
     keep_ratio=st.floats(0, 1, exclude_min=True),
     budget=st.sampled_from(["uniform", "adaptive"]),
     min_tokens=st.integers(1, 2**40),
@@ -113,7 +113,7 @@ def test_everything_wrong_is_one_error_that_survives_a_process_boundary():
         SCULPT.for_request({"kv_compression": "x", "kv_compression_sink": -1, "kv_compression_keep_ration": 1})
     error = pickle.loads(pickle.dumps(caught.value))
     assert str(error) == str(caught.value)
-    assert {problem.option for problem in error.problems} == {
+    assert {problem.option for problem in error.wrong} == {
         "kv_compression",
         "kv_compression_sink",
         "kv_compression_keep_ration",

@@ -14,7 +14,7 @@ SHARED_BYTES = 227 << 10
 FLOAT32, BF16, INT64, INT32 = "*fp32", "*bf16", "*i64", "*i32"
 OTHERS = {"sizes": INT64, "lse_weight": "fp32"}  # of the solver's kernels; what has no strides is a plain number
 PAGED = {
-    **{"query": BF16, "buffer": BF16, "parts": FLOAT32, "lse": FLOAT32, "bias": FLOAT32, "scale": "fp32"},
+    **{"query": BF16, "buffer": BF16, "parts": FLOAT32, "lse": FLOAT32, "scale": "fp32"},
     **{"cell_pages": INT64, "slot_of_block": INT64, "starts": INT64, "lengths": INT64, "span_blocks": INT64},
     **{"block_table": INT32, "query_start_loc": INT32, "seq_lens": INT32},
 }
@@ -55,7 +55,7 @@ def test_the_solvers_kernels(kernel, head_size):
 @pytest.mark.parametrize("head_size", [64, 128, 256])
 def test_paged_attention(head_size):
     constants = {
-        **{"num_kv_heads": 8, "group": 4, "head_size": head_size, "block_size": 16, "has_bias": False},
+        **{"num_kv_heads": 8, "group": 4, "head_size": head_size, "block_size": 16},
         **{"in_parts": True, "widen": False, "block_t": 1, "block_rows": 16},
         **{"block_n": 64 if head_size <= 128 else 32, "block_d": head_size},
     }

@@ -1,1 +1,1 @@
-"""Everything that touches vLLM. Only `compat` may use vLLM's private attributes."""
+"""Everything that touches vLLM, a room for each of its processes; docs/architecture.md says which file runs where."""

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from kvsculpt_vllm.calibration import CalibrationFile
+from kvsculpt_vllm.calibration_file import CalibrationFile
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.evaluation.harness import Context
 from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from kvsculpt_vllm.config import CompressionConfig
-from kvsculpt_vllm.engine.spans import Span, plan_span
 from kvsculpt_vllm.evaluation.attention import RaggedCache
 from kvsculpt_vllm.evaluation.methods.base import Method
 from kvsculpt_vllm.evaluation.methods.biased import BiasedCompressed
 from kvsculpt_vllm.evaluation.model import EvaluationModel
-from kvsculpt_vllm.sculpt.budgets import PagePlan
+from kvsculpt_vllm.sculpt.budgets import PagePlan, span_sizes
 from kvsculpt_vllm.sculpt.compress import Compressed
 from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.queries import build_problems, sample_positions
@@ -80,11 +78,8 @@ class Context:
 
     def plan(self, keep_ratio: float) -> PagePlan:
         """The pages that the engine would give out, all of them where it would leave the prompt as it is."""
-        config = CompressionConfig(
-            method="sculpt", keep_ratio=keep_ratio, min_tokens=1, sink=self.sinks, window=self._window
-        )
-        span = plan_span(config, self.num_tokens, self._block_size)
-        blocks = span.packed_blocks if isinstance(span, Span) else self.span_blocks
+        span_blocks, packed_blocks = span_sizes(self.num_tokens, self._window, self._block_size, keep_ratio)
+        blocks = min(packed_blocks, span_blocks)
         return PagePlan(self._block_size, self.span_blocks, blocks * self.problems.num_problems, self.sinks)
 
     @torch.no_grad()

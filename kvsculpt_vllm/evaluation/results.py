@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import kvsculpt_vllm
-from kvsculpt_vllm.calibration import NONE
+from kvsculpt_vllm.calibration_file import NONE
 
 HARNESS = ("attention", "continuation", "harness", "metrics", "model", "retrieval", "tasks", "texts")
 """The modules of this package that decide numbers; the others show them."""

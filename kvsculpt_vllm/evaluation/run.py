@@ -15,7 +15,7 @@ from rich.table import Table
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from kvsculpt_vllm.calibration import AUTO, NONE, CalibrationFile, find, read
+from kvsculpt_vllm.calibration_file import AUTO, NONE, CalibrationFile, find, read
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.evaluation.continuation import Measurement, Trial
 from kvsculpt_vllm.evaluation.harness import Context

@@ -29,6 +29,13 @@ class PagePlan:
         return math.ceil((self.sinks + 1) / self.block_size)
 
 
+def span_sizes(num_tokens: int, window: int, block_size: int, keep_ratio: float) -> tuple[int, int]:
+    """Blocks of the span of a prompt whose last `window` tokens at least stay exact, and of its packed prefix."""
+    blocks = max(num_tokens - window, 0) // block_size
+    # 0.07 * 100 is 7.000000000000001: what a rounding error adds must not cost a block.
+    return blocks, max(1, math.ceil(keep_ratio * blocks - 1e-9))
+
+
 def grid_of(plan: PagePlan, fractions: Sequence[float]) -> list[int]:
     """Page counts, ascending: the least, those that `fractions` of the span come to, the whole span."""
     inner = {round(fraction * plan.span_pages) for fraction in fractions}

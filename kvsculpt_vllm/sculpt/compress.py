@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kvsculpt_vllm.sculpt.budgets import PagePlan
-from kvsculpt_vllm.sculpt.calibration import Calibration
 from kvsculpt_vllm.sculpt.effort import Effort
+from kvsculpt_vllm.sculpt.loss_curves import LossCurves
 from kvsculpt_vllm.sculpt.matmul import fast_matmul
 from kvsculpt_vllm.sculpt.memory import max_elements
 from kvsculpt_vllm.sculpt.problem import Problems
@@ -41,7 +41,7 @@ def compress_in_slices(
     budget: str,
     effort: Effort,
     limit: int | None = None,
-    calibration: Calibration | None = None,
+    calibration: LossCurves | None = None,
 ) -> Slices[Compressed]:
     """Give out the pages by the rule `budget` and fit every problem by `method`. `limit` bounds temporaries, in floats.
     With a `calibration` adaptive budgets follow it, and not a pilot on these problems.

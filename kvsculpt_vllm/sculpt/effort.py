@@ -18,6 +18,7 @@ class Effort:
     pilot_positions: int  # those of them that the pilot's fits get by with
     fit_positions: int  # those of them whose queries values and keys are fitted to and judged on
     key_steps: int  # L-BFGS steps at most
+    meaning: str = ""
 
     def positions_for(self, position_bytes: int) -> int:
         """The most positions of a prompt to sample, the queries of all layers taking `position_bytes` at each.
@@ -29,7 +30,13 @@ class Effort:
 
 
 EFFORTS = {
-    "fast": Effort(positions=2048, pilot_positions=128, fit_positions=768, key_steps=0),
-    "balanced": Effort(positions=2048, pilot_positions=256, fit_positions=1536, key_steps=5),
-    "thorough": Effort(positions=4096, pilot_positions=512, fit_positions=4096, key_steps=50),
+    "fast": Effort(
+        positions=2048, pilot_positions=128, fit_positions=768, key_steps=0, meaning="768 positions, no key steps"
+    ),
+    "balanced": Effort(
+        positions=2048, pilot_positions=256, fit_positions=1536, key_steps=5, meaning="1,536 positions, 5 key steps"
+    ),
+    "thorough": Effort(
+        positions=4096, pilot_positions=512, fit_positions=4096, key_steps=50, meaning="4,096 positions, 50 key steps"
+    ),
 }

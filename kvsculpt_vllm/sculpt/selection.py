@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvsculpt_vllm.kernels.attention_scores import attend, received
+from kvsculpt_vllm.kernels.attention_scores import attention_with_lse, received
 from kvsculpt_vllm.kernels.dispatch import use_triton
 from kvsculpt_vllm.sculpt.attention import merge
 from kvsculpt_vllm.sculpt.matmul import matvec
@@ -124,7 +124,9 @@ def teach(problems: Problems, max_elements: int, power: int = 1) -> Teacher:
 
 def _teach_by_kernel(problems: Problems, power: int) -> Teacher:
     queries = problems.queries * problems.scale
-    out, lse = merge(*attend(queries, problems.keys, problems.values), problems.retained_out, problems.retained_lse)
+    out, lse = merge(
+        *attention_with_lse(queries, problems.keys, problems.values), problems.retained_out, problems.retained_lse
+    )
     return Teacher(out, lse, received(queries, lse, problems.keys, power))
 
 

@@ -10,17 +10,15 @@ import torch
 from torch import Tensor
 
 from kvsculpt_vllm.sculpt.budgets import PagePlan, adaptive_budgets, grid_of, uniform_budgets
-from kvsculpt_vllm.sculpt.calibration import Calibration
 from kvsculpt_vllm.sculpt.effort import Effort
+from kvsculpt_vllm.sculpt.loss_curves import LossCurves
 from kvsculpt_vllm.sculpt.matmul import fast_matmul
 from kvsculpt_vllm.sculpt.memory import max_elements
+from kvsculpt_vllm.sculpt.options import BUDGETS, METHODS
 from kvsculpt_vllm.sculpt.problem import Problems
 from kvsculpt_vllm.sculpt.selection import Ranking, Score, by_attention, rank_in_slices, selection_errors
 from kvsculpt_vllm.sculpt.slices import Slices, at_once, within
 from kvsculpt_vllm.sculpt.solve import solve
-
-METHODS = ("select", "select_fit", "sculpt")
-BUDGETS = ("uniform", "adaptive")
 
 POWERS = {"select": 1, "select_fit": 1, "sculpt": 2}
 """Entries are ranked by Σ_q p^power over the queries: by the attention they accumulate (KVSculpt, H2O), or by its root
@@ -66,7 +64,7 @@ def survey_in_slices(
     score: Score = by_attention,
     power: int | None = None,
     limit: int | None = None,
-    calibration: Calibration | None = None,
+    calibration: LossCurves | None = None,
     fractions: Sequence[float] | None = None,
 ) -> Slices[Survey]:
     """Rank entries by `score` over all queries, attention being summed to the `power` (the method's own if None), and

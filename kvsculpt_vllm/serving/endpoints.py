@@ -23,7 +23,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.serving.metrics import text_of
-from kvsculpt_vllm.serving.monitor import NEWEST, Monitor, merged
+from kvsculpt_vllm.serving.monitor import NEWEST, Monitor, totals_of_all
 
 SHORT_SECONDS, PATIENCE_SECONDS = 1.0, 10.0
 """How long a question waits for an engine that is in a long step: for news, and where nothing is known otherwise."""
@@ -104,7 +104,7 @@ async def stats(request: Request) -> Stats:
     """Settings, totals since start and the block pool as it is now, of all engines together."""
     monitor = await _refreshed(request)
     config = CompressionConfig.from_additional_config(monitor.client.vllm_config.additional_config)
-    return Stats(settings=config.model_dump(), age_seconds=monitor.age, **merged(monitor.stats))
+    return Stats(settings=config.model_dump(), age_seconds=monitor.age, **totals_of_all(monitor.stats))
 
 
 @router.get("/requests")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import wraps
+from collections.abc import Callable
 from typing import Any
 
-from vllm import plugins
-
-from kvsculpt_vllm.engine.hooks import compresses_here
+from kvsculpt_vllm.engine.compat.patcher import apply
+from kvsculpt_vllm.engine.compat.patches import LOAD_ENDPOINT_PLUGINS
+from kvsculpt_vllm.engine.startup.hooks import compresses_here
 
 
 def install() -> None:
@@ -16,11 +16,10 @@ def install() -> None:
     vLLM loads endpoint plugins only where `VLLM_PLUGINS` names them, because they add routes that an operator did not
     ask for. Ours are asked for by `--kv-compression`, and without it nothing is added.
     """
-    stock = plugins.load_endpoint_plugins
-    if hasattr(stock, "kvsculpt_hook"):
-        return
+    apply(LOAD_ENDPOINT_PLUGINS, _with_ours)
 
-    @wraps(stock)
+
+def _with_ours(stock: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     def load_endpoint_plugins(*args: Any, **kwargs: Any) -> list[Any]:
         loaded = stock(*args, **kwargs)
         if compresses_here():
@@ -29,5 +28,4 @@ def install() -> None:
             loaded.append(SculptEndpoints())
         return loaded
 
-    load_endpoint_plugins.kvsculpt_hook = True
-    plugins.load_endpoint_plugins = load_endpoint_plugins
+    return load_endpoint_plugins

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from kvsculpt_vllm.engine.ledger import OUTCOMES
+from kvsculpt_vllm.engine.shared.reasons import Outcome
 from kvsculpt_vllm.serving.monitor import Monitor
 
 COUNTERS = {
@@ -52,7 +52,7 @@ class StatsCollector(Collector):
 
 def families(stats: list[dict[str, Any]]) -> Iterable[Metric]:
     """Metric families of the engines' totals (`Ledger.stats`)."""
-    outcomes = " ".join(f"{outcome}: {meaning}." for outcome, meaning in OUTCOMES.items())
+    outcomes = " ".join(f"{o}: {o.meaning}." for o in Outcome if o != Outcome.DEFERRED)
     requests = CounterMetricFamily(
         "kvsculpt:requests",
         f"Requests by what became of their prompt, and why. {outcomes} One that is preempted counts again.",

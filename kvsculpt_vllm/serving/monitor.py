@@ -10,7 +10,7 @@ from typing import Any
 from vllm.engine.protocol import EngineClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from kvsculpt_vllm.engine.compat import ask_engines
+from kvsculpt_vllm.engine.compat.frontend import ask_engines
 
 NEWEST = 64
 """Requests of which an engine tells what became of them."""
@@ -67,7 +67,7 @@ class Monitor:
         self.heard_at = time.monotonic()
 
 
-def merged(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def totals_of_all(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The totals of all engines as one: numbers add up, bounds of histograms are the same everywhere."""
     if not stats:
         return {}

@@ -34,7 +34,9 @@ def install_identity(poison: bool) -> None:
     """Replace the method by one that keeps every entry, in page runs of shuffled order, and spoils the old blocks."""
     import torch
 
-    from kvsculpt_vllm.engine import compressor, pages, spans
+    from kvsculpt_vllm.engine.shared import spans
+    from kvsculpt_vllm.engine.shared.reasons import Reason
+    from kvsculpt_vllm.engine.worker import compressor, pages
     from kvsculpt_vllm.sculpt.compress import Compressed
 
     stock_plan, shuffle = spans.plan_span, random.Random(0)
@@ -42,7 +44,7 @@ def install_identity(poison: bool) -> None:
 
     def plan_span(*args):
         span = stock_plan(*args)
-        return span if isinstance(span, spans.Skip) else spans.Span(span.tokens, span.blocks, span.blocks)
+        return span if isinstance(span, Reason) else spans.Span(span.tokens, span.blocks, span.blocks)
 
     def keep_all(problems, plan, *args, **kwargs):
         zeros = torch.zeros(problems.num_problems)
@@ -76,8 +78,8 @@ def install_faults(faults: dict[str, str], rank: int = 0) -> None:
     """Let the compression of a request (`batch-number`) fail on one rank: where and how its fault says."""
     import torch
 
-    from kvsculpt_vllm.engine import compressor, directory, pages
-    from kvsculpt_vllm.engine.state import CompressionState
+    from kvsculpt_vllm.engine.worker import compressor, directory, pages
+    from kvsculpt_vllm.engine.worker.state import CompressionState
 
     now = {"fault": None}
 
@@ -158,8 +160,8 @@ def use_gpu_path() -> None:
     """Give the CPU worker what the GPU worker has: its attention backend and its pages."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from kvsculpt_vllm.engine.worker_cpu import SculptCPUWorker
-    from kvsculpt_vllm.engine.worker_gpu import SculptGPUWorker
+    from kvsculpt_vllm.engine.worker.worker_cpu import SculptCPUWorker
+    from kvsculpt_vllm.engine.worker.worker_gpu import SculptGPUWorker
 
     # Under the only name that vLLM's CPU platform asks for.
     SculptCPUWorker.attention_backend = (AttentionBackendEnum.CPU_ATTN, SculptGPUWorker.attention_backend[1])
@@ -199,7 +201,7 @@ def start(job: dict):
         # vLLM starts workers anew on a CPU; they would lack what is replaced here, and import for half a minute.
         multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
     if "samples_bytes" in job:
-        from kvsculpt_vllm.engine import state
+        from kvsculpt_vllm.engine.worker import state
 
         state.SAMPLES_BYTES = job["samples_bytes"]
     if job.get("identity"):
@@ -220,12 +222,13 @@ def start(job: dict):
 def forget_stories(worker) -> None:
     """The books of the job to come alone."""
     worker = worker.worker  # vLLM hands over a wrapper, on which it would be set
-    worker.ledger = type(worker.ledger)(worker.block_bytes)
+    runtime = worker.kv_compression
+    runtime.ledger = type(runtime.ledger)(runtime.block_bytes)
 
 
 def count_published(worker) -> int:
     """Packed prefixes that rows may read."""
-    return len(worker.compression_state.directory)
+    return len(worker.kv_compression.state.directory)
 
 
 def run(job: dict, llm, tokens: list[int]) -> dict:

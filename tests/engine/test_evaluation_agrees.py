@@ -7,7 +7,7 @@ import pydoc_data.topics
 import pytest
 import torch
 
-from kvsculpt_vllm.calibration import SHIPPED, read
+from kvsculpt_vllm.calibration_file import SHIPPED, read
 from kvsculpt_vllm.evaluation.harness import Context
 from kvsculpt_vllm.evaluation.methods.base import surveyed
 from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer

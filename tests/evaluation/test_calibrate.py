@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from kvsculpt_vllm.calibration import FILE, read
+from kvsculpt_vllm.calibration_file import FILE, read
 from kvsculpt_vllm.cli import app
 from kvsculpt_vllm.evaluation.calibrate import COMPARED_AT, curves, second_reading, shares
 from kvsculpt_vllm.evaluation.model import EvaluationModel

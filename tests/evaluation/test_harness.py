@@ -19,7 +19,7 @@ from kvsculpt_vllm.evaluation.model import EvaluationModel
 from kvsculpt_vllm.evaluation.results import Results
 from kvsculpt_vllm.evaluation.texts import passages
 from kvsculpt_vllm.sculpt.effort import Effort
-from kvsculpt_vllm.sculpt.survey import METHODS as OURS
+from kvsculpt_vllm.sculpt.options import METHODS as OURS
 
 LAYERS, HEADS, KV_HEADS, VOCABULARY = 2, 4, 2, 97
 CONTEXT, CONTINUATION, CONTEXTS, BLOCK, WINDOW, SINKS = 200, 24, 3, 8, 16, 4

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kvsculpt_vllm.kernels.attention_scores import attend, attend_twin, received, received_twin
+from kvsculpt_vllm.kernels.attention_scores import attention_with_lse, attention_with_lse_twin, received, received_twin
 
 CASES = [(2, 63, 111, 64), (1, 1, 1, 128), (1, 70, 130, 96), (1, 33, 40, 256)]
 
@@ -20,8 +20,8 @@ def tensors(batch, num_queries, n, head_size, device):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention_is_that_of_a_softmax(case, device):
     queries, keys, values = tensors(*case, device)
-    wanted = attend_twin(queries, keys, values)
-    found = attend(queries.float(), keys.float(), values.float())
+    wanted = attention_with_lse_twin(queries, keys, values)
+    found = attention_with_lse(queries.float(), keys.float(), values.float())
     torch.testing.assert_close(found[0].double(), wanted[0], rtol=0, atol=3e-3)
     torch.testing.assert_close(found[1].double(), wanted[1], rtol=1e-5, atol=1e-5)
 
@@ -30,14 +30,14 @@ def test_attention_is_that_of_a_softmax(case, device):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_scores_sum_the_attention_over_the_queries(case, power, device):
     queries, keys, values = tensors(*case, device)
-    lse = attend_twin(queries, keys, values)[1] + 0.3  # something else is seen, too
+    lse = attention_with_lse_twin(queries, keys, values)[1] + 0.3  # something else is seen, too
     found = received(queries.float(), lse.float(), keys.float(), power)
     torch.testing.assert_close(found.double(), received_twin(queries, lse, keys, power), rtol=1e-4, atol=1e-6)
 
 
 def test_huge_logits_stay_finite(device):
     queries, keys, values = (x.float() for x in tensors(1, 20, 70, 64, device))
-    out, lse = attend(queries * 200, keys, values)
+    out, lse = attention_with_lse(queries * 200, keys, values)
     best = (queries @ keys.transpose(1, 2)).argmax(-1)
     assert out.isfinite().all() and lse.isfinite().all()
     torch.testing.assert_close(out[0], values[0, best[0]], rtol=0, atol=2e-2)
@@ -46,9 +46,9 @@ def test_huge_logits_stay_finite(device):
 def test_what_does_not_fit_is_named(device):
     queries, keys, values = (x.float() for x in tensors(1, 20, 70, 64, device))
     with pytest.raises(ValueError, match="keys: none given"):
-        attend(queries, keys[:, :0], values[:, :0])
+        attention_with_lse(queries, keys[:, :0], values[:, :0])
     with pytest.raises(ValueError, match="power: 0 given"):
         received(queries, queries[..., 0], keys, 0)
     wide = queries.new_zeros(1, 2, 264)
     with pytest.raises(ValueError, match="head size: 264 given, allowed: 1 to 256"):
-        attend(wide, wide, wide)
+        attention_with_lse(wide, wide, wide)

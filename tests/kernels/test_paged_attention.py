@@ -53,13 +53,13 @@ def make_case(rows, kv_heads, group, head_size, dtype, device, layout="LBHNC", s
     return query.to(dtype).to(device), pages, prefixes, tensors, max(new for new, _, _ in rows)
 
 
-def check(query, pages, prefixes, tensors, longest, kv_heads, parts=1, bias=None):
+def check(query, pages, prefixes, tensors, longest, kv_heads, parts=1):
     head_size = query.shape[-1]
     for layer in range(LAYERS):
-        wanted = paged_attention_twin(query, pages, prefixes, *tensors, layer, kv_heads, head_size**-0.5, bias)
+        wanted = paged_attention_twin(query, pages, prefixes, *tensors, layer, kv_heads, head_size**-0.5)
         around = torch.full((len(query) + 2, *query.shape[1:]), torch.nan, dtype=query.dtype, device=query.device)
         out = around[1:-1]
-        arguments = query, out, pages, prefixes, *tensors, layer, kv_heads, head_size**-0.5, longest, parts, bias
+        arguments = query, out, pages, prefixes, *tensors, layer, kv_heads, head_size**-0.5, longest, parts
         paged_attention(*arguments)
         torch.testing.assert_close(out, wanted, rtol=0, atol=TOLERANCE[query.dtype])
         assert around[0].isnan().all() and around[-1].isnan().all()  # nothing written beside
@@ -86,15 +86,6 @@ def test_groups_head_sizes_and_dtypes(group, head_size, dtype, device):
     rows = [(1, 70, 3), (4, 33, 0)]
     query, pages, prefixes, tensors, longest = make_case(rows, 1, group, head_size, dtype, device)
     check(query, pages, prefixes, tensors, longest, 1, parts=2)
-
-
-def test_a_bias_is_added_to_the_logits(device):
-    query, pages, prefixes, tensors, longest = make_case(DECODE[:2], 2, 3, 64, torch.float32, device)
-    bias = torch.randn(len(pages.buffer), BLOCK, generator=torch.Generator().manual_seed(1)).to(device)
-    check(query, pages, prefixes, tensors, longest, 2, bias=bias)
-    arguments = query, pages, prefixes, *tensors, 0, 2, 0.125
-    moved = paged_attention_twin(*arguments, bias) - paged_attention_twin(*arguments)
-    assert moved.abs().max() > 0.1  # it matters
 
 
 def test_what_does_not_fit_is_named(device):

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from kvsculpt_vllm.sculpt.budgets import PagePlan
-from kvsculpt_vllm.sculpt.calibration import Calibration
 from kvsculpt_vllm.sculpt.compress import compress, fit
 from kvsculpt_vllm.sculpt.effort import Effort
+from kvsculpt_vllm.sculpt.loss_curves import LossCurves
+from kvsculpt_vllm.sculpt.options import METHODS
 from kvsculpt_vllm.sculpt.selection import rank, selection_errors
 from kvsculpt_vllm.sculpt.slices import finish
-from kvsculpt_vllm.sculpt.survey import METHODS, POWERS, survey
+from kvsculpt_vllm.sculpt.survey import POWERS, survey
 from kvsculpt_vllm.sculpt.values import ValueFit
 
 BLOCK, SINKS, SPAN_PAGES, HEADS = 4, 3, 14, 5
@@ -233,7 +234,7 @@ def test_one_survey_serves_every_total(case, method):
 
 def test_a_calibration_takes_the_place_of_the_pilot(case, results, monkeypatch):
     found = survey(case.problems, PLAN, "sculpt", "adaptive", EFFORT)
-    measured = Calibration(tuple(count / SPAN_PAGES for count in found.grid), found.curves)
+    measured = LossCurves(tuple(count / SPAN_PAGES for count in found.grid), found.curves)
     monkeypatch.setattr("kvsculpt_vllm.sculpt.survey.pilot", None)  # must not be called
     own = compress(case.problems, PLAN, "sculpt", "adaptive", EFFORT, calibration=measured)
     piloted = results["sculpt", "adaptive"]
@@ -251,7 +252,7 @@ def test_a_calibration_takes_the_place_of_the_pilot(case, results, monkeypatch):
 def test_a_calibration_is_read_between_its_fractions_in_spans_of_any_length():
     # The heads halve their loss with twice the pages, lose nothing, lose more with more (noise), and need all.
     losses = [[8.0, 4.0, 0.0], [0.0, 0.0, 0.0], [3.0, 5.0, 0.0], [8.0, 8.0, 0.0]]
-    measured = Calibration((0.25, 0.5, 1.0), np.array(losses))
+    measured = LossCurves((0.25, 0.5, 1.0), np.array(losses))
     plan = dataclasses.replace(PLAN, span_pages=32)
     assert measured.grid(plan) == [1, 8, 16, 32]
     found = measured.curves([1, 4, 8, 12, 16, 24, 32], plan)

@@ -12,10 +12,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from kvsculpt_vllm.engine.command import PoolState, Settled
-from kvsculpt_vllm.engine.ledger import Ledger
+from kvsculpt_vllm.engine.shared.commands import PoolState, Settled
+from kvsculpt_vllm.engine.shared.ledger import Ledger
 from kvsculpt_vllm.serving.metrics import text_of
-from kvsculpt_vllm.serving.monitor import Monitor, merged
+from kvsculpt_vllm.serving.monitor import Monitor, totals_of_all
 
 
 def report(skipped: int) -> dict:
@@ -58,7 +58,7 @@ def test_several_engines_are_told_apart_in_metrics_and_added_up_in_statistics():
     assert samples["kvsculpt:requests_total", "0", "short"] == 2
     assert samples["kvsculpt:requests_total", "1", "short"] == 3
     assert samples["kvsculpt:bytes_saved", "1", None] == 30
-    total = merged(monitor.stats)
+    total = totals_of_all(monitor.stats)
     assert total["requests"]["skipped"] == {"short": 5}
     assert total["pool"]["total"] == 200
     assert total["seconds"]["bounds"] == monitor.stats[0]["seconds"]["bounds"]

@@ -17,7 +17,7 @@ from kvsculpt_vllm.evaluation.methods.keydiff import keydiff
 from kvsculpt_vllm.evaluation.methods.kvsculpt_paper import kvsculpt_paper
 from kvsculpt_vllm.evaluation.methods.random_choice import random_choice
 from kvsculpt_vllm.evaluation.methods.snapkv import snapkv
-from kvsculpt_vllm.sculpt.survey import METHODS as OURS
+from kvsculpt_vllm.sculpt.options import METHODS as OURS
 
 METHODS: dict[str, Method] = {name: surveyed(name) for name in OURS} | {
     "attention_matching": attention_matching,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from kvsculpt_vllm.sculpt.budgets import PagePlan
-from kvsculpt_vllm.sculpt.calibration import Calibration
 from kvsculpt_vllm.sculpt.compress import Compressed, fit
 from kvsculpt_vllm.sculpt.effort import Effort
+from kvsculpt_vllm.sculpt.loss_curves import LossCurves
 from kvsculpt_vllm.sculpt.problem import Problems
 from kvsculpt_vllm.sculpt.selection import Ranking, Score, by_attention
 from kvsculpt_vllm.sculpt.survey import Survey, survey
@@ -22,7 +22,7 @@ Method = Callable[[Problems, PagePlan, str, Effort], ToPages]
 """Does, for problems, a budget rule and an effort, what serves any number of pages; the plan's total plays no part."""
 
 
-def surveyed(name: str, score: Score = by_attention, calibration: Calibration | None = None) -> Method:
+def surveyed(name: str, score: Score = by_attention, calibration: LossCurves | None = None) -> Method:
     """Method `name` of `sculpt.compress` (select, select_fit or sculpt), by the very calls that the engine makes; the
     entries with the highest `score` come first, and adaptive budgets follow the `calibration` if there is one.
     """

@@ -1,0 +1,131 @@
+"""The file that `kvsculpt calibrate` writes for a model, and where a server finds it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kvsculpt_vllm.sculpt.loss_curves import LossCurves
+
+FILE = "kvsculpt-calibration.json"
+"""Its name in a model's directory. Not safetensors: vLLM would take those for weights."""
+
+SHIPPED = Path(__file__).parent / "calibrations"
+"""Those that come with the package, `<name of the model>.json`."""
+
+AUTO, NONE = "auto", "none"
+
+
+class CalibrationError(ValueError):
+    """A calibration cannot be used; the message says why."""
+
+
+class CalibrationFile(BaseModel):
+    """Its content."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    format: Literal[1] = 1
+    model: str  # the name of the directory it was measured on
+    num_layers: int = Field(ge=1)
+    num_kv_heads: int = Field(ge=1)
+    context: int  # tokens of each context
+    texts: dict[str, int]  # what was read, and how many contexts of it
+    second_weight: float | None = None  # of the second readings; None in older files, which hold the sum of losses
+    fractions: tuple[float, ...]  # of a span's pages, ascending, the last one 1
+    losses: tuple[tuple[tuple[float, ...], ...], ...]  # of each layer and KV head at each fraction
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CalibrationFile:
+        shape = (self.num_layers, self.num_kv_heads, len(self.fractions))
+        if len(self.losses) != self.num_layers or any(
+            len(heads) != self.num_kv_heads or any(len(losses) != len(self.fractions) for losses in heads)
+            for heads in self.losses
+        ):
+            raise ValueError(f"losses are not {shape} numbers")
+        ascending = all(a < b for a, b in zip((0.0, *self.fractions), self.fractions, strict=False))
+        if len(self.fractions) < 2 or not ascending or self.fractions[-1] != 1:
+            raise ValueError("fractions do not ascend to 1")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """What tells it from others in a result file."""
+        return hashlib.sha256(self._json().encode()).hexdigest()[:12]
+
+    def part(self, layers: list[int], kv_heads: list[int]) -> LossCurves:
+        """The curves of some layers and of some KV heads of each."""
+        losses = np.array(self.losses, dtype=np.float64)[np.ix_(layers, kv_heads)]
+        return LossCurves(self.fractions, losses.reshape(-1, len(self.fractions)))
+
+    @property
+    def whole(self) -> LossCurves:
+        """The curves of all heads, layers outermost."""
+        return self.part(list(range(self.num_layers)), list(range(self.num_kv_heads)))
+
+    def write(self, path: Path) -> None:
+        """Raises OSError if it cannot be written."""
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(self._json() + "\n")
+        partial.replace(path)
+
+    def _json(self) -> str:
+        return self.model_dump_json(exclude_none=True)
+
+
+def read(path: Path) -> CalibrationFile:
+    """Raises CalibrationError for what is no calibration."""
+    try:
+        return CalibrationFile.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CalibrationError(f"{path} was not written by `kvsculpt calibrate`: {where} {first['msg']}") from None
+
+
+def find(setting: str, model: str, num_layers: int, num_kv_heads: int) -> Path | None:
+    """The file that the setting `calibration` means for a model (a directory, or a name as on Hugging Face).
+
+    `auto` is the one in the model's directory, else the one that comes with the package for a model of that name and
+    shape, else None.
+
+    Raises:
+        CalibrationError: the file that was named or is in the model's directory does not fit the model.
+    """
+    if setting == NONE:
+        return None
+    directory, name = _place(model)
+    beside, shipped = directory / FILE if directory else None, SHIPPED / f"{name}.json"
+    if setting == AUTO and not (beside and beside.is_file()):
+        fits = shipped.is_file() and _shape(read(shipped)) == (num_layers, num_kv_heads)
+        return shipped if fits else None
+    path = beside if setting == AUTO else Path(setting)
+    layers, heads = _shape(read(path))
+    if (layers, heads) != (num_layers, num_kv_heads):
+        raise CalibrationError(
+            f"{path} is of a model with {layers} layers of {heads} KV heads, this one has {num_layers} of "
+            f"{num_kv_heads}"
+        )
+    return path.resolve()
+
+
+def _place(model: str) -> tuple[Path | None, str]:
+    """The model's directory, if it is one or a file in one, and its name."""
+    path = Path(model).resolve()
+    if path.is_file():
+        path = path.parent
+    if not path.is_dir():
+        return None, path.name
+    # vLLM offline: Hugging Face's cache, …/models--organisation--name/snapshots/revision
+    in_cache = path.parent.name == "snapshots"
+    return path, path.parent.parent.name.rpartition("--")[2] if in_cache else path.name
+
+
+def _shape(file: CalibrationFile) -> tuple[int, int]:
+    return file.num_layers, file.num_kv_heads

@@ -1,0 +1,96 @@
+"""vLLM's scheduler and its block lists, by public names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from kvsculpt_vllm.engine.compat.patcher import apply
+from kvsculpt_vllm.engine.compat.patches import ALLOCATE_SLOTS
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.request import Request
+
+NEVER_HASH = 1 << 30
+"""More cached blocks than a request can have: vLLM then never hashes the approximated tail."""
+
+
+class BlockLists:
+    """The block lists of running requests, of the one KV cache group there is.
+
+    Can go when vLLM's KV cache manager lets a request's leading blocks be replaced.
+    """
+
+    def __init__(self, manager: KVCacheManager) -> None:
+        self.pool = manager.block_pool
+        (self._manager,) = manager.coordinator.single_type_managers
+
+    def of(self, request_id: str) -> list[KVCacheBlock]:
+        """The request's blocks, in the order of its tokens; empty for one that has none."""
+        return self._manager.req_to_blocks.get(request_id, [])
+
+    def replace_first(self, request_id: str, num_blocks: int, packed: list[KVCacheBlock]) -> list[KVCacheBlock]:
+        """Put `packed`, and null blocks behind it, in the place of the first `num_blocks`; returns those that were
+        there, which are the caller's to free. vLLM hashes no block of this request from now on.
+        """
+        blocks = self.of(request_id)
+        replaced = blocks[:num_blocks]
+        blocks[:num_blocks] = packed + [self.pool.null_block] * (num_blocks - len(packed))
+        self._manager.num_cached_block[request_id] = NEVER_HASH
+        return replaced
+
+
+class SchedulerHooks:
+    """Gives the scheduler mixin public names for hooks that vLLM's scheduler does not offer. It overrides the private
+    methods that are declared in `patches`, which says when each can go.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.block_lists = BlockLists(self.kv_cache_manager)
+
+        def if_admitted(allocate_slots: Callable[..., KVCacheBlocks | None]) -> Callable[..., KVCacheBlocks | None]:
+            def wrapped(request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
+                if not self.admits(request, kwargs.get("new_computed_blocks")):
+                    return None  # what vLLM knows as: no room yet
+                return allocate_slots(request, *args, **kwargs)
+
+            return wrapped
+
+        apply(ALLOCATE_SLOTS, if_admitted, instance=self.kv_cache_manager)
+
+    def admits(self, request: Request, hit: KVCacheBlocks | None) -> bool:
+        """Whether a request may get blocks now; `hit` are those that one not yet running found in the prefix cache."""
+        raise NotImplementedError
+
+    def limit_prefix_hit(self, request: Request, blocks: KVCacheBlocks, num_tokens: int) -> tuple[KVCacheBlocks, int]:
+        """The part of a local prefix-cache hit to use."""
+        raise NotImplementedError
+
+    def limit_chunk(self, request: Request, num_left: int, num_tokens: int) -> int:
+        """Tokens to compute now, of `num_tokens` after which `num_left` known ones would be left."""
+        raise NotImplementedError
+
+    def forget(self, request: Request) -> None:
+        """The request's blocks are about to go back to the pool."""
+        raise NotImplementedError
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        blocks, num_tokens = self.limit_prefix_hit(request, blocks, num_tokens)
+        return blocks, num_tokens, boundary, diverged
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        num_left = request.num_tokens - num_computed_tokens - num_new_tokens
+        return self.limit_chunk(request, num_left, num_new_tokens)
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        self.forget(request)
+        super()._preempt_request(request, *args, **kwargs)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self.forget(request)
+        return super()._free_request(request, *args, **kwargs)

@@ -1,0 +1,74 @@
+"""vLLM's model runners and attention builders, by public names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvsculpt_vllm.engine.compat.patcher import apply
+from kvsculpt_vllm.engine.compat.patches import UPDATE_STATES
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+
+class BlockRows:
+    """Replaces running requests' block lists in a model runner, V1 or V2, before its next forward pass.
+
+    V2 stages changes of its tables and applies them at the beginning of its step. V1 has one table on the host, from
+    which the copy of an earlier step may still be read: there a change waits for the runner's own update of its
+    state, before which the runner waits for that copy.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self._waiting: dict[str, list[int]] = {}
+        self._staged = hasattr(runner, "req_states")  # V2
+        if not self._staged:
+
+            def with_replaced_rows(update_states: Callable[..., Any]) -> Callable[..., Any]:
+                def wrapped(scheduler_output: SchedulerOutput) -> Any:
+                    self._apply()  # first: blocks that come with this step are appended to the new list
+                    return update_states(scheduler_output)
+
+                return wrapped
+
+            apply(UPDATE_STATES, with_replaced_rows, instance=runner)
+
+    def replace(self, request_id: str, row: list[int]) -> None:
+        """From the next step on, `row` is the request's block list."""
+        if self._staged:
+            index = self._runner.req_states.req_id_to_index[request_id]
+            self._runner.block_tables.append_block_ids(index, (row,), overwrite=True)
+        else:
+            self._waiting[request_id] = row
+
+    def _apply(self) -> None:
+        batch = self._runner.input_batch
+        for request_id, row in self._waiting.items():
+            self._runner.requests[request_id].block_ids[0][:] = row
+            index = batch.req_id_to_index.get(request_id)
+            if index is not None:  # else it is not in the batch now and comes back with the list above
+                batch.block_table[0].add_row(row, index)
+        self._waiting.clear()
+
+
+def row_request_ids(runner: Any, metadata: CommonAttentionMetadata) -> list[str]:
+    """The request of each row of a batch; empty for a batch that serves no request (warm-up)."""
+    if hasattr(runner, "req_states"):  # V2
+        if metadata.req_idx is None:
+            return []
+        index_to_id = runner.req_states.index_to_req_id
+        return [index_to_id.get(int(index), "") for index in np.asarray(metadata.req_idx)[: metadata.num_reqs]]
+    return list(runner.input_batch.req_ids[: metadata.num_reqs])
+
+
+def use_plain_vector_pages(builder: CPUAttentionMetadataBuilder, layer_names: list[str]) -> None:
+    """Keep pages in the layout of the plain vector kernels: the AMX kernel permutes keys and values inside a page."""
+    if builder.isa == "amx":
+        builder.isa = "vec"
+        builder._set_isa_to_layers(layer_names)

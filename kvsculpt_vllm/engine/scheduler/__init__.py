@@ -1,0 +1,1 @@
+"""Runs in the engine core's process: when a prompt is compressed, into which blocks, and which come free."""

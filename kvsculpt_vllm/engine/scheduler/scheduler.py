@@ -1,0 +1,281 @@
+"""Scheduler side: swap a prompt's blocks for a packed prefix once the prompt is computed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from kvsculpt_vllm.config import CompressionConfig
+from kvsculpt_vllm.engine.compat.scheduler import SchedulerHooks
+from kvsculpt_vllm.engine.shared import spans
+from kvsculpt_vllm.engine.shared.commands import (
+    CommitCommand,
+    Deferred,
+    PoolState,
+    Settled,
+    SolveCommand,
+    Solved,
+    attach,
+    attached,
+)
+from kvsculpt_vllm.engine.shared.reasons import Outcome, Reason
+from kvsculpt_vllm.engine.shared.record import printable
+from kvsculpt_vllm.engine.startup.refusals import check_kv_cache_config
+
+logger = init_logger("vllm.kvsculpt")
+
+
+@dataclass
+class Pending:
+    """A compression between its two phases."""
+
+    attempt: int
+    span: spans.Span
+    packed: list[KVCacheBlock]  # taken from the pool, in no block list yet
+    solved: bool = False
+
+
+class SculptSchedulerMixin(SchedulerHooks):
+    """Takes fresh blocks for a packed prefix and, once they are filled, gives the span's blocks back to vLLM's pool.
+
+    Both phases run at the start of `schedule`. A request whose whole prompt has been *scheduled* will have it
+    computed when the workers see this step's output, because they work first in, first out (also with async
+    scheduling and pipeline parallelism).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_kv_cache_config(self.kv_cache_config)
+        self.compression = CompressionConfig.from_additional_config(self.vllm_config.additional_config)
+        self._pending: dict[str, Pending] = {}
+        self._attempts = count()
+        self._settled: set[str] = set()  # being compressed, compressed, or to stay exact
+        self._steps_waited: Counter[str] = Counter()
+        self._hit_shortened: set[str] = set()
+        self._saved: dict[str, int] = {}  # blocks that a compressed request does not hold
+        self._waiting = 0  # requests that could be compressed but for room or their turn
+        self._news: list[Settled | Deferred] = []  # for the books of the workers
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        commands = [*self._commit_solved(), *self._start_one()]
+        output = super().schedule(*args, **kwargs)
+        # A request preempted in this very step has lost its blocks again: its command must not run.
+        running = {request.request_id for request in self.running} if commands else ()
+        news, self._news = self._news, []
+        attach(output, [*(c for c in commands if c.request_id in running), *news, self._pool_state()])
+        return output
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
+        for solved in attached(model_runner_output):
+            self._hear(solved)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def limit_prefix_hit(self, request: Request, blocks: KVCacheBlocks, num_tokens: int) -> tuple[KVCacheBlocks, int]:
+        """Shorten a prefix-cache hit of a prompt to be compressed: without queries there is nothing to fit to."""
+        if num_tokens == 0 or isinstance(self._span(request), Reason):
+            return blocks, num_tokens
+        most = spans.longest_useful_hit(request.num_prompt_tokens, self.block_size)
+        if num_tokens <= most:
+            return blocks, num_tokens
+        if request.request_id not in self._hit_shortened:  # a waiting request is looked up anew at every step
+            self._hit_shortened.add(request.request_id)
+            logger.info(
+                "kvsculpt: request %s: prefix-cache hit shortened from %d to %d of %d prompt tokens, "
+                "so that its last queries are seen",
+                printable(request.request_id),
+                num_tokens,
+                most,
+                request.num_prompt_tokens,
+            )
+        return self.kv_cache_manager.truncate_computed_blocks(blocks, most), most
+
+    def admits(self, request: Request, hit: KVCacheBlocks | None) -> bool:
+        """Whether a prompt fits beside the blocks that the next compression takes before it frees any.
+
+        Without, a prompt could take the last blocks: nothing could be compressed any more, and the answers being
+        written would soon need blocks that only a preemption gives. The largest compression's blocks will do for all
+        that are to come, as each frees more than it takes; one that does not is not waited for. A block for every
+        answer to grow into is a margin: it may grow by more. Where nothing else runs there is nothing to wait for.
+        """
+        if request.status == RequestStatus.RUNNING or not self.running:
+            return True
+        to_come = [r for r in self.running if r.request_id not in self._settled]
+        planned = [span for r in (request, *to_come) if isinstance(span := self._span(r), spans.Span)]
+        planned = [span for span in planned if 2 * span.packed_blocks < span.blocks]
+        if not planned:
+            return True
+        shared = sum(block.ref_cnt > 0 for block in hit.blocks[0]) if hit is not None else 0
+        prompt = -(-request.num_tokens // self.block_size) - shared
+        # What prompts that are computed in chunks have still to get.
+        begun = sum(
+            max(0, -(-r.num_tokens // self.block_size) - len(self.block_lists.of(r.request_id)))
+            for r in self.running
+            if r.num_computed_tokens < r.num_prompt_tokens
+        )
+        needed = prompt + begun + max(span.packed_blocks for span in planned) + len(self.running) + 1
+        return needed <= self.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def limit_chunk(self, request: Request, num_left: int, num_tokens: int) -> int:
+        """Leave no single token for the last chunk of a prompt to be compressed.
+
+        On a GPU such a chunk runs as a decode, from a recorded graph, where its query is not sampled. A chunk that is
+        itself one token is let through: a prompt that stays exact is better than one that waits.
+        """
+        if num_left != 1 or num_tokens < 2 or isinstance(self._span(request), Reason):
+            return num_tokens
+        return num_tokens - 1
+
+    def forget(self, request: Request) -> None:
+        """The request lost its blocks (finished, aborted or preempted)."""
+        request_id = request.request_id
+        if request_id in self._pending:
+            self._drop(request_id)
+            self._settled.discard(request_id)  # so that the books hear of it
+        if request.is_finished() and request_id not in self._settled:
+            span = self._span(request)
+            self._skip(request, span if isinstance(span, Reason) else Reason.ENDED_FIRST)
+        self._settled.discard(request_id)
+        self._saved.pop(request_id, None)
+        self._steps_waited.pop(request_id, None)
+        self._hit_shortened.discard(request_id)
+
+    def _span(self, request: Request) -> spans.Span | Reason:
+        params = request.sampling_params
+        if params is None or request.resumable:
+            return Reason.NO_SAMPLING
+        config = self.compression.for_request(params.extra_args)
+        return spans.plan_span(config, request.num_prompt_tokens, self.block_size, params.max_tokens)
+
+    def _skip(self, request: Request, reason: Reason) -> None:
+        self._news.append(Settled(request.request_id, request.num_prompt_tokens, Outcome.SKIPPED, reason))
+
+    def _pool_state(self) -> PoolState:
+        pool = self.kv_cache_manager.block_pool
+        total = pool.num_gpu_blocks - 1  # the null block serves nobody
+        return PoolState(
+            total=total,
+            used=total - pool.get_num_free_blocks(),
+            saved=sum(self._saved.values()),
+            compressed=len(self._saved),
+            pending=len(self._pending) + self._waiting,
+        )
+
+    def _start_one(self) -> list[SolveCommand]:
+        """The command for the first running request that can be compressed now, if there is one.
+
+        One at a time: the others decode in between, and a worker's memory is reckoned for one.
+        """
+        commands, self._waiting = [], 0
+        busy = any(not pending.solved for pending in self._pending.values())
+        for request in self.running:
+            if (
+                request.request_id in self._settled
+                or request.status != RequestStatus.RUNNING
+                or request.is_prefill_chunk
+                or request.num_computed_tokens < request.num_prompt_tokens
+            ):
+                continue
+            if isinstance(span := self._span(request), Reason):
+                self._settled.add(request.request_id)
+                self._skip(request, span)
+            elif busy or commands or (command := self._start(request, span)) is None:
+                self._waiting += 1
+            else:
+                self._settled.add(request.request_id)
+                commands.append(command)
+        return commands
+
+    def _start(self, request: Request, span: spans.Span) -> SolveCommand | None:
+        """Take blocks for the packed prefix; None if it has to wait: for free blocks, or for others to finish.
+
+        Blocks that other requests share are not freed by this one letting go of them. While fewer would come free
+        than the packed prefix takes, compression would cost memory.
+        """
+        pool, blocks = self.kv_cache_manager.block_pool, self.block_lists.of(request.request_id)
+        if not self._comes_free(request.request_id, span):
+            return self._defer(
+                request, Reason.SHARED_BLOCKS, "it would free fewer blocks than it takes, others share them"
+            )
+        free = pool.get_num_free_blocks()
+        if free < span.packed_blocks:
+            return self._defer(request, Reason.NO_FREE_BLOCKS, f"{span.packed_blocks} free blocks needed, {free} there")
+        pending = Pending(next(self._attempts), span, pool.get_new_blocks(span.packed_blocks))
+        self._pending[request.request_id] = pending
+        return SolveCommand(
+            request_id=request.request_id,
+            attempt=pending.attempt,
+            num_prompt_tokens=request.num_prompt_tokens,
+            span_tokens=span.tokens,
+            prompt_blocks=[block.block_id for block in blocks[: -(-request.num_prompt_tokens // self.block_size)]],
+            packed=[block.block_id for block in pending.packed],
+        )
+
+    def _defer(self, request: Request, reason: Reason, cause: str) -> None:
+        """It goes on uncompressed and is looked at again in the next step."""
+        if request.request_id not in self._steps_waited:
+            logger.info("kvsculpt: request %s waits uncompressed: %s", printable(request.request_id), cause)
+            self._news.append(Deferred(request.request_id, request.num_prompt_tokens, reason))
+        self._steps_waited[request.request_id] += 1
+
+    def _hear(self, solved: Solved) -> None:
+        pending = self._pending.get(solved.request_id)
+        if pending is None or pending.attempt != solved.attempt:
+            return  # the request has lost its blocks since
+        if solved.succeeded:
+            pending.solved = True
+        else:
+            self._drop(solved.request_id)
+
+    def _drop(self, request_id: str) -> None:
+        """Give back what was taken for a packed prefix that will not be used."""
+        self.kv_cache_manager.block_pool.free_blocks(reversed(self._pending.pop(request_id).packed))
+
+    def _commit_solved(self) -> Iterator[CommitCommand]:
+        for request_id in [request_id for request_id, pending in self._pending.items() if pending.solved]:
+            if self._comes_free(request_id, self._pending[request_id].span):
+                yield self._commit(request_id, self._pending.pop(request_id))
+            else:  # others have come to share its blocks meanwhile
+                self._drop(request_id)
+                tokens = self.requests[request_id].num_prompt_tokens
+                self._news.append(Settled(request_id, tokens, Outcome.FALLBACK, Reason.SHARED_BLOCKS))
+
+    def _commit(self, request_id: str, pending: Pending) -> CommitCommand:
+        """Rewrite the request's block list."""
+        pool, span = self.kv_cache_manager.block_pool, pending.span
+        free_before = pool.get_num_free_blocks()
+        old = self.block_lists.replace_first(request_id, span.blocks, pending.packed)
+        # Freeing at once is safe: the workers change the request's row before the forward pass of this same step,
+        # which is the first that could write to them. Reversed, as vLLM does: a prefix's end is evicted first.
+        pool.free_blocks(reversed(old))
+        # Counted with the blocks that the packed prefix took.
+        self._saved[request_id] = pool.get_num_free_blocks() - free_before - span.packed_blocks
+        return CommitCommand(
+            request_id=request_id,
+            row=[block.block_id for block in self.block_lists.of(request_id)],
+            blocks_freed=self._saved[request_id],
+            steps_waited=self._steps_waited.pop(request_id, 0),
+        )
+
+    def _comes_free(self, request_id: str, span: spans.Span) -> bool:
+        """Whether letting go of the span's blocks frees at least as many as the packed prefix takes."""
+        return sum(block.ref_cnt == 1 for block in self.block_lists.of(request_id)[: span.blocks]) >= span.packed_blocks
+
+
+class SculptScheduler(SculptSchedulerMixin, Scheduler):
+    """The mixin over vLLM's synchronous scheduler."""
+
+
+class SculptAsyncScheduler(SculptSchedulerMixin, AsyncScheduler):
+    """The mixin over vLLM's asynchronous scheduler."""

@@ -1,0 +1,87 @@
+"""What one compression did, as logged and reported."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+from vllm.logger import init_logger
+
+logger = init_logger("vllm.kvsculpt")
+
+
+@dataclass(frozen=True)
+class CompressionRecord:
+    """One compression, of one rank or (see `of_all_ranks`) of all. Lists by layer and head are (L, H)."""
+
+    request_id: str
+    method: str  # whose entries are in use: after a fallback not the one that was asked for
+    keep_ratio: float
+    budget: str
+    effort: str
+    prompt_tokens: int
+    span_tokens: int
+    entries_kept: float  # mean over layers and KV heads
+    blocks_before: int  # that the prompt held
+    blocks_after: int  # that it holds now: packed and tail
+    blocks_freed: int  # by which the pool's free count rose (shared blocks stay in use)
+    bytes_freed: int  # on all ranks
+    steps_waited: int  # scheduler steps spent uncompressed because no block was free, or because blocks were shared
+    seconds: float  # of the slowest rank
+    error_before: float  # held-out loss of plain selection, mean over heads
+    error_after: float  # held-out loss of what was written
+    solver_steps: int  # key steps, summed over heads
+    heads_at_start: int  # (layer, KV head)s for which selection was not beaten
+    failed_solves: int  # systems of the values that could not be factored, so that the values stayed
+    budgets: list[list[int]]  # entries kept by layer and head
+    errors: list[list[float]]  # held-out loss by layer and head, after
+    fallback: str = ""  # why selection took the place of the method that was asked for
+
+    def summary(self) -> dict:
+        """Everything but the lists, for tables of many requests."""
+        return {name: value for name, value in asdict(self).items() if name not in ("budgets", "errors")}
+
+
+def of_all_ranks(ranks: list[list[CompressionRecord]]) -> CompressionRecord:
+    """One record of what all ranks, [pipeline stage][tensor parallel rank], did with their layers and heads.
+
+    Heads that several ranks hold copies of, where there are more ranks than KV heads, are listed once for each.
+    """
+    everyone = [record for stage in ranks for record in stage]
+    heads = [sum(map(len, record.errors)) for record in everyone]
+
+    def mean(name: str) -> float:
+        parts = (getattr(record, name) * count for record, count in zip(everyone, heads, strict=True))
+        return sum(parts) / sum(heads)
+
+    def joined(name: str) -> list[list]:
+        return [
+            [head for row in rows for head in row]
+            for stage in ranks
+            for rows in zip(*(getattr(record, name) for record in stage), strict=True)
+        ]
+
+    return replace(
+        everyone[0],
+        **{name: mean(name) for name in ("entries_kept", "error_before", "error_after")},
+        **{
+            name: sum(getattr(record, name) for record in everyone)
+            for name in ("solver_steps", "heads_at_start", "failed_solves")
+        },
+        **{name: joined(name) for name in ("budgets", "errors")},
+        seconds=max(record.seconds for record in everyone),
+    )
+
+
+def printable(text: str) -> str:
+    """`text` as it may stand in a log line: request ids come from clients, and must not break lines or color them."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def log(record: CompressionRecord) -> None:
+    """The one line a compressed request leaves in the log."""
+    logger.info(
+        "kvsculpt: request %(request_id)s: %(method)s/%(budget)s, span %(span_tokens)d tokens, "
+        "%(entries_kept).0f entries kept a head, %(blocks_freed)d blocks freed (%(blocks_before)d -> "
+        "%(blocks_after)d), %(seconds).2f s, held-out error %(error_before).4f -> %(error_after).4f",
+        record.summary() | {"request_id": printable(record.request_id)},
+    )

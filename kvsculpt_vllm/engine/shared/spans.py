@@ -1,0 +1,48 @@
+"""Which prompt tokens of a request are compressed, and into how many blocks. Scheduler and workers both ask here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvsculpt_vllm.config import CompressionConfig
+from kvsculpt_vllm.engine.shared.reasons import Reason
+from kvsculpt_vllm.sculpt.budgets import span_sizes
+
+RECOMPUTED_TOKENS = 1024
+"""A prompt found in the prefix cache computes this many of its last tokens anew, so that queries are seen. Entries that
+no seen query looks for are lost (measured on one 2,048-token context: KL 0.0139 with 512, 0.0023 with 1,024, 0.0012
+with all)."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The part of a prompt that gets compressed."""
+
+    tokens: int  # a whole number of blocks
+    blocks: int
+    packed_blocks: int  # blocks that the packed prefix takes
+
+
+def plan_span(
+    config: CompressionConfig, num_prompt_tokens: int, block_size: int, max_tokens: int | None = None
+) -> Span | Reason:
+    """The span of a prompt, or why the prompt stays as it is. The tail keeps at least `window` prompt tokens.
+
+    `max_tokens` is how long the answer may be.
+    """
+    if not config.active:
+        return Reason.OFF
+    if num_prompt_tokens < config.min_tokens:
+        return Reason.SHORT
+    blocks, packed_blocks = span_sizes(num_prompt_tokens, config.window, block_size, config.keep_ratio)
+    if packed_blocks >= blocks:
+        return Reason.NOTHING_TO_FREE
+    # The prefill gives one token, the step that solves another: nothing would read the prefix.
+    if max_tokens is not None and max_tokens <= 2:
+        return Reason.FEW_OUTPUT_TOKENS
+    return Span(blocks * block_size, blocks, packed_blocks)
+
+
+def longest_useful_hit(num_prompt_tokens: int, block_size: int) -> int:
+    """Tokens a prefix-cache hit may cover, whole blocks, if the prompt is to be compressed."""
+    return max(num_prompt_tokens - RECOMPUTED_TOKENS, 0) // block_size * block_size

@@ -1,0 +1,23 @@
+"""Which calibration file the setting `calibration` means for the model, found when the engine is configured."""
+
+from __future__ import annotations
+
+from vllm.config import ModelConfig
+
+from kvsculpt_vllm.calibration_file import NONE, CalibrationError, find
+from kvsculpt_vllm.config import CompressionConfig, ConfigError, WrongSetting, allowed, flag
+
+
+def resolved(config: CompressionConfig, model: ModelConfig) -> CompressionConfig:
+    """The configuration with the path of the file that its `calibration` means for the model, or with `none`.
+
+    Raises:
+        ConfigError: that file does not fit the model.
+    """
+    num_layers = model.hf_text_config.num_hidden_layers
+    try:
+        path = find(config.calibration, model.model, num_layers, model.get_total_num_kv_heads())
+    except CalibrationError as error:
+        cure = f"{allowed('calibration')} ({error})"
+        raise ConfigError([WrongSetting(flag("calibration"), config.calibration, cure)]) from None
+    return config.model_copy(update={"calibration": NONE if path is None else str(path)})

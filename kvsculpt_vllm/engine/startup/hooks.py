@@ -1,0 +1,141 @@
+"""Where the plugin enters vLLM: its flags, and the making of the engine's configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from kvsculpt_vllm.calibration_file import NONE
+from kvsculpt_vllm.config import KEY, CompressionConfig, flag
+from kvsculpt_vllm.engine.compat.frontend import is_extra_api_server
+from kvsculpt_vllm.engine.compat.patcher import apply
+from kvsculpt_vllm.engine.compat.patches import ADD_CLI_ARGS, CREATE_ENGINE_CONFIG
+from kvsculpt_vllm.engine.startup.calibration_setting import resolved
+from kvsculpt_vllm.engine.startup.cpu_memory import fit_default_memory
+from kvsculpt_vllm.engine.startup.flags import add_flags
+from kvsculpt_vllm.engine.startup.refusals import (
+    DEFAULT_LAYOUT,
+    KERNEL_BLOCK_SIZE,
+    check_attention_backend,
+    check_config,
+    check_platform,
+    requested_layout,
+)
+from kvsculpt_vllm.engine.startup.request_checks import install_request_checks
+
+# vLLM sets up handlers for its own loggers only.
+logger = init_logger("vllm.kvsculpt")
+
+WORKERS = {
+    "cpu": "kvsculpt_vllm.engine.worker.worker_cpu.SculptCPUWorker",
+    "cuda": "kvsculpt_vllm.engine.worker.worker_gpu.SculptGPUWorker",
+}
+TRITON_BACKEND = "kvsculpt_vllm.engine.worker.attention_triton.SculptTritonBackend"
+SCHEDULER = "kvsculpt_vllm.engine.scheduler.scheduler.SculptScheduler"
+ASYNC_SCHEDULER = "kvsculpt_vllm.engine.scheduler.scheduler.SculptAsyncScheduler"
+
+CPU_MAX_STALL_MS = 60_000
+"""A compression takes seconds on a CPU, and so does each prefill: to spread it over hundreds of steps would keep its
+memory from being freed, and spare the others little."""
+
+
+_compresses = False
+
+
+def compresses_here() -> bool:
+    """Whether this process has made an engine's configuration with compression."""
+    return _compresses
+
+
+def install() -> None:
+    """Wrap `EngineArgs.add_cli_args` and `EngineArgs.create_engine_config`, once per process."""
+    apply(ADD_CLI_ARGS, _with_flags)
+    apply(CREATE_ENGINE_CONFIG, _with_compression)
+
+
+def _with_flags(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def add_cli_args(parser: Any) -> Any:
+        parser = stock(parser)
+        add_flags(parser)
+        return parser
+
+    return add_cli_args
+
+
+def _with_compression(stock: Callable[..., VllmConfig]) -> Callable[..., VllmConfig]:
+    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        install_request_checks()
+        config = CompressionConfig.from_additional_config(self.additional_config)
+        quiet = is_extra_api_server(self)
+        if not config.active:
+            if KEY in (self.additional_config or {}) and not quiet:
+                logger.info("KV compression: inactive, because --kv-compression is none.")
+            return stock(self, *args, **kwargs)
+        check_platform(current_platform)
+        chosen = self.block_size is None
+        if chosen:
+            self.block_size = KERNEL_BLOCK_SIZE[current_platform.device_type]
+        if current_platform.is_cpu():
+            fit_default_memory(self)
+        else:
+            _use_our_attention(self)
+        vllm_config = stock(self, *args, **kwargs)
+        check_config(self, vllm_config)
+        config.check_block_size(vllm_config.cache_config.block_size, flag)
+        config = resolved(config, vllm_config.model_config)
+        _use_our_classes(vllm_config, config)
+        _allow_long_steps()
+        global _compresses
+        _compresses = True
+        if not quiet:
+            logger.info("%s", _start_up_line(vllm_config, config, chosen))
+        return vllm_config
+
+    return create_engine_config
+
+
+def _use_our_attention(args: EngineArgs) -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    check_attention_backend(args)
+    # The workers register it too; here it is looked up while vLLM makes its configuration.
+    register_backend(AttentionBackendEnum.CUSTOM, TRITON_BACKEND)
+    args.attention_backend, args.attention_config.backend = AttentionBackendEnum.CUSTOM, None
+
+
+def _allow_long_steps() -> None:
+    # A step that compresses a long prompt on a CPU takes minutes; vLLM would take that for a hung worker after 5. The
+    # engine's processes, which start later, inherit it; a value of the user's own stays.
+    os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "3600")
+
+
+def _use_our_classes(vllm_config: VllmConfig, config: CompressionConfig) -> None:
+    # As strings: each process imports them itself.
+    vllm_config.parallel_config.worker_cls = WORKERS[current_platform.device_type]
+    scheduler_config = vllm_config.scheduler_config
+    scheduler_config.scheduler_cls = ASYNC_SCHEDULER if scheduler_config.async_scheduling else SCHEDULER
+    if current_platform.is_cpu() and "max_stall_ms" not in config.model_fields_set:
+        config = config.model_copy(update={"max_stall_ms": CPU_MAX_STALL_MS})
+    # However it was spelled, one configuration is one entry of the compile hash.
+    vllm_config.additional_config = {**vllm_config.additional_config, KEY: config.model_dump()}
+
+
+def _start_up_line(vllm_config: VllmConfig, config: CompressionConfig, block_size_chosen: bool) -> str:
+    budgets = config.budget
+    if config.calibration != NONE and config.budget == "adaptive":
+        budgets += f" (sculpt's by {config.calibration})"
+    elif config.method == "sculpt" and config.budget == "adaptive":
+        budgets += " (by a pilot on each prompt, which `kvsculpt calibrate` can save)"
+    return (
+        f"KV compression: active, because --kv-compression is {config.method}. "
+        f"Keep ratio {config.keep_ratio:g}, budget {budgets}, prompts from {config.min_tokens} tokens, "
+        f"block size {vllm_config.cache_config.block_size}{' (chosen, the smallest)' if block_size_chosen else ''}, "
+        f"layout {requested_layout() or DEFAULT_LAYOUT}, "
+        f"model runner {'V2' if vllm_config.use_v2_model_runner else 'V1'}."
+    )

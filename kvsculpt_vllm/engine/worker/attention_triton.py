@@ -1,0 +1,186 @@
+"""The GPU attention backend: one kernel for all rows, which finds packed prefixes in the directory on the device.
+
+A row without a packed prefix is the same kernel with an empty one, in every batch. vLLM's own kernels are not used
+beside it: a decode batch is replayed from a CUDA graph that must serve compressed rows too, a batch with a prefill has
+them as well on a busy server, and so a row's result never depends on whether its neighbours are compressed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from kvsculpt_vllm.engine.worker.capture import CaptureRows
+from kvsculpt_vllm.kernels import checks
+from kvsculpt_vllm.kernels.paged_attention import paged_attention, parts_for
+from kvsculpt_vllm.kernels.pages import store
+
+if TYPE_CHECKING:
+    from kvsculpt_vllm.engine.worker.state import BoundLayer
+
+
+@dataclass
+class SculptMetadata(AttentionMetadata):
+    """A batch. Its tensors are those that vLLM fills anew for every step: a recorded graph reads the current ones."""
+
+    num_tokens: int
+    max_query_len: int
+    num_parts: int
+    query_start_loc: Tensor  # (R + 1,) int32
+    seq_lens: Tensor  # (R,) int32
+    block_table: Tensor  # (R, W) int32
+    captures: list[CaptureRows]  # what to sample of this step's queries
+
+
+class SculptTritonBackend(AttentionBackend):
+    """Plain causal attention of decoders over keys and values that are not quantised."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    forward_includes_kv_cache_update = False
+
+    @staticmethod
+    def get_name() -> str:
+        """The name that vLLM looks up."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[SculptTritonImpl]:
+        """The attention implementation."""
+        return SculptTritonImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SculptTritonMetadataBuilder]:
+        """The metadata builder."""
+        return SculptTritonMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        """Any multiple of 16, as in `refusals.KERNEL_BLOCK_SIZE`."""
+        return [MultipleOf(16)]
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        """Whether the kernel's tiles fit."""
+        return head_size <= checks.MOST
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Layouts in which a (block, layer, KV head) page is contiguous."""
+        return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
+
+
+class SculptTritonMetadataBuilder(AttentionMetadataBuilder[SculptMetadata]):
+    """Runs on the host at every step, also before a graph is replayed; what it returns then is not used."""
+
+    # A graph does not run the Python that samples queries, so that prompts must not be computed in one.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        self._first_impl: SculptTritonImpl = layers[layer_names[0]].impl
+        self._processors = current_platform.num_compute_units(device.index or 0)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> SculptMetadata:
+        """The batch, without waiting for the device."""
+        common, bound = common_attn_metadata, self._first_impl.bound
+        return SculptMetadata(
+            num_tokens=common.num_actual_tokens,
+            max_query_len=common.max_query_len,
+            num_parts=parts_for(common.num_actual_tokens * self._first_impl.num_kv_heads, self._processors),
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            captures=bound.state.capture_rows(common) if bound is not None else [],
+        )
+
+
+class SculptTritonImpl(AttentionImpl[SculptMetadata]):
+    """Attention of one layer. The worker sets `bound` once there is a KV cache."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+    ) -> None:
+        """See vLLM's `AttentionImpl`; what the kernel lacks is refused by `refusals.check_attention_layers`."""
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.alibi_slopes, self.logits_soft_cap = alibi_slopes, logits_soft_cap
+        self.bound: BoundLayer | None = None
+
+    def do_kv_cache_update(
+        self,
+        layer: Any,
+        key: Tensor,  # (T, KV heads, D)
+        value: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,  # (S,) int64, S ≤ T, -1 for padding
+    ) -> None:
+        """Write the step's keys and values into the tail's pages."""
+        if (bound := self.bound) is not None:
+            store(bound.state.pages.kernel_pages, bound.index, slot_mapping, key, value)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,  # (T, heads, D)
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: SculptMetadata | None,
+        output: Tensor,  # (T, heads, D), written
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attend, sampling queries on the way."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("the output of attention cannot be quantised in its kernel")
+        bound = self.bound
+        if attn_metadata is None or bound is None:  # vLLM profiles its memory before there is a KV cache
+            return output.zero_()
+        for rows in attn_metadata.captures:
+            rows.store(bound.index, query)
+        tokens = slice(attn_metadata.num_tokens)
+        paged_attention(
+            query[tokens],
+            output.view(query.shape)[tokens],
+            bound.state.pages.kernel_pages,
+            bound.state.directory.prefixes,
+            attn_metadata.block_table,
+            attn_metadata.query_start_loc,
+            attn_metadata.seq_lens,
+            bound.index,
+            self.num_kv_heads,
+            self.scale,
+            attn_metadata.max_query_len,
+            attn_metadata.num_parts,
+        )
+        return output

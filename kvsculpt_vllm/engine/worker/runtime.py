@@ -1,0 +1,197 @@
+"""What a worker does for compression once its KV cache exists: run commands, solve in slices, answer the scheduler."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+from traceback import extract_tb
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+
+from kvsculpt_vllm.engine.compat.worker import BlockRows
+from kvsculpt_vllm.engine.shared.commands import CommitCommand, SolveCommand, Solved, attach, attached
+from kvsculpt_vllm.engine.shared.ledger import Ledger
+from kvsculpt_vllm.engine.shared.reasons import Outcome
+from kvsculpt_vllm.engine.shared.record import CompressionRecord, log, printable
+from kvsculpt_vllm.engine.worker.agreement import Failure, Ranks, agreed
+from kvsculpt_vllm.engine.worker.compressor import Compressor
+from kvsculpt_vllm.engine.worker.state import CompressionState
+from kvsculpt_vllm.sculpt.slices import Slices
+
+logger = init_logger("vllm.kvsculpt")
+
+
+class AnsweringOutput(AsyncModelRunnerOutput):
+    """An output that is still being computed, with messages to the scheduler."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, answers: list[Solved]) -> None:
+        self._output, self._answers = output, answers
+
+    def get_output(self) -> ModelRunnerOutput:
+        """The finished output."""
+        return _answering(self._output.get_output(), self._answers)
+
+
+@dataclass
+class Solving:
+    """A compression in hand."""
+
+    command: SolveCommand
+    slices: Slices[CompressionRecord]
+    first_failure: Failure | None  # of the method that was asked for, if this is the selection that takes its place
+    outcome: CompressionRecord | Failure | None = None  # of this rank, once it is through
+    raised: Exception | None = None  # what made it a failure
+
+
+def _raised_at(error: Exception) -> tuple[str, int | None]:
+    """File and line that an exception came from."""
+    frame = extract_tb(error.__traceback__)[-1]
+    return frame.filename, frame.lineno
+
+
+def _answering(output: ModelRunnerOutput, answers: list[Solved]) -> ModelRunnerOutput:
+    output = copy(output)  # vLLM shares one empty output among steps
+    attach(output, answers)
+    return output
+
+
+class Runtime:
+    """Everything that a worker knows of compression. It is made when the KV cache is there, so that nothing in it is
+    ever missing.
+    """
+
+    def __init__(
+        self,
+        state: CompressionState,
+        compressor: Compressor,
+        ranks: Ranks,
+        block_rows: BlockRows,
+        wait_for_device: Callable[[], None],
+    ) -> None:
+        self.state, self.compressor, self.ranks, self.block_rows = state, compressor, ranks, block_rows
+        self._wait_for_device = wait_for_device
+        self.block_bytes = sum(map(sum, ranks.gather(state.block_bytes)))  # on all ranks
+        self.ledger = Ledger(self.block_bytes)
+        self._solving: Solving | None = None
+        self._answers: list[Solved] = []
+        self._failed_at: set[tuple[str, int | None] | None] = set()
+
+    def before_step(self, output: SchedulerOutput) -> None:
+        """Do what the scheduler asks for, and go on with the compression in hand."""
+        self.state.begin_step(output)
+        self._forget([*output.finished_req_ids, *(output.preempted_req_ids or ())])
+        for command in attached(output):
+            if isinstance(command, SolveCommand):
+                # The scheduler gives no second one before it has heard of the first, or its request is gone.
+                self._begin(command)
+            elif isinstance(command, CommitCommand):
+                self._commit(command)
+            else:
+                self.ledger.hear(command)
+        self._go_on_solving()
+
+    def after_step(self) -> None:
+        """What is computed until the next step begins serves no request."""
+        self.state.end_step()
+
+    def with_answers(self, output: Any) -> Any:
+        """The step's output with what there is to tell the scheduler; None (more to come) stays as it is."""
+        if output is None or not self._answers:
+            return output
+        answers, self._answers = self._answers, []
+        if isinstance(output, AsyncModelRunnerOutput):
+            return AnsweringOutput(output, answers)
+        return _answering(output, answers)
+
+    def _commit(self, command: CommitCommand) -> None:
+        record = self.compressor.commit(command, self.block_bytes)
+        self.block_rows.replace(command.request_id, command.row)
+        self.ledger.compressed(record)
+        if self.ranks.is_first:
+            log(record)
+
+    def _forget(self, request_ids: list[str]) -> None:
+        """Put an end to the compression of a request that lost its blocks: those to be written to are others' now."""
+        if self._solving is not None and self._solving.command.request_id in request_ids:
+            self._solving = None
+
+    def _begin(self, command: SolveCommand, first_failure: Failure | None = None) -> None:
+        fallback = first_failure.reason if first_failure else None
+        self._solving = Solving(command, self.compressor.solve(command, fallback), first_failure)
+
+    def _go_on_solving(self) -> None:
+        """Work on the compression in hand until it is over, or has kept this step waiting for long enough.
+
+        It is over once every rank is through with its part.
+        """
+        if self._solving is None:
+            return
+        if self._solving.outcome is None:
+            self._work(self._solving)
+        outcomes = self.ranks.gather(self._solving.outcome)
+        if all(outcome is not None for stage in outcomes for outcome in stage):
+            self._conclude(self._solving, outcomes)
+
+    def _work(self, solving: Solving) -> None:
+        deadline = time.perf_counter() + self.state.config.max_stall_ms / 1000
+        while True:
+            try:
+                next(solving.slices)
+            except StopIteration as done:
+                solving.outcome = done.value
+                return
+            except Exception as error:  # noqa: BLE001 - told, counted, and no reason to end the other requests
+                # No memory, a matrix that cannot be factored, a bug.
+                solving.outcome, solving.raised = Failure.of(error), error
+                return
+            self._wait_for_device()
+            if time.perf_counter() >= deadline:
+                return
+
+    def _conclude(self, solving: Solving, outcomes: list[list[CompressionRecord | Failure]]) -> None:
+        """Have it used, or try selection if the method failed and the request wants that, or leave the cache exact.
+
+        Whatever happens, the request's own blocks are as they were: it can go on with them, and so do all others.
+        """
+        command = solving.command
+        result, teller = agreed(outcomes, self.state.tracked(command.request_id).config.max_error)
+        self._solving = None
+        if isinstance(result, Failure):
+            self.state.directory.release(command.request_id)
+            final = solving.first_failure is not None or result.by_rule
+            selects = not final and self.state.falls_back_to_selection(command.request_id)
+            if teller == self.ranks.place:
+                self._warn(solving, result, "tries selection" if selects else "stays exact")
+            if selects:
+                self._begin(command, first_failure=result)
+                return
+            lost = solving.first_failure or result
+            outcome = Outcome.FALLBACK if lost.by_rule else Outcome.FAILED
+            tokens = command.num_prompt_tokens
+            self.ledger.settle(command.request_id, tokens, outcome, lost.reason, lost.description)
+        else:
+            self.state.solved[command.request_id] = result
+        self.state.samples.pop(command.request_id, None)
+        if self.ranks.is_heard:
+            succeeded = not isinstance(result, Failure)
+            self._answers.append(Solved(command.request_id, command.attempt, succeeded))
+
+    def _warn(self, solving: Solving, failure: Failure, consequence: str) -> None:
+        quiet = failure.by_rule and solving.first_failure is None
+        where = _raised_at(solving.raised) if solving.raised else None
+        logger.log(
+            logging.INFO if quiet else logging.WARNING,
+            "kvsculpt: request %s %s, its compression cannot be used: %s",
+            printable(solving.command.request_id),
+            consequence,
+            failure.description,
+            # A traceback tells nothing about a loss, and the second one nothing new.
+            exc_info=None if failure.by_rule or where in self._failed_at else solving.raised,
+        )
+        self._failed_at.add(where)

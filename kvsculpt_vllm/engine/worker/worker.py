@@ -1,0 +1,96 @@
+"""Binds compression to vLLM's workers and attention layers, on every device alike; `worker_cpu` and `worker_gpu` put it
+over vLLM's workers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from kvsculpt_vllm.config import CompressionConfig
+from kvsculpt_vllm.engine.compat.worker import BlockRows
+from kvsculpt_vllm.engine.startup.refusals import check_attention_layers
+from kvsculpt_vllm.engine.worker.agreement import Ranks
+from kvsculpt_vllm.engine.worker.compressor import Compressor
+from kvsculpt_vllm.engine.worker.model_rotary import rotary_of_layers
+from kvsculpt_vllm.engine.worker.pages import PageFormat
+from kvsculpt_vllm.engine.worker.rank_curves import curves_of_rank
+from kvsculpt_vllm.engine.worker.runtime import Runtime
+from kvsculpt_vllm.engine.worker.state import BoundLayer, CompressionState
+
+
+class SculptWorkerMixin:
+    """Compression over one of vLLM's workers, whose class says by which attention backend the cache is read."""
+
+    attention_backend: ClassVar[tuple[AttentionBackendEnum, str]]  # the name that vLLM looks up, and our class
+    page_format: ClassVar[PageFormat]  # what that backend's pages hold
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Here and not at import, so that a backend is replaced only where compression is on.
+        register_backend(*self.attention_backend)
+        super().__init__(*args, **kwargs)
+        self.kv_compression: Runtime | None = None  # until there is a KV cache: vLLM runs steps before, to measure
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Bind the layers once the KV cache exists."""
+        super().initialize_from_config(kv_cache_config)
+        (group,) = kv_cache_config.kv_cache_groups
+        by_name = get_layers_from_vllm_config(self.vllm_config, Attention, group.layer_names)
+        layers = [by_name[name] for name in group.layer_names]
+        check_attention_layers(by_name)
+        state = CompressionState(
+            CompressionConfig.from_additional_config(self.vllm_config.additional_config),
+            self.model_runner,
+            self.page_format,
+            [layer.kv_cache for layer in layers],
+            layers[0].num_heads,
+            self.scheduler_config.max_num_seqs,
+        )
+        ranks = Ranks()
+        rotaries = rotary_of_layers(self.model_runner.get_model(), layers, self.model_config.hf_text_config)
+        curves = curves_of_rank(
+            state.config,
+            group.layer_names,
+            layers[0].num_kv_heads,
+            ranks.place[1],
+            self.parallel_config.tensor_parallel_size,
+        )
+        compressor = Compressor(state, rotaries, layers[0].impl.scale, curves)
+        block_rows = BlockRows(self.model_runner)
+        self.kv_compression = Runtime(state, compressor, ranks, block_rows, self.wait_for_device)
+        for index, layer in enumerate(layers):
+            layer.impl.bound = BoundLayer(state, index)
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """Do what the scheduler asks for, then run the step."""
+        if (compression := self.kv_compression) is None:
+            return super().execute_model(scheduler_output)
+        compression.before_step(scheduler_output)
+        output = super().execute_model(scheduler_output)
+        compression.after_step()
+        return compression.with_answers(output)
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """The step's second half, where the model runner has one."""
+        output = super().sample_tokens(*args, **kwargs)
+        return output if self.kv_compression is None else self.kv_compression.with_answers(output)
+
+    def kv_compression_report(self, newest: int) -> dict[str, Any]:
+        """Totals since start, the pool as it is now, and what became of the last so many requests, the newest first.
+
+        JSON-serialisable; for `collective_rpc`.
+        """
+        ledger = self.kv_compression.ledger
+        return {"stats": ledger.stats(), "newest": ledger.newest(newest)}
+
+    def kv_compression_request(self, request_id: str) -> dict[str, Any] | None:
+        """What became of one request, None if it is not known (any more); for `collective_rpc`."""
+        return self.kv_compression.ledger.find(request_id)
+
+    def wait_for_device(self) -> None:
+        """Until what a slice has launched is done: else the step would wait for it, however short the slice took."""

@@ -1,0 +1,68 @@
+"""vLLM's GPU worker with compression."""
+
+from __future__ import annotations
+
+import torch
+from vllm.logger import init_logger
+from vllm.utils.torch_utils import get_dtype_size
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.worker.gpu_worker import Worker
+
+from kvsculpt_vllm.engine.worker.pages import TokenPages
+from kvsculpt_vllm.engine.worker.state import SAMPLES_BYTES
+from kvsculpt_vllm.engine.worker.worker import SculptWorkerMixin
+from kvsculpt_vllm.engine.worker.working_memory import solve_bytes
+from kvsculpt_vllm.sculpt.effort import EFFORTS
+from kvsculpt_vllm.sculpt.memory import BYTES
+from kvsculpt_vllm.sculpt.queries import RECENT_POSITIONS
+
+logger = init_logger("vllm.kvsculpt")
+
+
+class SculptGPUWorker(SculptWorkerMixin, Worker):
+    """Reads packed prefixes with our kernel."""
+
+    attention_backend = (
+        AttentionBackendEnum.CUSTOM,
+        "kvsculpt_vllm.engine.worker.attention_triton.SculptTritonBackend",
+    )
+    page_format = TokenPages
+
+    def wait_for_device(self) -> None:
+        """Also for a stall to be measured at all."""
+        torch.cuda.current_stream().synchronize()
+
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache: what vLLM finds, less what the solve of the longest prompt and all samples take.
+
+        A size that the user gave (`--kv-cache-memory-bytes`) is theirs.
+        """
+        available = super().determine_available_memory()
+        if self.cache_config.kv_cache_memory_bytes:
+            return available
+        reserved = self._solve_bytes() + SAMPLES_BYTES
+        if reserved >= available:
+            raise ValueError(
+                f"--kv-compression: compressing the longest prompt (--max-model-len {self.model_config.max_model_len}) "
+                f"takes {reserved / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB are there for it and the KV cache: "
+                "lower --max-model-len, or say by --kv-cache-memory-bytes how much the KV cache gets"
+            )
+        logger.info("kvsculpt: %.2f GiB of the KV cache's memory kept free for compression", reserved / 2**30)
+        return available - reserved
+
+    def _solve_bytes(self) -> int:
+        model, parallel = self.model_config, self.parallel_config
+        num_kv_heads = model.get_num_kv_heads(parallel)
+        num_layers, num_heads = model.get_num_layers(parallel), model.get_num_attention_heads(parallel)
+        element_bytes = get_dtype_size(model.dtype)
+        position_bytes = num_layers * num_heads * model.get_head_size() * element_bytes
+        # Whatever the server's effort is, a request may ask for more.
+        sampled = max(effort.positions_for(position_bytes) for effort in EFFORTS.values())
+        return solve_bytes(
+            num_problems=num_layers * num_kv_heads,
+            query_rows=(min(sampled, model.max_model_len) + RECENT_POSITIONS) * num_heads // num_kv_heads,
+            head_size=model.get_head_size(),
+            prompt_tokens=model.max_model_len,
+            cache_bytes=element_bytes,
+            largest_temporary=BYTES["cuda"],
+        )

@@ -1,0 +1,42 @@
+"""What a model's heads lose at every budget, measured once for the model instead of by a pilot on each prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvsculpt_vllm.sculpt.budgets import PagePlan, grid_of
+
+
+@dataclass(frozen=True)
+class LossCurves:
+    """Curves as `survey.pilot` finds them, averaged over contexts.
+
+    Which heads need many entries is largely the model's own, and one prompt's pilot measures it with noise: budgets by
+    averaged curves cost nothing, and lose less on one model of two that were measured (benchmarks/LOG.md).
+    """
+
+    fractions: tuple[float, ...]  # (G,) of a span's pages, ascending, the last one 1
+    losses: np.ndarray  # (B, G) what each head loses with them, heads in the order of the problems
+
+    def grid(self, plan: PagePlan) -> list[int]:
+        """The page counts that stand for the fractions in the plan's span."""
+        return grid_of(plan, self.fractions)
+
+    def curves(self, grid: Sequence[int], plan: PagePlan) -> np.ndarray:
+        """What each head loses (B, len(grid)) at the page counts in `grid`.
+
+        One page of a long span is a smaller part of it than was measured. There a loss goes on as the power of the
+        fraction that it follows between the two smallest ones: were it to stay, a head would seem to gain nothing from
+        its second page, and get none.
+        """
+        at = np.array(grid) / plan.span_pages
+        found = np.stack([np.interp(at, self.fractions, losses) for losses in self.losses])
+        below, (first, second) = at < self.fractions[0], self.fractions[:2]
+        tiny = np.finfo(np.float64).tiny
+        fall = np.log(np.maximum(self.losses[:, 0], tiny) / np.maximum(self.losses[:, 1], tiny))
+        power = np.maximum(fall, 0) / np.log(second / first)
+        found[:, below] *= (first / at[below]) ** power[:, None]
+        return found

@@ -1,0 +1,134 @@
+"""The books: what is counted, what is remembered, and that ids and numbers come out as they should."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvsculpt_vllm.engine.shared.commands import Deferred, PoolState, Settled
+from kvsculpt_vllm.engine.shared.ledger import ERRORS, STORIES_KEPT, Histogram, Ledger
+from kvsculpt_vllm.engine.shared.record import CompressionRecord, printable
+
+RECORD = CompressionRecord(
+    request_id="cmpl-1-0-0123abcd",
+    method="sculpt",
+    keep_ratio=0.3,
+    budget="adaptive",
+    effort="fast",
+    prompt_tokens=700,
+    span_tokens=608,
+    entries_kept=192.0,
+    blocks_before=22,
+    blocks_after=9,
+    blocks_freed=13,
+    bytes_freed=1300,
+    steps_waited=0,
+    seconds=1.5,
+    error_before=0.2,
+    error_after=0.02,
+    solver_steps=7,
+    heads_at_start=1,
+    failed_solves=0,
+    budgets=[[128, 256]],
+    errors=[[0.01, 0.03]],
+)
+
+
+def test_totals_are_the_sum_of_what_was_told():
+    ledger = Ledger(block_bytes=100)
+    for reason, times in (("short", 3), ("off", 2)):
+        for i in range(times):
+            ledger.hear(Settled(f"{reason}-{i}", 10, "skipped", reason))
+    ledger.hear(Deferred("late", 800, "no_free_blocks"))
+    ledger.settle("broken", 900, "failed", "exception", "ValueError: x")
+    ledger.compressed(RECORD)
+    ledger.compressed(replace(RECORD, request_id="again", method="select", fallback="out_of_memory", seconds=100.0))
+    ledger.hear(PoolState(total=50, used=20, saved=13, compressed=1, pending=2))
+    stats = ledger.stats()
+    assert stats["requests"] == {
+        "compressed": {"": 1},
+        "skipped": {"off": 2, "short": 3},
+        "fallback": {"out_of_memory": 1},
+        "failed": {"exception": 1},
+    }
+    assert stats["deferred"] == {"no_free_blocks": 1}
+    assert (stats["span_tokens"], stats["entries_kept"], stats["blocks_freed"]) == (2 * 608, 2 * 192, 26)
+    assert (stats["bytes_freed"], stats["solver_steps"]) == (2600, 14)
+    assert sum(stats["seconds"]["counts"]) == 2 and stats["seconds"]["sum"] == 101.5
+    assert stats["held_out_error"]["after"]["sum"] == pytest.approx(0.04)
+    assert stats["pool"] == {
+        **{"total": 50, "used": 20, "saved": 13, "compressed": 1, "pending": 2},
+        "bytes_saved": 1300,
+    }
+    assert json.loads(json.dumps(stats)) == stats
+
+
+@given(st.lists(st.floats(0, 10), max_size=30))
+def test_a_histogram_counts_each_value_below_the_bounds_it_does_not_exceed(values):
+    histogram = Histogram(ERRORS)
+    for value in values:
+        histogram.observe(value)
+    told = histogram.as_dict()
+    for i, bound in enumerate(told["bounds"]):
+        assert sum(told["counts"][: i + 1]) == sum(value <= bound for value in values)
+    assert sum(told["counts"]) == len(values)
+
+
+def test_the_newest_come_first_and_many_short_prompts_do_not_drive_out_a_compression():
+    ledger = Ledger(1)
+    ledger.compressed(RECORD)
+    for i in range(STORIES_KEPT + 5):
+        ledger.hear(Settled(f"short-{i}", 10, "skipped", "short"))
+    newest = ledger.newest(1000)
+    assert len(newest) == STORIES_KEPT + 1
+    assert newest[0]["request_id"] == f"short-{STORIES_KEPT + 4}"
+    assert newest[-1]["compression"]["method"] == "sculpt"
+    assert "budgets" not in newest[-1]["compression"]
+    assert ledger.newest(2) == newest[:2]
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("cmpl-1", True),  # what the client knows
+        ("cmpl-1-0", True),
+        ("cmpl-1-0-0123abcd", True),  # what the engine calls it
+        ("cmpl", False),
+        ("cmpl-.", False),
+        ("0123abcd", False),
+        ("", False),
+    ],
+)
+def test_a_request_is_found_by_the_clients_id(asked, found):
+    ledger = Ledger(1)
+    ledger.compressed(RECORD)
+    story = ledger.find(asked)
+    assert (story is not None) == found
+    if found:
+        assert story["compression"]["budgets"] == [[128, 256]]
+
+
+def test_a_request_that_waited_and_was_compressed_then_has_one_story():
+    ledger = Ledger(1)
+    ledger.hear(Deferred(RECORD.request_id, 700, "no_free_blocks"))
+    assert ledger.find("cmpl-1")["outcome"] == "deferred"
+    ledger.compressed(RECORD)
+    assert [story["outcome"] for story in ledger.newest(10)] == ["compressed"]
+
+
+def test_a_failure_whose_request_ends_before_the_scheduler_hears_of_it_is_counted_once():
+    ledger = Ledger(1)
+    ledger.settle("a", 900, "failed", "exception", "ValueError: x")
+    ledger.hear(Settled("a", 900, "skipped", "ended_first"))
+    ledger.hear(Settled("b", 900, "skipped", "ended_first"))
+    assert ledger.stats()["requests"]["failed"] == {"exception": 1}
+    assert ledger.stats()["requests"]["skipped"] == {"ended_first": 1}
+    assert ledger.find("a")["detail"] == "ValueError: x"
+
+
+def test_an_id_cannot_break_a_log_line_or_color_it():
+    assert printable("a\nb\x1b[31m\u2028é") == "a\\nb\\x1b[31m\\u2028é"

@@ -1,0 +1,77 @@
+"""What a GPU runs, on the CPU through Triton's interpreter: attention backend, page format, both model runners.
+
+Neither CUDA graphs nor streams are seen here.
+"""
+
+import pytest
+from kvsculpt_vllm.kernels.paged_attention import MOST_PARTS, parts_for
+
+ON = {"kv_compression": {"method": "select", "keep_ratio": 0.3, "min_tokens": 128, "window": 32}}
+
+
+def request(start, length, max_tokens=5, after=0, **extra_args):
+    return {
+        "start": start,
+        "length": length,
+        "max_tokens": max_tokens,
+        "after": after,
+        "extra_args": extra_args or None,
+    }
+
+
+# Float32, so that other kernels' rounding changes no token. The second prompt, too short to be compressed, is computed
+# beside the first one's decoding from packed pages.
+BATCHES = [[request(0, 200, 7), request(5000, 90, 4, after=4)]]
+
+
+@pytest.fixture
+def engine(first_layers_path):
+    return {
+        "model": str(first_layers_path),
+        "dtype": "float32",
+        "max_model_len": 512,
+        "max_num_batched_tokens": 64,
+        "enable_prefix_caching": False,
+    }
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "runner",
+    [{"v2": False}, {"v2": True, "asynchronous": True}],
+    ids=["V1", "V2 asynchronous"],
+)
+def test_every_entry_in_shuffled_packed_pages_gives_the_tokens_of_stock_vllm(run_engine, engine, runner):
+    stock = run_engine(engine=engine, batches=BATCHES)
+    ours = run_engine(
+        engine={**engine, "additional_config": ON},
+        batches=BATCHES,
+        gpu_path=True,
+        identity=True,
+        poison=True,
+        **runner,
+    )
+    assert ours["tokens"] == stock["tokens"]
+    assert ours["stats"]["requests"]["compressed"] == {"": 1}
+    assert ours["free"][0][-1] == ours["free_at_start"]
+    assert ours["published"] == 0
+    assert ours["scheduler"] == ("SculptAsyncScheduler" if "asynchronous" in runner else "SculptScheduler")
+
+
+@pytest.mark.engine
+def test_budgets_of_each_head_are_read_as_the_cpu_backend_reads_them(run_engine, engine):
+    """Different budgets for every layer and head, from queries that both backends sampled in chunks."""
+    job = {"engine": {**engine, "additional_config": ON}, "batches": [[request(2000, 300, 6)]]}
+    cpu, gpu = run_engine(**job), run_engine(**job, gpu_path=True, v2=True)
+    assert gpu["tokens"] == cpu["tokens"]
+    assert gpu["free"] == cpu["free"]
+    (theirs,), (ours,) = cpu["compressions"], gpu["compressions"]
+    assert ours["error_after"] == pytest.approx(theirs["error_after"], rel=1e-3)
+    assert ours["blocks_freed"] > 0
+
+
+def test_entries_are_split_until_every_processor_is_busy_and_no_further():
+    assert parts_for(1, 132) == MOST_PARTS
+    assert parts_for(2 * 8, 132) == 16
+    assert parts_for(300, 132) == 1
+    assert parts_for(0, 132) == MOST_PARTS

@@ -1,0 +1,125 @@
+"""The calibration's file: what is in it, what is refused, and which one a server takes."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from kvsculpt_vllm import calibration_file
+from kvsculpt_vllm.calibration_file import FILE, CalibrationError, CalibrationFile, find, read
+from kvsculpt_vllm.config import CompressionConfig, ConfigError
+from kvsculpt_vllm.engine.startup.calibration_setting import resolved
+from kvsculpt_vllm.engine.worker.rank_curves import curves_of_rank
+
+LAYERS, HEADS = 3, 4
+FRACTIONS = (0.1, 0.5, 1.0)
+
+
+def loss(layer, head):
+    """A head's losses, of which the first names it."""
+    return (10.0 * layer + head + 1, 0.5, 0.0)
+
+
+@pytest.fixture
+def made():
+    return CalibrationFile(
+        model="m",
+        num_layers=LAYERS,
+        num_kv_heads=HEADS,
+        context=2048,
+        texts={"pydoc": 4},
+        fractions=FRACTIONS,
+        losses=[[loss(layer, head) for head in range(HEADS)] for layer in range(LAYERS)],
+    )
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """A model's directory, and an empty one of shipped files beside it."""
+    monkeypatch.setattr(calibration_file, "SHIPPED", tmp_path / "shipped")
+    for name in ("shipped", "m"):
+        (tmp_path / name).mkdir()
+    return tmp_path / "m"
+
+
+def test_survives_its_file(made, tmp_path):
+    made.write(tmp_path / "c.json")
+    assert read(tmp_path / "c.json") == made
+    assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"losses": [[[1, 0]]]}, "losses are not"),
+        ({"num_layers": 2}, "losses are not"),
+        ({"num_kv_heads": 0}, "num_kv_heads .*greater than or equal to 1"),
+        ({"fractions": [0.5, 0.1, 1.0]}, "do not ascend to 1"),
+        ({"fractions": [0.1, 0.5, 0.9]}, "do not ascend to 1"),
+        ({"format": 2}, "format .*should be 1"),
+        ({"losses": "NaN"}, "losses"),
+        ({"more": 1}, "more Extra"),
+    ],
+)
+def test_what_is_no_calibration_is_refused(made, tmp_path, change, message):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(made.model_dump() | change))
+    with pytest.raises(CalibrationError, match=rf"c\.json was not written by `kvsculpt calibrate`: .*{message}"):
+        read(path)
+
+
+def test_auto_is_the_models_own_before_the_shipped_one_of_its_name_and_shape(made, model):
+    shape = str(model), LAYERS, HEADS
+    assert find("auto", *shape) is None
+    shipped = calibration_file.SHIPPED / "m.json"
+    made.write(shipped)
+    assert find("auto", *shape) == shipped
+    assert find("auto", "org/m", LAYERS, HEADS) == shipped
+    assert find("auto", str(model), LAYERS + 1, HEADS) is None  # another model of that name
+    assert find("auto", "org/n", LAYERS, HEADS) is None
+    cached = model.parent / "models--org--m" / "snapshots" / "abc"
+    cached.mkdir(parents=True)
+    assert find("auto", str(cached), LAYERS, HEADS) == shipped
+    made.write(model / FILE)
+    assert find("auto", *shape) == model / FILE
+    (model / "m.gguf").touch()
+    assert find("auto", str(model / "m.gguf"), LAYERS, HEADS) == model / FILE
+    assert find("none", *shape) is None
+    assert find(str(shipped), *shape) == shipped
+
+
+def test_a_file_that_does_not_fit_stops_the_server(made, model):
+    made.write(model / FILE)
+    served = SimpleNamespace(
+        model=str(model),
+        hf_text_config=SimpleNamespace(num_hidden_layers=LAYERS),
+        get_total_num_kv_heads=lambda: HEADS,
+    )
+    assert resolved(CompressionConfig(method="sculpt"), served).calibration == str(model / FILE)
+    (model / "broken").write_text("{}")
+    served.get_total_num_kv_heads = lambda: 2
+    for given, why in (("auto", "3 layers of 4 KV heads, this one has 3 of 2"), ("broken", ""), ("absent", "No such")):
+        with pytest.raises(ConfigError, match=f"--kv-compression-calibration: got .*{given}.*{why}"):
+            setting = given if given == "auto" else str(model / given)
+            resolved(CompressionConfig(method="sculpt", calibration=setting), served)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "own", "heads"),
+    [
+        (1, 4, [[0, 1, 2, 3]]),
+        (2, 2, [[0, 1], [2, 3]]),
+        (8, 1, [[0], [0], [1], [1], [2], [2], [3], [3]]),  # two ranks hold each head
+    ],
+)
+def test_a_rank_gets_the_curves_of_its_layers_and_heads(made, tmp_path, world_size, own, heads):
+    made.write(tmp_path / "c.json")
+    config = CompressionConfig(method="sculpt", calibration=str(tmp_path / "c.json"))
+    names = [f"model.layers.{layer}.self_attn.attn" for layer in (1, 2)]
+    for rank in range(world_size):
+        found = curves_of_rank(config, names, own, rank, world_size)
+        assert found.fractions == FRACTIONS
+        expected = [loss(layer, head) for layer in (1, 2) for head in heads[rank]]
+        np.testing.assert_array_equal(found.losses, expected)
+    assert curves_of_rank(CompressionConfig(method="sculpt", calibration="none"), names, own, 0, 1) is None
