@@ -1,0 +1,409 @@
+"""Rewrite the generated tables of README.md and docs/*.md: `make docs`.
+
+A table stands between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``. It comes from the result files in
+benchmarks/results or from the code, so that no number and no flag is written down twice. `tests/docs/test_tables.py`
+fails while a table is not what this script would write.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import mean, median
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(\n<!-- end: \2 -->)", re.DOTALL)
+MARKER = re.compile(r"^<!-- (?:generated|end): ([\w-]+) -->$", re.MULTILINE)
+
+SMOLLM, QWEN = "eval-smollm2-135m.json", "eval-qwen2.5-coder-1.5b.json"
+RATIOS = (0.1, 0.3, 0.5, 0.7)
+TEXTS = ("moby-dick-1-67.txt", "pydoc")
+TASKS = ("niah", "multikey", "tracking")
+
+
+def documents() -> list[Path]:
+    """The files that may hold generated tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def renewed(text: str) -> str:
+    """`text` with each of its generated tables as it is now.
+
+    Raises:
+        ValueError: a marker without its other half, or a table that nobody generates.
+    """
+    found = [name for _, name, _ in PART.findall(text)]
+    if sorted(MARKER.findall(text)) != sorted(2 * found):
+        raise ValueError(f"markers without their other half, other than those of {', '.join(found) or 'no table'}")
+    if unknown := set(found) - TABLES.keys():
+        raise ValueError(f"unknown tables {', '.join(sorted(unknown))}, known are {', '.join(TABLES)}")
+    return PART.sub(lambda part: part[1] + TABLES[part[2]]() + part[3], text)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+class Measured(NamedTuple):
+    """What was measured of one method: the columns of a result file that tell its rows apart."""
+
+    label: str
+    method: str
+    budget: str
+    effort: str = "balanced"
+    calibrated: bool = False
+
+
+SCULPT = Measured("**sculpt** (default), calibrated", "sculpt", "adaptive", calibrated=True)
+PILOT = Measured("**sculpt**, `balanced`, adaptive by a pilot", "sculpt", "adaptive")
+MATCHING = Measured("Attention Matching, adaptive", "attention_matching", "adaptive")
+SELECTION = Measured("selection, uniform budgets", "select", "uniform")
+BASELINE = Measured("Select+Fit, uniform (the paper's baseline)", "select_fit", "uniform")
+PEERS = (
+    Measured("KeyDiff, adaptive", "keydiff", "adaptive"),
+    Measured("SnapKV, adaptive", "snapkv", "adaptive"),
+    Measured("Expected Attention, adaptive", "expected_attention", "adaptive"),
+    Measured("Attention Matching, uniform", "attention_matching", "uniform"),
+    MATCHING,
+)
+MAIN = (
+    SELECTION,
+    BASELINE,
+    *PEERS,
+    Measured("**sculpt**, `fast`, adaptive by a pilot", "sculpt", "adaptive", "fast"),
+    PILOT,
+    Measured("**sculpt**, `fast`, calibrated", "sculpt", "adaptive", "fast", calibrated=True),
+    SCULPT,
+)
+UNIFORM = (
+    Measured("KeyDiff", "keydiff", "uniform"),
+    Measured("SnapKV", "snapkv", "uniform"),
+    Measured("Expected Attention", "expected_attention", "uniform"),
+    Measured("selection", "select", "uniform"),
+    Measured("Select+Fit", "select_fit", "uniform"),
+    Measured("Attention Matching", "attention_matching", "uniform"),
+    Measured("sculpt", "sculpt", "uniform"),
+)
+
+
+@cache
+def rows_of(file: str) -> list[dict[str, Any]]:
+    """The rows of a result file of `kvsculpt eval`."""
+    return json.loads((RESULTS / file).read_text(encoding="utf-8"))
+
+
+def row_of(file: str, what: Measured, ratio: float, text: str, task: str | None = None) -> dict[str, Any] | None:
+    """The row with the most contexts, if there is one."""
+    found = [
+        row
+        for row in rows_of(file)
+        if (row["method"], row["budget"], row["keep_ratio"]) == (what.method, what.budget, ratio)
+        and (row["settings"]["text"], row["settings"]["effort"]) == (text, what.effort)
+        and (row["settings"].get("calibration", "none") != "none") == what.calibrated
+        and row["settings"].get("task") == task
+    ]
+    return max(found, key=lambda row: row["settings"]["num_contexts"], default=None)
+
+
+def kl(file: str, what: Measured, ratio: float) -> tuple[float, float] | None:
+    """Mean KL over the contexts of both texts, and the larger of the texts' 99th percentiles; None if not measured.
+
+    The two texts have as many contexts each: a mean of fewer would not be comparable with the other rows.
+    """
+    rows = [row for text in TEXTS if (row := row_of(file, what, ratio, text)) is not None]
+    most = max(row["settings"]["num_contexts"] for row in rows_of(file) if "task" not in row["settings"])
+    if len(rows) < len(TEXTS) or any(row["settings"]["num_contexts"] != most for row in rows):
+        return None
+    return mean(row["kl_mean"] for row in rows), max(row["kl_p99"] for row in rows)
+
+
+def num_contexts(file: str) -> int:
+    """Contexts of both texts together that the tables are made of."""
+    return sum(row_of(file, SELECTION, 0.3, text)["settings"]["num_contexts"] for text in TEXTS)
+
+
+def quality(file: str, model: str, measured: Sequence[Measured]) -> str:
+    """KL of several methods at every keep ratio. A method that was not measured on both texts is left out."""
+    body = []
+    for what in measured:
+        found = [kl(file, what, ratio) for ratio in RATIOS]
+        if any(found):
+            body.append([what.label, *("–" if one is None else f"{one[0]:.5f} / {one[1]:.4f}" for one in found)])
+    return table([f"{model}, {num_contexts(file)} contexts", *_kept(RATIOS)], body)
+
+
+def _kept(ratios: Sequence[float]) -> list[str]:
+    return [f"keep {ratio:g}" for ratio in ratios]
+
+
+def quality_small() -> str:
+    """The README's: mean KL alone, of what a reader compares first."""
+    ratios, files = (0.1, 0.3, 0.5), {"SmolLM2-135M": SMOLLM, "Qwen2.5-Coder-1.5B": QWEN}
+    header = ["", *(f"{model}, keep {ratio:g}" for model in files for ratio in ratios)]
+    shown = {
+        "selection, the same budget for every head": SELECTION,
+        "Select+Fit, the paper's baseline": BASELINE,
+        "Attention Matching, adaptive budgets": MATCHING,
+        "**sculpt**, adaptive budgets, calibrated": SCULPT,
+    }
+    return table(
+        header,
+        [[name, *(f"{kl(file, what, r)[0]:.4f}" for file in files.values() for r in ratios)]
+         for name, what in shown.items()],
+    )  # fmt: skip
+
+
+def quality_lead() -> str:
+    """How many times the best peer's KL is sculpt's."""
+    body = []
+    for model, file in (("SmolLM2-135M", SMOLLM), ("Qwen2.5-Coder-1.5B", QWEN)):
+        best = [min(kl(file, peer, ratio)[0] for peer in PEERS) for ratio in RATIOS]
+        for name, what in (("calibrated", SCULPT), ("by a pilot", PILOT)):
+            lead = (f"{peer / kl(file, what, ratio)[0]:.1f}" for peer, ratio in zip(best, RATIOS, strict=True))
+            body.append([f"{model}, sculpt {name}", *lead])
+    return table(["best peer's KL / sculpt's", *_kept(RATIOS)], body)
+
+
+def quality_by_text(file: str, model: str) -> str:
+    """Mean KL on each of the texts: where a method gains and where it loses."""
+    names = {"moby-dick-1-67.txt": "*Moby-Dick*", "pydoc": "Python's documentation"}
+    body = [
+        [f"{what.label}, {names[text]}", *(f"{row_of(file, what, ratio, text)['kl_mean']:.5f}" for ratio in RATIOS)]
+        for what in (MATCHING, PILOT, SCULPT)
+        for text in TEXTS
+    ]
+    return table([model, *_kept(RATIOS)], body)
+
+
+def retrieval() -> str:
+    """Shares of the full cache's score, and of how many samples of each task they are."""
+    shown = {
+        "Expected Attention": Measured("", "expected_attention", "adaptive"),
+        "selection by attention": Measured("", "select", "adaptive"),
+        "Attention Matching": MATCHING,
+        "**sculpt**, by a pilot": PILOT,
+        "**sculpt** (default), calibrated": SCULPT,
+    }
+    body = []
+    for name, what in shown.items():
+        rows = [row_of(QWEN, what, 0.3, TEXTS[0], task) for task in TASKS]
+        shares = (f"{row['score'] / row['score_full']:.2g}" for row in rows)
+        samples = ", ".join(str(row["settings"]["num_contexts"]) for row in rows)
+        body.append([name, *shares, samples])
+    return table(["Qwen2.5-Coder-1.5B, keep 0.3", "needle", "key-value lines", "variable tracking", "samples"], body)
+
+
+def paper() -> str:
+    """The paper's table beside ours, of the same prose as far as there is any."""
+    # Read and not imported: the benchmark brings matplotlib and transformers along.
+    source = ast.parse((ROOT / "benchmarks" / "paper_table.py").read_text(encoding="utf-8"))
+    (published,) = [
+        ast.literal_eval(statement.value)
+        for statement in source.body
+        if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", "") == "PAPER"
+    ]
+    ratios = (0.3, 0.5, 0.7)
+    rows = [
+        ("paper", "Select+Fit, uniform", published["select_fit", "uniform"]),
+        ("paper", "KVSculpt, uniform", published["kvsculpt", "uniform"]),
+        ("paper", "KVSculpt, adaptive", published["kvsculpt", "adaptive"]),
+    ]
+    for name, what in (
+        ("Select+Fit, uniform", BASELINE),
+        ("sculpt, uniform", Measured("", "sculpt", "uniform")),
+        ("sculpt, adaptive by a pilot", PILOT),
+        ("sculpt, calibrated (not in the picture)", SCULPT),
+    ):
+        numbers = {ratio: row_of(SMOLLM, what, ratio, TEXTS[0])["kl_mean"] for ratio in ratios}
+        rows.append(("ours, SmolLM2-135M", name, numbers))
+    base, body = {}, []
+    for origin, name, numbers in rows:
+        first = base.setdefault(origin, numbers)  # Select+Fit of the same origin comes first
+        body.append([origin, name, *(_gain(numbers, first, ratio, origin) for ratio in ratios)])
+    return table(["of", "method, budgets", *_kept(ratios)], body)
+
+
+def _gain(numbers: dict[float, float], base: dict[float, float], ratio: float, origin: str) -> str:
+    if ratio not in numbers:
+        return "–"
+    told = f"{numbers[ratio]:g}" if origin == "paper" else f"{numbers[ratio]:.5f}"
+    return told if numbers is base else f"{told} ({base[ratio] / numbers[ratio]:.1f}x)"
+
+
+@cache
+def serving() -> dict[str, Any]:
+    """The result file of `benchmarks/serving.py`."""
+    return json.loads((RESULTS / "serving-smollm2-135m-cpu.json").read_text(encoding="utf-8"))
+
+
+def runs(system: str, room: int, concurrency: int) -> list[dict[str, Any]]:
+    """The throughput runs of one system, at room for so many exact prompts."""
+    wanted = (system, room, concurrency)
+    return [run for run in serving()["throughput"] if (run["system"], run["room"], run["concurrency"]) == wanted]
+
+
+def _rate(system: str, room: int, concurrency: int) -> float:
+    return median(run["output_throughput"] for run in runs(system, room, concurrency))
+
+
+def _seconds(system: str, measure: str, digits: int) -> str:
+    (run,) = runs(system, 8, 16)
+    return " s, ".join(f"{run[f'{rank}_{measure}_ms'] / 1000:.{digits}f}" for rank in ("median", "p99")) + " s"
+
+
+def cost_small() -> str:
+    """The README's: what is gained, and what it takes on a CPU."""
+    capacity = {run["system"]: run for run in serving()["capacity"]}
+    answers = serving()["quality"]
+    waits = {name: runs(name, 8, 16)[0]["median_ttft_ms"] / 1000 for name in ("stock", "sculpt")}
+    rows = [
+        ["prompts held at once", *(str(capacity[name]["held_at_once"]) for name in ("stock", "sculpt"))],
+        ["KV memory a prompt", *(_megabytes(answers[f"kv_bytes_{name}"]) for name in ("exact", "sculpted"))],
+        ["tokens/s, 16 requests at a time", *(f"{_rate(name, 8, 16):.1f}" for name in ("stock", "sculpt"))],
+        ["time to the first token, 16 at a time, median", *(f"{wait:.0f} s" for wait in waits.values())],
+    ]
+    return table(["", "stock vLLM", "every prompt sculpted"], rows)
+
+
+def cost() -> str:
+    """All that `benchmarks/serving.py` measured."""
+    found, answers = serving(), serving()["quality"]
+    stock, sculpt = found["capacity"]
+    rates = {name: [run["output_throughput"] for run in runs(name, 8, 8)] for name in ("stock", "none")}
+    rows = [
+        [
+            f"held at once of {stock['arrived']} that arrive together, before a preemption",
+            str(stock["held_at_once"]),
+            "",
+            f"{sculpt['held_at_once']} ({found['held_ratio']:.1f}x)",
+        ],
+        ["preemptions", str(stock["preemptions"]), "", str(sculpt["preemptions"])],
+        ["KV bytes a prompt", _megabytes(answers["kv_bytes_exact"]), "", _megabytes(answers["kv_bytes_sculpted"])],
+        [
+            "tokens/s, 8 at a time (three rounds, median of their ratios)",
+            ", ".join(f"{rate:.1f}" for rate in rates["stock"]),
+            ", ".join(f"{rate:.1f}" for rate in rates["none"]) + f" ({found['none_over_stock']:.2f})",
+            "",
+        ],
+    ]
+    for room, concurrency, told in ((8, 4, "memory is not short"), (8, 16, "memory for 8"), (32, 16, "memory for 32")):
+        ours, theirs = _rate("sculpt", room, concurrency), _rate("stock", room, concurrency)
+        name = f"tokens/s, {concurrency} at a time: {told}"
+        rows.append([name, f"{theirs:.1f}", "", f"{ours:.1f} ({ours / theirs:.2f})"])
+    for measure, what, digits in (("ttft", "time to the first token", 0), ("tpot", "time a further token", 1)):
+        name = f"{what}, 16 at a time, memory for 8: median, 99th percentile"
+        rows.append([name, _seconds("stock", measure, digits), "", _seconds("sculpt", measure, digits)])
+    rows.append(
+        [
+            "greedy answers (64 tokens) equal to the exact ones",
+            "",
+            "",
+            f"{answers['answers_equal']} of {answers['prompts']}; on average the first "
+            f"{100 * answers['share_equal_mean']:.0f} % are",
+        ]
+    )
+    return table(["", "stock vLLM", "every request `none`", "every one sculpted"], rows)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
+
+
+def flags() -> str:
+    """One row a setting."""
+    from kvsculpt_vllm.config import SERVER_ONLY, CompressionConfig, choices, flag, request_key
+
+    body = []
+    for field, info in CompressionConfig.model_fields.items():
+        by_request = "–" if field in SERVER_ONLY else f"`{request_key(field)}`"
+        options = ", ".join(f"`{option}`" for option in choices(field))
+        meaning = f"One of {options}. {info.description}" if options else info.description
+        body.append([f"`{flag(field)}`", by_request, f"`{info.default}`", meaning])
+    return table(["flag", "in a request's `vllm_xargs`", "default", "meaning"], body)
+
+
+def efforts() -> str:
+    """What a fit may take."""
+    from kvsculpt_vllm.sculpt.effort import EFFORTS
+
+    header = ["effort", "positions that rank entries, at least", "positions a pilot is fitted to",
+              "positions a fit uses", "key steps, at most"]  # fmt: skip
+    return table(
+        header,
+        [
+            [f"`{name}`", *(f"{n:,}" for n in (e.positions, e.pilot_positions, e.fit_positions, e.key_steps))]
+            for name, e in EFFORTS.items()
+        ],
+    )
+
+
+def refusals() -> str:
+    """What a configuration can be refused for."""
+    from kvsculpt_vllm.engine.refusals import known_refusals
+
+    return table(["refused at start-up", "because", "cure"], known_refusals())
+
+
+def metrics() -> str:
+    """What `/metrics` shows besides vLLM's own."""
+    from kvsculpt_vllm.engine.command import Deferred
+    from kvsculpt_vllm.engine.ledger import SKIPPED, Ledger
+    from kvsculpt_vllm.engine.spans import Skip
+    from kvsculpt_vllm.serving.metrics import StatsCollector
+
+    ledger = Ledger(block_bytes=1)  # one of each, so that every label shows
+    ledger.settle("request", 1, SKIPPED, Skip.OFF)
+    ledger.hear(Deferred("request", 1, "no_free_blocks"))
+    collector = StatsCollector(SimpleNamespace(age=0.0, stats=[ledger.stats()]), math.inf)
+    body = []
+    for family in collector.collect():
+        labels = dict.fromkeys(label for sample in family.samples for label in sample.labels)
+        name = family.name + ("_total" if family.type == "counter" else "")
+        body.append([f"`{name}`", family.type, ", ".join(label for label in labels if label != "le"),
+                     family.documentation])  # fmt: skip
+    return table(["metric", "type", "labels", "meaning"], body)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "quality-small": quality_small,
+    "quality-smollm2": lambda: quality(SMOLLM, "SmolLM2-135M", MAIN),
+    "quality-qwen": lambda: quality(QWEN, "Qwen2.5-Coder-1.5B", MAIN),
+    "quality-lead": quality_lead,
+    "quality-smollm2-by-text": lambda: quality_by_text(SMOLLM, "SmolLM2-135M"),
+    "quality-qwen-by-text": lambda: quality_by_text(QWEN, "Qwen2.5-Coder-1.5B"),
+    "uniform-smollm2": lambda: quality(SMOLLM, "SmolLM2-135M", UNIFORM),
+    "uniform-qwen": lambda: quality(QWEN, "Qwen2.5-Coder-1.5B", UNIFORM),
+    "retrieval": retrieval,
+    "paper": paper,
+    "cost-small": cost_small,
+    "cost": cost,
+    "flags": flags,
+    "efforts": efforts,
+    "refusals": refusals,
+    "metrics": metrics,
+}
+"""What can stand between markers."""
+
+
+def main() -> None:
+    """Write every document that has changed."""
+    for path in documents():
+        before = path.read_text(encoding="utf-8")
+        after = renewed(before)
+        if after != before:
+            path.write_text(after, encoding="utf-8")
+            print(f"{path.relative_to(ROOT)}: tables rewritten")
+
+
+if __name__ == "__main__":
+    main()
