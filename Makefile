@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 MODEL_NAME := smollm2-135m
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint
+.PHONY: help setup demo test lint docs
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -30,6 +30,9 @@ test: setup ## Run all tests
 lint: $(VENV)/.installed ## Check style and format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+
+docs: $(VENV)/.installed ## Write the tables of README.md and docs/ anew
+	@$(BIN)/python docs/tables.py
 
 $(VENV)/.vllm: .ci/setup-cpu
 	@.ci/setup-cpu $(PYTHON) $(VENV)

@@ -158,7 +158,7 @@ def quality_small() -> str:
     }
     return table(
         header,
-        [[name, *(f"{kl(file, what, r)[0]:.4f}" for file in files.values() for r in ratios)]
+        [[name, *(f"{kl(file, what, r)[0]:.2g}" for file in files.values() for r in ratios)]
          for name, what in shown.items()],
     )  # fmt: skip
 
@@ -349,21 +349,36 @@ def efforts() -> str:
 
 def refusals() -> str:
     """What a configuration can be refused for."""
-    from kvsculpt_vllm.engine.refusals import known_refusals
+    from kvsculpt_vllm.engine.startup.refusals import known_refusals
 
     return table(["refused at start-up", "because", "cure"], known_refusals())
 
 
+def outcomes() -> str:
+    """What can become of a prompt."""
+    from kvsculpt_vllm.engine.shared.reasons import Outcome
+
+    return table(["outcome", "meaning"], [[f"`{outcome}`", outcome.meaning] for outcome in Outcome])
+
+
+def reasons() -> str:
+    """Why, one row a reason."""
+    from kvsculpt_vllm.engine.shared.reasons import Reason
+
+    body = [[f"`{reason}`", reason.outcome, reason.meaning] for reason in Reason]
+    return table(["reason", "outcome", "meaning"], body)
+
+
 def metrics() -> str:
     """What `/metrics` shows besides vLLM's own."""
-    from kvsculpt_vllm.engine.command import Deferred
-    from kvsculpt_vllm.engine.ledger import SKIPPED, Ledger
-    from kvsculpt_vllm.engine.spans import Skip
+    from kvsculpt_vllm.engine.shared.commands import Deferred, Settled
+    from kvsculpt_vllm.engine.shared.ledger import Ledger
+    from kvsculpt_vllm.engine.shared.reasons import Outcome, Reason
     from kvsculpt_vllm.serving.metrics import StatsCollector
 
     ledger = Ledger(block_bytes=1)  # one of each, so that every label shows
-    ledger.settle("request", 1, SKIPPED, Skip.OFF)
-    ledger.hear(Deferred("request", 1, "no_free_blocks"))
+    ledger.hear(Settled("request", 1, Outcome.SKIPPED, Reason.OFF))
+    ledger.hear(Deferred("request", 1, Reason.NO_FREE_BLOCKS))
     collector = StatsCollector(SimpleNamespace(age=0.0, stats=[ledger.stats()]), math.inf)
     body = []
     for family in collector.collect():
@@ -390,6 +405,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "flags": flags,
     "efforts": efforts,
     "refusals": refusals,
+    "outcomes": outcomes,
+    "reasons": reasons,
     "metrics": metrics,
 }
 """What can stand between markers."""

@@ -21,7 +21,7 @@ HEADING = re.compile(r"^#{1,6} +(.+?) *$", re.MULTILINE)
 CITED = re.compile(r"\bdocs/\w+\.md(?:#[\w-]+)?")
 ELSEWHERE = re.compile(
     # Notes and data that lay beside the repository while it was written: a clone does not have them.
-    r"\.\./shared|(?<![\w/])shared/\w|\b(?:design|segments|style)\.md|\bvllm-0\.\d+\.md|(?<!docs/)\balgorithm\.md|/work/"
+    r"\.\./shared|(?<![\w/])shared/\w|\b(?:design|segments|style)\.md|\bvllm-0\.\d+\.md|/work/"
 )
 
 

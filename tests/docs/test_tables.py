@@ -38,7 +38,7 @@ def test_a_stale_table_is_rewritten_and_the_rest_stays():
     ],
 )
 def test_markers_that_cannot_be_filled_are_an_error(text):
-    with pytest.raises(ValueError, match="marker|unknown"):
+    with pytest.raises(ValueError, match=r"marker|unknown"):
         tables.renewed(text)
 
 
