@@ -62,7 +62,7 @@ def adaptive_budgets(
 
     The greedy marginal gain on the lower convex hull of each curve is the exact minimum of the convexified
     problem. KVSculpt redistributes one total by each head's pilot error; its formula is not public, and the hull
-    did better in our measurements than weights by error (shared/algorithm.md, 4).
+    halved the KL of uniform budgets in a prototype (docs/algorithm.md#budgets).
 
     Raises:
         ValueError: the total cannot be reached with every problem between the grid's ends.

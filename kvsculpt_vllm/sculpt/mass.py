@@ -21,7 +21,7 @@ def match_mass(target: Target, keys: Tensor, valid: Tensor | None = None) -> Ten
     ``min_x≥0 Σ_q (Σ_j x_j e^logit_qj - (e^z* - e^z_r))²`` with β = log x; here by multiplicative updates (Lee &
     Seung), which keep x positive and batch well. A page has no place for β, so it goes into the key: with u the
     ridge solution of ``q·u ≈ 1`` over the queries, the key k + β u has the logit k·q + β, nearly
-    (shared/algorithm.md, 6).
+    (docs/algorithm.md#mass).
     """
     weights = target.weights(keys, valid)  # (B, Q, m), in parts of the teacher's mass
     missing = (1.0 - target.retained_mass).clamp_min(0.0)  # (B, Q, 1) the span's share

@@ -17,7 +17,7 @@ class ValueFit:
 
     `solve` gives the values (B, m, D) minimising ``Σ_q |Σ_j p_j v_j + p_r o_r - o*|² + λ |v - start|²`` with
     λ = ridge · mean diagonal of the Gram matrix. Shrinking towards zero instead of towards the start would make a
-    little-used entry forget what it holds, which held-out queries punish (shared/algorithm.md, 2). Where there are
+    little-used entry forget what it holds, which held-out queries punish (docs/algorithm.md#values). Where there are
     fewer queries than entries the equivalent dual system is smaller and is solved instead.
     """
 

@@ -74,7 +74,7 @@ def test_page_lists_name_the_pages_of_every_entry_and_no_others(batch):
     views = layer_views(layout, num_blocks, layers, heads, size, 4, torch.int64)
     geometry, buffer = PageGeometry.of(views)
     cells = layers * heads
-    # Write a tag into the page of every entry, where design.md says that it is.
+    # Write a tag into the page of every entry, where docs/architecture.md#the-way-of-a-request says that it is.
     tags, expected = count(1), {}
     for r, row in enumerate(rows):
         starts = place(row.budgets) if row.budgets else None
