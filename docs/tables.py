@@ -158,7 +158,7 @@ def quality_small() -> str:
     }
     return table(
         header,
-        [[name, *(f"{kl(file, what, r)[0]:.2g}" for file in files.values() for r in ratios)]
+        [[name, *(f"{kl(file, what, r)[0]:#.2g}" for file in files.values() for r in ratios)]
          for name, what in shown.items()],
     )  # fmt: skip
 
