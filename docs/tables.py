@@ -174,6 +174,15 @@ def quality_lead() -> str:
     return table(["best peer's KL / sculpt's", *_kept(RATIOS)], body)
 
 
+def held_out() -> str:
+    """What is typical of the error that `max_error` bounds."""
+    body = []
+    for model, file in (("SmolLM2-135M", SMOLLM), ("Qwen2.5-Coder-1.5B", QWEN)):
+        rows = [[row_of(file, SCULPT, ratio, text) for text in TEXTS] for ratio in RATIOS]
+        body.append([model, *(f"{mean(row['held_out_error_after'] for row in pair):#.2g}" for pair in rows)])
+    return table(["held-out error", *_kept(RATIOS)], body)
+
+
 def quality_by_text(file: str, model: str) -> str:
     """Mean KL on each of the texts: where a method gains and where it loses."""
     names = {"moby-dick-1-67.txt": "*Moby-Dick*", "pydoc": "Python's documentation"}
@@ -394,6 +403,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-smollm2": lambda: quality(SMOLLM, "SmolLM2-135M", MAIN),
     "quality-qwen": lambda: quality(QWEN, "Qwen2.5-Coder-1.5B", MAIN),
     "quality-lead": quality_lead,
+    "held-out": held_out,
     "quality-smollm2-by-text": lambda: quality_by_text(SMOLLM, "SmolLM2-135M"),
     "quality-qwen-by-text": lambda: quality_by_text(QWEN, "Qwen2.5-Coder-1.5B"),
     "uniform-smollm2": lambda: quality(SMOLLM, "SmolLM2-135M", UNIFORM),
