@@ -23,7 +23,7 @@ ON_FAILURE = {
 }
 """What a prompt keeps whose compression fails."""
 
-SERVER_ONLY = {"calibration", "max_stall_ms"}
+SERVER_ONLY = {"calibration", "max_effort", "max_stall_ms"}
 """Settings that no request can change."""
 
 
@@ -80,6 +80,9 @@ class CompressionConfig(BaseModel):
         description="How much time the optimisation takes for its quality: how many queries it fits to, and how many "
         f"steps it optimises keys for. {described({name: effort.meaning for name, effort in EFFORTS.items()})}",
     )
+    max_effort: Annotated[str, OneOf(EFFORTS)] = Field(
+        next(reversed(EFFORTS)), description="The most effort that a request may ask for. The server's only."
+    )
     max_error: float = Field(
         1.0,
         gt=0,
@@ -95,8 +98,8 @@ class CompressionConfig(BaseModel):
         200,
         ge=0,
         description="For how long, in milliseconds, a compression may hold up the other requests between two steps; "
-        "longer ones go on after the next step. The server's only. On a CPU 60000 unless given: its prefills stall for "
-        "longer than 200 ms.",
+        "a longer one goes on after the next step. While nobody else runs or waits it goes on for a second at a time. "
+        "The server's only.",
     )
 
     calibration: str = Field(
@@ -117,6 +120,12 @@ class CompressionConfig(BaseModel):
     def active(self) -> bool:
         """Whether anything is compressed."""
         return self.method != "none"
+
+    @property
+    def efforts(self) -> tuple[str, ...]:
+        """The efforts that are allowed, from the least to `max_effort`."""
+        names = tuple(EFFORTS)
+        return names[: names.index(self.max_effort) + 1]
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> CompressionConfig:
@@ -140,7 +149,7 @@ class CompressionConfig(BaseModel):
         if not config.active and (unused := settings.keys() - {"method"}):
             cure = "nothing while compression is off, add --kv-compression sculpt"
             raise ConfigError([WrongSetting(flag(key), settings[key], cure) for key in sorted(unused)])
-        return config
+        return config._with_allowed_effort(flag)
 
     def for_request(self, extra_args: Mapping[str, Any] | None) -> CompressionConfig:
         """This configuration with a request's own settings, `kv_compression` and `kv_compression_<field>`.
@@ -159,7 +168,13 @@ class CompressionConfig(BaseModel):
         fields = {request_key(field): field for field in type(self).model_fields if field not in SERVER_ONLY}
         wrong = [WrongSetting(key, value, _cure(key)) for key, value in given.items() if key not in fields]
         changes = {fields[key]: value for key, value in given.items() if key in fields}
-        return _build(self.model_dump() | changes, request_key, wrong)
+        return _build(self.model_dump() | changes, request_key, wrong)._with_allowed_effort(request_key)
+
+    def _with_allowed_effort(self, spell: Callable[[str], str]) -> CompressionConfig:
+        if self.effort not in self.efforts:
+            cure = f"{', '.join(self.efforts)} ({flag('max_effort')} is {self.max_effort})"
+            raise ConfigError([WrongSetting(spell("effort"), self.effort, cure)])
+        return self
 
     def check_block_size(self, block_size: int, spell: Callable[[str], str]) -> None:
         """Check what depends on the KV cache's block size; `spell` is `flag` or `request_key`.

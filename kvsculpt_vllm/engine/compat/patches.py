@@ -90,6 +90,17 @@ UPDATE_STATES = Patch(
     ("self", "scheduler_output"),
     "a scheduler output can say that a running request's block list was replaced",
 )
+_SEEDS = "vLLM's CPU runner rewinds the generator of a seeded request whose draw it discards, as its GPU runner does"
+SAMPLE = Patch(
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
+    ("self", "logits", "spec_decode_metadata"),
+    _SEEDS,
+)
+BOOKKEEPING_SYNC = Patch(
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync",
+    ("self", "scheduler_output", "sampler_output", "logits", "hidden_states", "num_scheduled_tokens"),
+    _SEEDS,
+)
 SET_ISA_TO_LAYERS = Patch(
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder._set_isa_to_layers",
     ("self", "layer_names"),

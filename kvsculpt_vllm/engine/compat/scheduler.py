@@ -55,7 +55,10 @@ class SchedulerHooks:
             def wrapped(request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
                 if not self.admits(request, kwargs.get("new_computed_blocks")):
                     return None  # what vLLM knows as: no room yet
-                return allocate_slots(request, *args, **kwargs)
+                blocks = allocate_slots(request, *args, **kwargs)
+                if blocks is not None:
+                    self.got_blocks(request)
+                return blocks
 
             return wrapped
 
@@ -63,6 +66,10 @@ class SchedulerHooks:
 
     def admits(self, request: Request, hit: KVCacheBlocks | None) -> bool:
         """Whether a request may get blocks now; `hit` are those that one not yet running found in the prefix cache."""
+        raise NotImplementedError
+
+    def got_blocks(self, request: Request) -> None:
+        """The request has got blocks for its next tokens."""
         raise NotImplementedError
 
     def limit_prefix_hit(self, request: Request, blocks: KVCacheBlocks, num_tokens: int) -> tuple[KVCacheBlocks, int]:

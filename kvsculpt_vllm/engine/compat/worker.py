@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from kvsculpt_vllm.engine.compat.patcher import apply
-from kvsculpt_vllm.engine.compat.patches import UPDATE_STATES
+from kvsculpt_vllm.engine.compat.patches import BOOKKEEPING_SYNC, SAMPLE, UPDATE_STATES
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -55,6 +56,45 @@ class BlockRows:
             if index is not None:  # else it is not in the batch now and comes back with the list above
                 batch.block_table[0].add_row(row, index)
         self._waiting.clear()
+
+
+def rewind_discarded_draws(runner: Any) -> None:
+    """Let seeded requests be computed in chunks on a CPU with the V1 model runner.
+
+    vLLM samples after every chunk of a prompt and throws away what no token follows from. The draw has moved a seeded
+    request's generator on, so vLLM sets the generator's offset back; a CPU generator has no offset, and the error ends
+    the engine. Here its state is put back instead, and vLLM does not see the generator meanwhile.
+    """
+
+    def discarded() -> dict[int, torch.Generator]:
+        batch = runner.input_batch
+        rows = np.nonzero(runner.discard_request_mask.np[: batch.num_reqs])[0]
+        return {row: batch.generators[row] for row in map(int, rows) if row in batch.generators}
+
+    def with_states_put_back(sample: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            before = [(generator, generator.get_state()) for generator in discarded().values()]
+            result = sample(*args, **kwargs)
+            for generator, state in before:
+                generator.set_state(state)
+            return result
+
+        return wrapped
+
+    def without_them(bookkeeping: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            hidden = discarded()
+            for row in hidden:
+                del runner.input_batch.generators[row]
+            try:
+                return bookkeeping(*args, **kwargs)
+            finally:
+                runner.input_batch.generators.update(hidden)
+
+        return wrapped
+
+    apply(SAMPLE, with_states_put_back, instance=runner)
+    apply(BOOKKEEPING_SYNC, without_them, instance=runner)
 
 
 def row_request_ids(runner: Any, metadata: CommonAttentionMetadata) -> list[str]:

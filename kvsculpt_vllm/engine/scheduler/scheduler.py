@@ -19,10 +19,14 @@ from vllm.v1.request import Request, RequestStatus
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.compat.scheduler import SchedulerHooks
+from kvsculpt_vllm.engine.scheduler.speed import Speed
+from kvsculpt_vllm.engine.scheduler.stock_blocks import StockBlocks
 from kvsculpt_vllm.engine.shared import spans
 from kvsculpt_vllm.engine.shared.commands import (
+    CancelCommand,
     CommitCommand,
     Deferred,
+    Pace,
     PoolState,
     Settled,
     SolveCommand,
@@ -42,6 +46,7 @@ class Pending:
     """A compression between its two phases."""
 
     attempt: int
+    config: CompressionConfig
     span: spans.Span
     packed: list[KVCacheBlock]  # taken from the pool, in no block list yet
     solved: bool = False
@@ -63,18 +68,27 @@ class SculptSchedulerMixin(SchedulerHooks):
         self._attempts = count()
         self._settled: set[str] = set()  # being compressed, compressed, or to stay exact
         self._steps_waited: Counter[str] = Counter()
-        self._hit_shortened: set[str] = set()
-        self._saved: dict[str, int] = {}  # blocks that a compressed request does not hold
+        self._shared: set[str] = set()  # found in the prefix cache as a whole, and not worth a compression
+        self._shortened: dict[str, set[int]] = {}  # blocks of a hit that a prompt computes anew
+        self._compressed: set[str] = set()
+        self._stock_blocks = StockBlocks(self.block_size)
+        self._speed = Speed()
+        self._alone = False  # one request is all there is
         self._waiting = 0  # requests that could be compressed but for room or their turn
         self._news: list[Settled | Deferred] = []  # for the books of the workers
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        num_running, num_waiting = self.get_request_counts()
+        self._alone = num_running + num_waiting == 1
         commands = [*self._commit_solved(), *self._start_one()]
         output = super().schedule(*args, **kwargs)
         # A request preempted in this very step has lost its blocks again: its command must not run.
         running = {request.request_id for request in self.running} if commands else ()
+        commands = [command for command in commands if command.request_id in running]
+        commands += self._cancel_what_does_not_pay()
         news, self._news = self._news, []
-        attach(output, [*(c for c in commands if c.request_id in running), *news, self._pool_state()])
+        pace = [Pace(self._alone)] if self._pending else []
+        attach(output, [*commands, *pace, *news, self._pool_state()])
         return output
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
@@ -83,14 +97,26 @@ class SculptSchedulerMixin(SchedulerHooks):
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def limit_prefix_hit(self, request: Request, blocks: KVCacheBlocks, num_tokens: int) -> tuple[KVCacheBlocks, int]:
-        """Shorten a prefix-cache hit of a prompt to be compressed: without queries there is nothing to fit to."""
-        if num_tokens == 0 or isinstance(self._span(request), Reason):
+        """Shorten a prefix-cache hit of a prompt to be compressed: without queries there is nothing to fit to.
+
+        Not where others hold so many of its blocks that its compression would free no more than it takes: then it uses
+        all that was found, as in stock vLLM, and stays exact.
+        """
+        request_id = request.request_id
+        self._shared.discard(request_id)  # a waiting request is looked up anew at every step
+        first_time = self._shortened.pop(request_id, None) is None
+        if num_tokens == 0 or isinstance(span := self._span(request), Reason):
             return blocks, num_tokens
         most = spans.longest_useful_hit(request.num_prompt_tokens, self.block_size)
         if num_tokens <= most:
             return blocks, num_tokens
-        if request.request_id not in self._hit_shortened:  # a waiting request is looked up anew at every step
-            self._hit_shortened.add(request.request_id)
+        (found,) = blocks.blocks
+        held = sum(block.ref_cnt > 0 for block in found[: span.blocks])
+        if span.blocks - held <= span.packed_blocks:
+            self._shared.add(request_id)
+            return blocks, num_tokens
+        self._shortened[request_id] = {block.block_id for block in found[most // self.block_size :]}
+        if first_time:
             logger.info(
                 "kvsculpt: request %s: prefix-cache hit shortened from %d to %d of %d prompt tokens, "
                 "so that its last queries are seen",
@@ -127,12 +153,24 @@ class SculptSchedulerMixin(SchedulerHooks):
         needed = prompt + begun + max(span.packed_blocks for span in planned) + len(self.running) + 1
         return needed <= self.kv_cache_manager.block_pool.get_num_free_blocks()
 
+    def got_blocks(self, request: Request) -> None:
+        """The blocks that a prompt computes anew leave the prefix cache: those of the same content that it fills now
+        take their place, so that whoever comes next shares them with it.
+        """
+        if blocks := self._shortened.pop(request.request_id, None):
+            pool = self.kv_cache_manager.block_pool
+            pool.evict_blocks({block for block in blocks if pool.blocks[block].ref_cnt == 0})
+
     def limit_chunk(self, request: Request, num_left: int, num_tokens: int) -> int:
-        """Leave no single token for the last chunk of a prompt to be compressed.
+        """Tokens to compute now: none while the request is compressed and alone, so that its answer is not over before
+        anything could read the packed prefix; and such that no single token is left for a prompt's last chunk.
 
         On a GPU such a chunk runs as a decode, from a recorded graph, where its query is not sampled. A chunk that is
         itself one token is let through: a prompt that stays exact is better than one that waits.
         """
+        pending = self._pending.get(request.request_id)
+        if pending is not None and not pending.solved and self._alone:
+            return 0
         if num_left != 1 or num_tokens < 2 or isinstance(self._span(request), Reason):
             return num_tokens
         return num_tokens - 1
@@ -147,16 +185,21 @@ class SculptSchedulerMixin(SchedulerHooks):
             span = self._span(request)
             self._skip(request, span if isinstance(span, Reason) else Reason.ENDED_FIRST)
         self._settled.discard(request_id)
-        self._saved.pop(request_id, None)
+        self._compressed.discard(request_id)
+        self._stock_blocks.forget(request_id)
         self._steps_waited.pop(request_id, None)
-        self._hit_shortened.discard(request_id)
+        self._shared.discard(request_id)
+        self._shortened.pop(request_id, None)
 
     def _span(self, request: Request) -> spans.Span | Reason:
         params = request.sampling_params
         if params is None or request.resumable:
             return Reason.NO_SAMPLING
-        config = self.compression.for_request(params.extra_args)
+        config = self._config(request)
         return spans.plan_span(config, request.num_prompt_tokens, self.block_size, params.max_tokens)
+
+    def _config(self, request: Request) -> CompressionConfig:
+        return self.compression.for_request(request.sampling_params.extra_args)
 
     def _skip(self, request: Request, reason: Reason) -> None:
         self._news.append(Settled(request.request_id, request.num_prompt_tokens, Outcome.SKIPPED, reason))
@@ -164,11 +207,13 @@ class SculptSchedulerMixin(SchedulerHooks):
     def _pool_state(self) -> PoolState:
         pool = self.kv_cache_manager.block_pool
         total = pool.num_gpu_blocks - 1  # the null block serves nobody
+        used = total - pool.get_num_free_blocks()
+        stock = self._stock_blocks.count((r, len(self.block_lists.of(r.request_id))) for r in self.running)
         return PoolState(
             total=total,
-            used=total - pool.get_num_free_blocks(),
-            saved=sum(self._saved.values()),
-            compressed=len(self._saved),
+            used=used,
+            saved=stock - used,
+            compressed=len(self._compressed),
             pending=len(self._pending) + self._waiting,
         )
 
@@ -187,7 +232,8 @@ class SculptSchedulerMixin(SchedulerHooks):
                 or request.num_computed_tokens < request.num_prompt_tokens
             ):
                 continue
-            if isinstance(span := self._span(request), Reason):
+            span = Reason.SHARED_BLOCKS if request.request_id in self._shared else self._span(request)
+            if isinstance(span, Reason):
                 self._settled.add(request.request_id)
                 self._skip(request, span)
             elif busy or commands or (command := self._start(request, span)) is None:
@@ -200,18 +246,22 @@ class SculptSchedulerMixin(SchedulerHooks):
     def _start(self, request: Request, span: spans.Span) -> SolveCommand | None:
         """Take blocks for the packed prefix; None if it has to wait: for free blocks, or for others to finish.
 
-        Blocks that other requests share are not freed by this one letting go of them. While fewer would come free
-        than the packed prefix takes, compression would cost memory.
+        Blocks that other requests share are not freed by this one letting go of them. While no more would come free
+        than the packed prefix takes, compression would save nothing.
         """
+        config = self._config(request)
         pool, blocks = self.kv_cache_manager.block_pool, self.block_lists.of(request.request_id)
         if not self._comes_free(request.request_id, span):
             return self._defer(
-                request, Reason.SHARED_BLOCKS, "it would free fewer blocks than it takes, others share them"
+                request, Reason.SHARED_BLOCKS, "it would free no more blocks than it takes, others share them"
             )
         free = pool.get_num_free_blocks()
         if free < span.packed_blocks:
             return self._defer(request, Reason.NO_FREE_BLOCKS, f"{span.packed_blocks} free blocks needed, {free} there")
-        pending = Pending(next(self._attempts), span, pool.get_new_blocks(span.packed_blocks))
+        steps = self._speed.steps(config, span.tokens)
+        if not self._alone and steps >= request.max_tokens - request.num_output_tokens:
+            return self._defer(request, Reason.ENDS_TOO_SOON, f"its answer would end before the {steps} steps it takes")
+        pending = Pending(next(self._attempts), config, span, pool.get_new_blocks(span.packed_blocks))
         self._pending[request.request_id] = pending
         return SolveCommand(
             request_id=request.request_id,
@@ -235,6 +285,7 @@ class SculptSchedulerMixin(SchedulerHooks):
             return  # the request has lost its blocks since
         if solved.succeeded:
             pending.solved = True
+            self._speed.heard(pending.config, pending.span.tokens, solved.seconds)
         else:
             self._drop(solved.request_id)
 
@@ -244,12 +295,18 @@ class SculptSchedulerMixin(SchedulerHooks):
 
     def _commit_solved(self) -> Iterator[CommitCommand]:
         for request_id in [request_id for request_id, pending in self._pending.items() if pending.solved]:
-            if self._comes_free(request_id, self._pending[request_id].span):
-                yield self._commit(request_id, self._pending.pop(request_id))
-            else:  # others have come to share its blocks meanwhile
+            yield self._commit(request_id, self._pending.pop(request_id))
+
+    def _cancel_what_does_not_pay(self) -> Iterator[CancelCommand]:
+        """Give up compressions whose request has come to share its blocks: it would hold no fewer for them. They begin
+        anew when the others have finished.
+        """
+        for request_id, pending in list(self._pending.items()):
+            if not self._comes_free(request_id, pending.span):
                 self._drop(request_id)
-                tokens = self.requests[request_id].num_prompt_tokens
-                self._news.append(Settled(request_id, tokens, Outcome.FALLBACK, Reason.SHARED_BLOCKS))
+                self._settled.discard(request_id)
+                self._defer(self.requests[request_id], Reason.SHARED_BLOCKS, "others have come to share its blocks")
+                yield CancelCommand(request_id)
 
     def _commit(self, request_id: str, pending: Pending) -> CommitCommand:
         """Rewrite the request's block list."""
@@ -259,18 +316,18 @@ class SculptSchedulerMixin(SchedulerHooks):
         # Freeing at once is safe: the workers change the request's row before the forward pass of this same step,
         # which is the first that could write to them. Reversed, as vLLM does: a prefix's end is evicted first.
         pool.free_blocks(reversed(old))
-        # Counted with the blocks that the packed prefix took.
-        self._saved[request_id] = pool.get_num_free_blocks() - free_before - span.packed_blocks
+        self._compressed.add(request_id)
         return CommitCommand(
             request_id=request_id,
             row=[block.block_id for block in self.block_lists.of(request_id)],
-            blocks_freed=self._saved[request_id],
+            # Counted with the blocks that the packed prefix took.
+            blocks_freed=pool.get_num_free_blocks() - free_before - span.packed_blocks,
             steps_waited=self._steps_waited.pop(request_id, 0),
         )
 
     def _comes_free(self, request_id: str, span: spans.Span) -> bool:
-        """Whether letting go of the span's blocks frees at least as many as the packed prefix takes."""
-        return sum(block.ref_cnt == 1 for block in self.block_lists.of(request_id)[: span.blocks]) >= span.packed_blocks
+        """Whether letting go of the span's blocks frees more than the packed prefix takes."""
+        return sum(block.ref_cnt == 1 for block in self.block_lists.of(request_id)[: span.blocks]) > span.packed_blocks
 
 
 class SculptScheduler(SculptSchedulerMixin, Scheduler):

@@ -29,6 +29,15 @@ class SolveCommand:
 
 
 @dataclass(frozen=True)
+class CancelCommand:
+    """Stop working on a request, or forget what was solved: the blocks that were taken for it are others' now. Its
+    queries are kept, so that it can be compressed later.
+    """
+
+    request_id: str
+
+
+@dataclass(frozen=True)
 class CommitCommand:
     """From this step on, read what was solved."""
 
@@ -45,6 +54,7 @@ class Solved:
     request_id: str
     attempt: int
     succeeded: bool = True  # or nothing was written that may be used
+    seconds: float = 0.0  # that it took, on the slowest rank
 
 
 @dataclass(frozen=True)
@@ -72,9 +82,16 @@ class PoolState:
 
     total: int  # blocks there are for requests: all but the null block
     used: int
-    saved: int  # that stock vLLM would hold besides, for the requests compressed now
+    saved: int  # that stock vLLM would hold besides; below 0 where it would hold fewer, as while a prompt is solved
     compressed: int  # requests whose prompt is compressed now
     pending: int  # requests whose prompt is computed and waits for its compression, or is in it
+
+
+@dataclass(frozen=True)
+class Pace:
+    """For how long the workers may go on with the compression in hand before this step."""
+
+    alone: bool  # nobody else runs or waits, so that a long slice holds nobody up
 
 
 def attach(carrier: Any, messages: list[Any]) -> None:

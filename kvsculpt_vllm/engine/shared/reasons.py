@@ -57,8 +57,9 @@ class Reason(StrEnum):
     )
     SHARED_BLOCKS = (
         "shared_blocks",
-        Outcome.FALLBACK,
-        "other requests share its blocks, so that letting go of them frees fewer than the packed prefix takes",
+        Outcome.SKIPPED,
+        "other requests share its blocks, so that letting go of them would free no more than the packed prefix takes; "
+        "while they run it is deferred, and it is skipped where all of it was found in the prefix cache",
     )
     EXCEPTION = "exception", Outcome.FAILED, "the solve raised an error, which the log shows"
     OUT_OF_MEMORY = "out_of_memory", Outcome.FAILED, "the solve found no memory"
@@ -67,6 +68,11 @@ class Reason(StrEnum):
         "queries_missing",
         Outcome.FAILED,
         "queries could not be sampled while the prompt was computed",
+    )
+    ENDS_TOO_SOON = (
+        "ends_too_soon",
+        Outcome.DEFERRED,
+        "beside the other requests its answer would be over before its compression",
     )
     NO_FREE_BLOCKS = (
         "no_free_blocks",

@@ -40,11 +40,6 @@ TRITON_BACKEND = "kvsculpt_vllm.engine.worker.attention_triton.SculptTritonBacke
 SCHEDULER = "kvsculpt_vllm.engine.scheduler.scheduler.SculptScheduler"
 ASYNC_SCHEDULER = "kvsculpt_vllm.engine.scheduler.scheduler.SculptAsyncScheduler"
 
-CPU_MAX_STALL_MS = 60_000
-"""A compression takes seconds on a CPU, and so does each prefill: to spread it over hundreds of steps would keep its
-memory from being freed, and spare the others little."""
-
-
 _compresses = False
 
 
@@ -120,8 +115,6 @@ def _use_our_classes(vllm_config: VllmConfig, config: CompressionConfig) -> None
     vllm_config.parallel_config.worker_cls = WORKERS[current_platform.device_type]
     scheduler_config = vllm_config.scheduler_config
     scheduler_config.scheduler_cls = ASYNC_SCHEDULER if scheduler_config.async_scheduling else SCHEDULER
-    if current_platform.is_cpu() and "max_stall_ms" not in config.model_fields_set:
-        config = config.model_copy(update={"max_stall_ms": CPU_MAX_STALL_MS})
     # However it was spelled, one configuration is one entry of the compile hash.
     vllm_config.additional_config = {**vllm_config.additional_config, KEY: config.model_dump()}
 

@@ -15,7 +15,15 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from kvsculpt_vllm.engine.compat.worker import BlockRows
-from kvsculpt_vllm.engine.shared.commands import CommitCommand, SolveCommand, Solved, attach, attached
+from kvsculpt_vllm.engine.shared.commands import (
+    CancelCommand,
+    CommitCommand,
+    Pace,
+    SolveCommand,
+    Solved,
+    attach,
+    attached,
+)
 from kvsculpt_vllm.engine.shared.ledger import Ledger
 from kvsculpt_vllm.engine.shared.reasons import Outcome
 from kvsculpt_vllm.engine.shared.record import CompressionRecord, log, printable
@@ -25,6 +33,11 @@ from kvsculpt_vllm.engine.worker.state import CompressionState
 from kvsculpt_vllm.sculpt.slices import Slices
 
 logger = init_logger("vllm.kvsculpt")
+
+ALONE_MS = 1000
+"""For how long a compression goes on between two steps while nobody else runs or waits: who comes meanwhile, or goes,
+is noticed after it.
+"""
 
 
 class AnsweringOutput(AsyncModelRunnerOutput):
@@ -79,6 +92,7 @@ class Runtime:
         self.block_bytes = sum(map(sum, ranks.gather(state.block_bytes)))  # on all ranks
         self.ledger = Ledger(self.block_bytes)
         self._solving: Solving | None = None
+        self._alone = False
         self._answers: list[Solved] = []
         self._failed_at: set[tuple[str, int | None] | None] = set()
 
@@ -92,6 +106,11 @@ class Runtime:
                 self._begin(command)
             elif isinstance(command, CommitCommand):
                 self._commit(command)
+            elif isinstance(command, CancelCommand):
+                self._forget([command.request_id])
+                self.state.unsolve(command.request_id)
+            elif isinstance(command, Pace):
+                self._alone = command.alone
             else:
                 self.ledger.hear(command)
         self._go_on_solving()
@@ -111,6 +130,7 @@ class Runtime:
 
     def _commit(self, command: CommitCommand) -> None:
         record = self.compressor.commit(command, self.block_bytes)
+        self.state.samples.pop(command.request_id, None)
         self.block_rows.replace(command.request_id, command.row)
         self.ledger.compressed(record)
         if self.ranks.is_first:
@@ -139,7 +159,10 @@ class Runtime:
             self._conclude(self._solving, outcomes)
 
     def _work(self, solving: Solving) -> None:
-        deadline = time.perf_counter() + self.state.config.max_stall_ms / 1000
+        stall_ms = self.state.config.max_stall_ms
+        if self._alone:
+            stall_ms = max(stall_ms, ALONE_MS)
+        deadline = time.perf_counter() + stall_ms / 1000
         while True:
             try:
                 next(solving.slices)
@@ -175,12 +198,13 @@ class Runtime:
             outcome = Outcome.FALLBACK if lost.by_rule else Outcome.FAILED
             tokens = command.num_prompt_tokens
             self.ledger.settle(command.request_id, tokens, outcome, lost.reason, lost.description)
+            self.state.samples.pop(command.request_id, None)
+            answer = Solved(command.request_id, command.attempt, succeeded=False)
         else:
             self.state.solved[command.request_id] = result
-        self.state.samples.pop(command.request_id, None)
+            answer = Solved(command.request_id, command.attempt, seconds=result.seconds)
         if self.ranks.is_heard:
-            succeeded = not isinstance(result, Failure)
-            self._answers.append(Solved(command.request_id, command.attempt, succeeded))
+            self._answers.append(answer)
 
     def _warn(self, solving: Solving, failure: Failure, consequence: str) -> None:
         quiet = failure.by_rule and solving.first_failure is None

@@ -126,10 +126,14 @@ class CompressionState:
                 captures.append(rows)
         return captures
 
-    def _lose(self, request_id: str) -> None:
+    def unsolve(self, request_id: str) -> None:
+        """Forget what was solved for a request and not read yet; its sample stays."""
         self.directory.release(request_id)
-        self.samples.pop(request_id, None)
         self.solved.pop(request_id, None)
+
+    def _lose(self, request_id: str) -> None:
+        self.unsolve(request_id)
+        self.samples.pop(request_id, None)
 
     def _track(self, request_id: str, request: TrackedRequest, num_computed: int) -> None:
         planned = spans.plan_span(

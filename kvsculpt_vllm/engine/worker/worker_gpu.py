@@ -8,6 +8,7 @@ from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu_worker import Worker
 
+from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.worker.pages import TokenPages
 from kvsculpt_vllm.engine.worker.state import SAMPLES_BYTES
 from kvsculpt_vllm.engine.worker.worker import SculptWorkerMixin
@@ -57,7 +58,8 @@ class SculptGPUWorker(SculptWorkerMixin, Worker):
         element_bytes = get_dtype_size(model.dtype)
         position_bytes = num_layers * num_heads * model.get_head_size() * element_bytes
         # Whatever the server's effort is, a request may ask for more.
-        sampled = max(effort.positions_for(position_bytes) for effort in EFFORTS.values())
+        config = CompressionConfig.from_additional_config(self.vllm_config.additional_config)
+        sampled = max(EFFORTS[name].positions_for(position_bytes) for name in config.efforts)
         return solve_bytes(
             num_problems=num_layers * num_kv_heads,
             query_rows=(min(sampled, model.max_model_len) + RECENT_POSITIONS) * num_heads // num_kv_heads,
