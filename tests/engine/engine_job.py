@@ -4,8 +4,9 @@ A process per engine, because the attention backend is chosen per process. Not a
 The first job starts the engine; jobs after it may differ in `batches` and `abort_after`.
 
 A job has `engine` (arguments of `LLM`), `batches` (lists of requests that run together, one list after the other; a
-request is `start`, `length` and `max_tokens` plus optionally `extra_args`, `priority`, `fault` and the step it arrives
-after), and `identity`/`poison`/`v2`/`gpu_path`/`asynchronous`. With several ranks each is a fork of this process.
+request is `start`, `length` and `max_tokens` plus optionally `extra_args`, `priority`, `fault`, `sampling` (more of its
+`SamplingParams`) and the step it arrives after), and `identity`/`poison`/`v2`/`gpu_path`/`asynchronous`. With several
+ranks each is a fork of this process.
 """
 
 import json
@@ -42,9 +43,13 @@ def install_identity(poison: bool) -> None:
     stock_plan, shuffle = spans.plan_span, random.Random(0)
     stock_solve, stock_commit, spans_of = compressor.Compressor.solve, compressor.Compressor.commit, {}
 
+    class Whole(spans.Span):
+        def pays(self, own_blocks):
+            return own_blocks >= self.packed_blocks
+
     def plan_span(*args):
         span = stock_plan(*args)
-        return span if isinstance(span, Reason) else spans.Span(span.tokens, span.blocks, span.blocks)
+        return span if isinstance(span, Reason) else Whole(span.tokens, span.blocks, span.blocks)
 
     def keep_all(problems, plan, *args, **kwargs):
         zeros = torch.zeros(problems.num_problems)
@@ -246,9 +251,9 @@ def run(job: dict, llm, tokens: list[int]) -> dict:
         return next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
 
     preempted = preemptions()
-    result = {"tokens": [], "free": [], "cached": [], "free_at_start": pool.get_num_free_blocks()}
+    result = {"tokens": [], "samples": [], "free": [], "cached": [], "free_at_start": pool.get_num_free_blocks()}
     for b, batch in enumerate(job["batches"]):
-        ids, final, free = [f"{b}-{r}" for r in range(len(batch))], {}, []
+        ids, final, samples, free = [f"{b}-{r}" for r in range(len(batch))], {}, {}, []
         waiting = dict(zip(ids, batch, strict=True))
         while waiting or engine.has_unfinished_requests():
             for request_id, request in list(waiting.items()):
@@ -257,17 +262,23 @@ def run(job: dict, llm, tokens: list[int]) -> dict:
                 del waiting[request_id]
                 prompt = tokens[request["start"] : request["start"] + request["length"]]
                 params = SamplingParams(
-                    temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, extra_args=request["extra_args"]
+                    **{"temperature": 0, **request.get("sampling", {})},
+                    max_tokens=request["max_tokens"],
+                    ignore_eos=True,
+                    extra_args=request["extra_args"],
                 )
                 engine.add_request(
                     request_id, {"prompt_token_ids": prompt}, params, priority=request.get("priority", 0)
                 )
             for output in engine.step():
                 final[output.request_id] = output
+                for answer in output.outputs:  # of several answers a step tells of one
+                    samples.setdefault(output.request_id, {})[answer.index] = list(answer.token_ids)
             free.append(pool.get_num_free_blocks())
             if len(free) == job.get("abort_after"):
                 engine.abort_request(ids)
         result["tokens"].append([list(final[i].outputs[0].token_ids) for i in ids])
+        result["samples"].append([[samples[i][n] for n in sorted(samples[i])] for i in ids])
         result["cached"].append([final[i].num_cached_tokens for i in ids])
         engine.step()  # the workers hear of what finished
         result["free"].append([*free, pool.get_num_free_blocks()])

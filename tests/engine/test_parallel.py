@@ -4,7 +4,15 @@ import pytest
 
 pytestmark = pytest.mark.engine
 
-ON = {"kv_compression": {"method": "select_fit", "budget": "uniform", "keep_ratio": 0.5, "effort": "fast"}}
+ON = {
+    "kv_compression": {
+        "method": "select_fit",
+        "budget": "uniform",
+        "keep_ratio": 0.5,
+        "effort": "fast",
+        "max_stall_ms": 60_000,
+    }
+}
 
 
 def request(start, length=600, max_tokens=16, **rest):

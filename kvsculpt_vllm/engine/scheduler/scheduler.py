@@ -112,7 +112,7 @@ class SculptSchedulerMixin(SchedulerHooks):
             return blocks, num_tokens
         (found,) = blocks.blocks
         held = sum(block.ref_cnt > 0 for block in found[: span.blocks])
-        if span.blocks - held <= span.packed_blocks:
+        if not span.pays(span.blocks - held):
             self._shared.add(request_id)
             return blocks, num_tokens
         self._shortened[request_id] = {block.block_id for block in found[most // self.block_size :]}
@@ -251,7 +251,7 @@ class SculptSchedulerMixin(SchedulerHooks):
         """
         config = self._config(request)
         pool, blocks = self.kv_cache_manager.block_pool, self.block_lists.of(request.request_id)
-        if not self._comes_free(request.request_id, span):
+        if not span.pays(self._own_blocks(request.request_id, span)):
             return self._defer(
                 request, Reason.SHARED_BLOCKS, "it would free no more blocks than it takes, others share them"
             )
@@ -302,7 +302,7 @@ class SculptSchedulerMixin(SchedulerHooks):
         anew when the others have finished.
         """
         for request_id, pending in list(self._pending.items()):
-            if not self._comes_free(request_id, pending.span):
+            if not pending.span.pays(self._own_blocks(request_id, pending.span)):
                 self._drop(request_id)
                 self._settled.discard(request_id)
                 self._defer(self.requests[request_id], Reason.SHARED_BLOCKS, "others have come to share its blocks")
@@ -325,9 +325,9 @@ class SculptSchedulerMixin(SchedulerHooks):
             steps_waited=self._steps_waited.pop(request_id, 0),
         )
 
-    def _comes_free(self, request_id: str, span: spans.Span) -> bool:
-        """Whether letting go of the span's blocks frees more than the packed prefix takes."""
-        return sum(block.ref_cnt == 1 for block in self.block_lists.of(request_id)[: span.blocks]) > span.packed_blocks
+    def _own_blocks(self, request_id: str, span: spans.Span) -> int:
+        """How many of the span's blocks nobody else holds, and would come free."""
+        return sum(block.ref_cnt == 1 for block in self.block_lists.of(request_id)[: span.blocks])
 
 
 class SculptScheduler(SculptSchedulerMixin, Scheduler):

@@ -22,6 +22,10 @@ class Span:
     blocks: int
     packed_blocks: int  # blocks that the packed prefix takes
 
+    def pays(self, own_blocks: int) -> bool:
+        """Whether a compression saves memory that frees so many of the span's blocks; others hold the rest."""
+        return own_blocks > self.packed_blocks
+
 
 def plan_span(
     config: CompressionConfig, num_prompt_tokens: int, block_size: int, max_tokens: int | None = None
