@@ -34,11 +34,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kvsculpt_vllm import models
 from kvsculpt_vllm.config import CompressionConfig
-from kvsculpt_vllm.engine.shared.spans import Span, plan_span
 from kvsculpt_vllm.evaluation.harness import Context
 from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer
 from kvsculpt_vllm.evaluation.texts import passages, read_text
-from kvsculpt_vllm.sculpt.budgets import PagePlan
+from kvsculpt_vllm.sculpt.budgets import PagePlan, span_sizes
 from kvsculpt_vllm.sculpt.compress import compress, fit
 from kvsculpt_vllm.sculpt.effort import EFFORTS, Effort
 from kvsculpt_vllm.sculpt.problem import Problems
@@ -211,14 +210,17 @@ def main(
     """Time a whole context and compare."""
     if shape is not None and shape not in SHAPES:
         raise typer.BadParameter(f"{shape!r} given, allowed are {', '.join(SHAPES)}", param_hint="--shape")
-    amount, exact = EFFORTS[effort], CompressionConfig(method="sculpt", keep_ratio=keep_ratio, min_tokens=1)
-    span = plan_span(exact, context, BLOCK_SIZE)
-    if not isinstance(span, Span):
-        raise typer.BadParameter(f"nothing would be compressed: {span}", param_hint="--context, --keep-ratio")
+    amount, exact = EFFORTS[effort], CompressionConfig()
+    span_blocks, packed_blocks = span_sizes(context, exact.window, BLOCK_SIZE, keep_ratio)
+    if packed_blocks >= span_blocks:
+        raise typer.BadParameter(
+            f"nothing would be compressed: {packed_blocks} blocks would stand for {span_blocks}",
+            param_hint="--context, --keep-ratio",
+        )
     if shape is not None:
         name, source = shape, "random numbers"
         with torch.no_grad():
-            problems = random_context(SHAPES[shape], context, span.tokens, amount, device)
+            problems = random_context(SHAPES[shape], context, span_blocks * BLOCK_SIZE, amount, device)
     else:
         directory = models.prepare(model) if model in models.MODELS else Path(model)
         name, source = directory.name, Path(text).name
@@ -227,7 +229,7 @@ def main(
         (passage,) = passages(tokens, context, 1, 1, 0, prefix)
         loaded = EvaluationModel.load(directory, device)
         problems = Context(loaded, passage.context, 1, amount, BLOCK_SIZE, exact.window, exact.sink).problems
-    plan = PagePlan(BLOCK_SIZE, span.blocks, span.packed_blocks * problems.num_problems, exact.sink)
+    plan = PagePlan(BLOCK_SIZE, span_blocks, packed_blocks * problems.num_problems, exact.sink)
     with torch.no_grad():
         operations = products(lambda: compress(problems, plan, "sculpt", "adaptive", amount))  # warms caches, too
         if device == "cuda":

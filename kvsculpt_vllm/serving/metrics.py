@@ -24,7 +24,10 @@ COUNTERS = {
 POOL = {
     "total": ("pool_blocks", "KV cache blocks there are for requests."),
     "used": ("pool_blocks_used", "KV cache blocks held now."),
-    "saved": ("blocks_saved", "KV cache blocks that stock vLLM would hold now besides the used ones."),
+    "saved": (
+        "blocks_saved",
+        "KV cache blocks that stock vLLM would hold now besides the used ones; below 0 where it would hold fewer.",
+    ),
     "bytes_saved": ("bytes_saved", "Bytes of those blocks."),
     "compressed": ("compressed_requests", "Requests running now from a compressed prompt."),
     "pending": ("pending_requests", "Requests whose prompt is computed and waits for its compression, or is in it."),
@@ -60,7 +63,7 @@ def families(stats: list[dict[str, Any]]) -> Iterable[Metric]:
     )
     deferred = CounterMetricFamily(
         "kvsculpt:requests_deferred",
-        "Requests that went on uncompressed for at least a step because the pool had no room, or blocks were shared.",
+        "Requests that went on uncompressed for at least a step.",
         labels=["engine", "reason"],
     )
     counters = {

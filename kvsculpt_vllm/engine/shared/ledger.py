@@ -96,10 +96,10 @@ class Ledger:
         """Totals since start, and the pool as it is now."""
         requests: dict[str, dict[str, int]] = {outcome.value: {} for outcome in Outcome if outcome != Outcome.DEFERRED}
         for (outcome, reason), count in sorted(self._requests.items()):
-            requests[outcome][reason] = count
+            requests[str(outcome)][str(reason)] = count
         return {
             "requests": requests,
-            "deferred": dict(self._deferred),
+            "deferred": {str(reason): count for reason, count in self._deferred.items()},
             **self._totals,
             "bytes_freed": self._totals["blocks_freed"] * self._block_bytes,
             "seconds": self._seconds.as_dict(),
@@ -135,8 +135,8 @@ class Ledger:
             "request_id": request_id,
             "time": time.time(),
             "prompt_tokens": num_prompt_tokens,
-            "outcome": outcome,
-            "reason": reason,
+            "outcome": str(outcome),
+            "reason": str(reason),
             "detail": detail,
             "compression": record,
         }

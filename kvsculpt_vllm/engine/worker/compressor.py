@@ -140,7 +140,7 @@ class Compressor:
             failed_solves=int(fitted.failed_solves.sum()),
             budgets=kept.view(shape).tolist(),
             errors=fitted.error.view(shape).tolist(),
-            fallback=fallback or "",
+            fallback=str(fallback or ""),
         )
 
     def _problems(self, command: SolveCommand, num_sinks: int) -> Slices[tuple[Problems, tuple[Tensor, Tensor]]]:
