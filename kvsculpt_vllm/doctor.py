@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 import kvsculpt_vllm
-from kvsculpt_vllm.plugin import check_vllm_version
+from kvsculpt_vllm.plugin import UnsupportedVLLM, check_vllm_version
 from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.compress import compress
 from kvsculpt_vllm.sculpt.effort import Effort
@@ -80,7 +80,7 @@ def _versions() -> Iterator[str]:
 def _vllm_version() -> str:
     try:
         check_vllm_version()
-    except RuntimeError as error:
+    except UnsupportedVLLM as error:
         raise Trouble(str(error)) from None
     return "supported"
 
@@ -142,10 +142,10 @@ def _model(model: str) -> str:
     from kvsculpt_vllm.calibration_file import NONE
     from kvsculpt_vllm.config import CompressionConfig
     from kvsculpt_vllm.engine.compat.patcher import is_applied
-    from kvsculpt_vllm.engine.compat.patches import CREATE_ENGINE_CONFIG
+    from kvsculpt_vllm.engine.compat.patches import ADD_CLI_ARGS
     from kvsculpt_vllm.engine.startup.refusals import UnsupportedFeature
 
-    if not is_applied(CREATE_ENGINE_CONFIG):
+    if not is_applied(ADD_CLI_ARGS):
         raise Trouble("not checked, because the plugin was not loaded")
     args = EngineArgs(model=model, additional_config={"kv_compression": "sculpt"}, kv_cache_memory_bytes=1 << 28)
     try:

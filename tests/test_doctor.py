@@ -3,7 +3,7 @@
 import pytest
 from typer.testing import CliRunner
 
-from kvsculpt_vllm import doctor
+from kvsculpt_vllm import doctor, plugin
 from kvsculpt_vllm.cli import app
 
 
@@ -24,6 +24,14 @@ def test_a_plugin_that_is_filtered_out_is_found(monkeypatch):
     result = run()
     assert result.exit_code == 1
     assert "VLLM_PLUGINS is 'another', which leaves it out" in result.output
+
+
+def test_a_vllm_that_is_left_alone_is_told_with_the_cure_and_does_not_end_the_other_checks(monkeypatch):
+    monkeypatch.setattr(plugin, "installed_vllm", lambda: "0.34.0")
+    result = run("--model", "some/model")
+    assert result.exit_code == 1
+    assert "vLLM's version: kvsculpt-vllm needs vLLM >=0.32,<0.33, found 0.34.0. Install it with" in result.output
+    assert "self-test: 2 heads sculpted to a quarter" in result.output
 
 
 def test_a_solver_that_says_something_else_than_float64_is_found(monkeypatch):
