@@ -120,7 +120,7 @@ async def one_request(request: Request, request_id: str) -> dict[str, Any]:
     found = [story for story in stories if story is not None]
     if not found:
         raise HTTPException(404, "no such request among the newest ones whose prompt was computed")
-    return found[0]
+    return max(found, key=lambda story: story["time"])
 
 
 @router.get("", include_in_schema=False)

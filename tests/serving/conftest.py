@@ -13,6 +13,7 @@ KEY = "a secret"
 FLAGS = ("--max-model-len", "4096", "--kv-cache-memory-bytes", str(1 << 29), "--enforce-eager", "--block-size", "32")
 FLAGS += ("--dtype", fast_dtype())
 FLAGS += ("--kv-compression", "sculpt", "--kv-compression-effort", "fast", "--served-model-name", "tiny")
+FLAGS += ("--enable-scale-out",)  # /inference/v1/generate and what renders requests for it
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +37,17 @@ def get(server):
             return json.load(response)
 
     return read
+
+
+@pytest.fixture(scope="session")
+def post(server):
+    """What a path of the server answers to a body, a dict or a text that is to be JSON."""
+
+    def send(path, body):
+        text = json.dumps({"model": "tiny"} | body) if isinstance(body, dict) else body
+        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+        request = urllib.request.Request(server.address + path, text.encode(), headers)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.read().decode()
+
+    return send

@@ -2,8 +2,8 @@
 
 import json
 import math
+import re
 import urllib.error
-import urllib.request
 
 import pytest
 from openai import BadRequestError
@@ -118,6 +118,27 @@ def test_several_answers_logprobs_and_forced_lengths_work_on_compressed_prompts(
     assert get("/kvsculpt/stats")["requests"]["failed"] == {}
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", {"input": "Hello", "max_output_tokens": 3}),
+        ("/v1/responses", {"input": "Hello", "max_output_tokens": 3, "stream": True}),
+        ("/v1/chat/completions/batch", {"messages": [[{"role": "user", "content": word}] for word in ("a", "b")]}),
+        ("/v1/completions", {"prompt": ["a", "b"], "n": 2}),
+        ("/v1/completions", {"prompt": ["a", "b"], "n": 2, "use_beam_search": True}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "a"}]}),
+        ("/inference/v1/generate", {"token_ids": [300, 301], "sampling_params": {"n": 2, "max_tokens": 3}}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "".join(sorted(value)),
+)
+def test_the_id_of_every_answer_is_found(post, get, path, body):
+    answer = post(path, {"max_tokens": 3} | body)
+    name = re.search(r'"(?:id|request_id)": ?"([^"]+)"', answer)[1]
+    story = get(f"/kvsculpt/requests/{name}")
+    assert name in story["request_id"]
+    assert story["outcome"] == "skipped"
+
+
 HUGE = 10**400
 
 BAD = [
@@ -177,14 +198,9 @@ def test_a_bad_setting_is_refused_with_400_that_names_it(client, settings, named
         ("/v1/completions", '{"prompt": [], "vllm_xargs": {"kv_compression": "sculpt"}}', {400}),
     ],
 )
-def test_what_no_client_library_would_send_is_refused_too(server, get, path, body, status):
-    request = urllib.request.Request(
-        server.address + path,
-        body.replace("{", '{"model": "tiny", ', 1).encode(),
-        {"Authorization": "Bearer a secret", "Content-Type": "application/json"},
-    )
+def test_what_no_client_library_would_send_is_refused_too(post, get, path, body, status):
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request, timeout=60)
+        post(path, body.replace("{", '{"model": "tiny", ', 1))
     assert refused.value.code in status, refused.value.read()
     assert refused.value.code == 404 or json.loads(refused.value.read())["error"]
     assert get("/kvsculpt/stats")["requests"]["failed"] == {}

@@ -6,13 +6,13 @@ scheduler knows comes along with its commands.
 
 from __future__ import annotations
 
-import re
 import time
 from bisect import bisect_left
 from collections import Counter, OrderedDict
 from dataclasses import asdict
 from typing import Any
 
+from kvsculpt_vllm.engine.shared import request_ids
 from kvsculpt_vllm.engine.shared.commands import Deferred, PoolState, Settled
 from kvsculpt_vllm.engine.shared.reasons import Outcome, Reason
 from kvsculpt_vllm.engine.shared.record import CompressionRecord
@@ -113,13 +113,9 @@ class Ledger:
         return [_as_dict(story, CompressionRecord.summary) for story in stories[:limit]]
 
     def find(self, request_id: str) -> dict[str, Any] | None:
-        """What became of one request, by the engine's id or by the client's; of several, of the newest.
-
-        vLLM makes a client's id unique by a suffix, after the number of the prompt where there may be several, and
-        puts the number of the answer in front where several are asked for.
-        """
-        wanted = re.compile(rf"(\d+_)?{re.escape(request_id)}(-\d+)?(-[0-9a-f]{{8}})?")
-        found = [s for s in (*self._others.values(), *self._compressed.values()) if wanted.fullmatch(s["request_id"])]
+        """What became of one request, by the engine's id or by the client's; of several, of the newest."""
+        stories = self._others | self._compressed
+        found = [stories[engine_id] for engine_id in request_ids.find(request_id, stories)]
         return _as_dict(max(found, key=lambda story: story["time"]), asdict) if found else None
 
     def _tell(
