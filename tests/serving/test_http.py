@@ -139,6 +139,33 @@ def test_the_id_of_every_answer_is_found(post, get, path, body):
     assert story["outcome"] == "skipped"
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "stream": True}),
+        ("/v1/chat/completions/batch", {"messages": [[{"role": "user", "content": "a"}]]}),
+        ("/v1/completions", {"prompt": "a", "stream": True}),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 2, "stream": True}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "a"}], "stream": True}),
+        ("/v1/chat/completions/render", {"messages": [{"role": "user", "content": "a"}]}),
+        ("/v1/responses/render", {"input": "a"}),
+        ("/inference/v1/generate", {"token_ids": [300], "stream": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "stream" if value.get("stream") else "whole",
+)
+def test_a_boolean_is_refused_as_a_number_and_passes_in_what_is_not_ours(post, path, body):
+    def ask(**xargs):
+        given = {"sampling_params": {"max_tokens": 2, "extra_args": xargs}} if "token_ids" in body else {}
+        return post(path, {"max_tokens": 2, "vllm_xargs": xargs} | body | given)
+
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        ask(kv_compression_keep_ratio=True)
+    assert refused.value.code == 400
+    assert "kv_compression_keep_ratio: got True, allowed: a number > 0 and <= 1" in refused.value.read().decode()
+    assert ask(of_others=True, kv_compression_keep_ratio=0.5)
+
+
 HUGE = 10**400
 
 BAD = [

@@ -49,6 +49,27 @@ CREATE_RESPONSES = Patch(
     ("self", "request", "raw_request"),
     _CHECKS,
 )
+CREATE_BATCH_CHAT_COMPLETION = Patch(
+    "vllm.entrypoints.openai.chat_completion.batch_serving:OpenAIServingChatBatch.create_batch_chat_completion",
+    ("self", "request", "raw_request"),
+    _CHECKS,
+)
+CREATE_TRANSCRIPTION = Patch(
+    "vllm.entrypoints.speech_to_text.transcription.serving:OpenAIServingTranscription.create_transcription",
+    ("self", "audio_data", "request", "raw_request"),
+    _CHECKS,
+)
+CREATE_TRANSLATION = Patch(
+    "vllm.entrypoints.speech_to_text.translation.serving:OpenAIServingTranslation.create_translation",
+    ("self", "audio_data", "request", "raw_request"),
+    _CHECKS,
+)
+RENDER = Patch("vllm.entrypoints.scale_out.render.api_router:render", ("request",), _CHECKS)
+READ_BATCH_FILE = Patch(
+    "vllm.entrypoints.launchers.run_batch:read_file",
+    ("path_or_url",),
+    "vLLM's type of `vllm_xargs` leaves booleans as they are",
+)
 LOAD_ENDPOINT_PLUGINS = Patch(
     "vllm.plugins:load_endpoint_plugins",
     ("supported_tasks",),

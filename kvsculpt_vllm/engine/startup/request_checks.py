@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from kvsculpt_vllm.config import CompressionConfig, ConfigError, WrongSetting, request_key, request_settings
 from kvsculpt_vllm.engine.compat.patcher import apply
 from kvsculpt_vllm.engine.compat.patches import (
+    CREATE_BATCH_CHAT_COMPLETION,
     CREATE_CHAT_COMPLETION,
     CREATE_COMPLETION,
     CREATE_RESPONSES,
+    CREATE_TRANSCRIPTION,
+    CREATE_TRANSLATION,
     GENERATE,
     PROCESS_INPUTS,
+    READ_BATCH_FILE,
+    RENDER,
 )
 
 if TYPE_CHECKING:
+    from fastapi import Request
     from vllm.config import VllmConfig
+
+_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 
 def check_request(vllm_config: VllmConfig, extra_args: Mapping[str, Any] | None, beam_search: bool = False) -> None:
@@ -44,7 +53,8 @@ def install_request_checks() -> None:
     """Check every request of this process, once; only a process that makes an engine needs it.
 
     `InputProcessor.process_inputs` sees all requests, but a streamed one after its HTTP 200 was sent: there, the
-    engine runs nothing before its first result is awaited. So the API is checked at its entrance too.
+    engine runs nothing before its first result is awaited. So the API is checked at its entrance too, where a body is
+    still as the client wrote it: vLLM's type of `vllm_xargs` makes 1 of `true`.
     """
     for patch, make in (
         (PROCESS_INPUTS, _checked_process_inputs),
@@ -52,8 +62,41 @@ def install_request_checks() -> None:
         (CREATE_CHAT_COMPLETION, _checked_endpoint),
         (CREATE_COMPLETION, _checked_endpoint),
         (CREATE_RESPONSES, _checked_endpoint),
+        (CREATE_BATCH_CHAT_COMPLETION, _checked_endpoint),
+        (CREATE_TRANSCRIPTION, _checked_audio_endpoint),
+        (CREATE_TRANSLATION, _checked_audio_endpoint),
+        (RENDER, _checked_render),
+        (READ_BATCH_FILE, _with_booleans_told),
     ):
         apply(patch, make)
+
+
+async def settings_of(request: Any, raw_request: Request | None) -> dict[str, Any]:
+    """A request's settings of ours, as its client wrote them where a client wrote a body."""
+    given = request_settings(_mapping(getattr(request, "vllm_xargs", None)))
+    if not given or raw_request is None:
+        return given
+    try:
+        written = await _written_xargs(raw_request)
+    except (RuntimeError, ValueError):
+        return given  # another program's request, with headers only
+    return given | request_settings(_mapping(written))
+
+
+async def _written_xargs(raw_request: Request) -> Any:
+    # FastAPI has parsed the body, and parses it once only.
+    if raw_request.headers.get("content-type", "").lower().startswith(_FORMS):
+        return json.loads((await raw_request.form())["vllm_xargs"])
+    return _mapping(await raw_request.json()).get("vllm_xargs")
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+async def _check_at_the_entrance(vllm_config: VllmConfig, request: Any, raw_request: Request | None) -> None:
+    beam_search = getattr(request, "use_beam_search", False)
+    check_request(vllm_config, await settings_of(request, raw_request), beam_search)
 
 
 def _checked_process_inputs(stock: Callable) -> Callable:
@@ -74,9 +117,68 @@ def _checked_generate(stock: Callable) -> Callable:
 
 
 def _checked_endpoint(stock: Callable) -> Callable:
-    async def create(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        beam_search = getattr(request, "use_beam_search", False)
-        check_request(self.engine_client.vllm_config, request.vllm_xargs, beam_search)
-        return await stock(self, request, *args, **kwargs)
+    async def create(self: Any, request: Any, raw_request: Request | None = None) -> Any:
+        await _check_at_the_entrance(self.engine_client.vllm_config, request, raw_request)
+        return await stock(self, request, raw_request)
 
     return create
+
+
+def _checked_audio_endpoint(stock: Callable) -> Callable:
+    async def create(self: Any, audio_data: bytes, request: Any, raw_request: Request | None = None) -> Any:
+        await _check_at_the_entrance(self.engine_client.vllm_config, request, raw_request)
+        return await stock(self, audio_data, request, raw_request)
+
+    return create
+
+
+def _checked_render(stock: Callable) -> Callable:
+    def render(request: Request) -> Any:
+        handler = stock(request)
+        return None if handler is None else _CheckedRender(handler, request)
+
+    return render
+
+
+class _CheckedRender:
+    """vLLM's handler of the routes that turn a request into one for `/inference/v1/generate`, for one call of them.
+
+    What they answer has settings of ours narrowed, and not all of its methods are given the raw request.
+    """
+
+    def __init__(self, handler: Any, raw_request: Request) -> None:
+        self._handler, self._raw_request = handler, raw_request
+
+    def __getattr__(self, name: str) -> Callable:
+        method = getattr(self._handler, name)
+
+        async def checked(request: Any, *args: Any) -> Any:
+            state = self._raw_request.app.state
+            await _check_at_the_entrance(state.engine_client.vllm_config, request, self._raw_request)
+            return await method(request, *args)
+
+        return checked
+
+
+def _with_booleans_told(stock: Callable) -> Callable:
+    async def read_file(path_or_url: str) -> str:
+        return "\n".join(map(_booleans_told, (await stock(path_or_url)).split("\n")))
+
+    return read_file
+
+
+def _booleans_told(line: str) -> str:
+    """A line of a file for `vllm run-batch` with the booleans in settings of ours as text, which no setting may be.
+
+    vLLM parses a line and calls the endpoint without what was written.
+    """
+    try:
+        request = json.loads(line)
+        settings = request_settings(request["body"]["vllm_xargs"])
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return line  # vLLM says what is wrong with it, or it has no settings
+    booleans = {key: json.dumps(value) for key, value in settings.items() if isinstance(value, bool)}
+    if not booleans:
+        return line
+    request["body"]["vllm_xargs"] |= booleans
+    return json.dumps(request)
