@@ -160,7 +160,7 @@ def test_compression_chooses_classes_and_block_size_and_says_so(log, block_size,
     # A bound given counts; else a CPU's compressions are not cut into hundreds of steps.
     assert config.additional_config == {
         "other": 1,
-        "kv_compression": HALF.model_dump() | {"max_stall_ms": stall or 60_000, "calibration": "none"},
+        "kv_compression": HALF.model_dump() | {"max_stall_ms": stall or 200, "calibration": "none"},
     }
     assert given["kv_compression"] == settings
     (line,) = log
