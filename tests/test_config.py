@@ -54,6 +54,19 @@ def test_request_cannot_change_what_is_the_servers():
         SCULPT.for_request({"kv_compression_max_stall_ms": 5})
 
 
+def test_no_request_gets_more_effort_than_the_server_allows():
+    server = CompressionConfig.from_additional_config(
+        {"kv_compression": {"method": "sculpt", "effort": "fast", "max_effort": "balanced"}}
+    )
+    assert server.for_request({"kv_compression_effort": "balanced"}).effort == "balanced"
+    with pytest.raises(ConfigError, match=r"kv_compression_effort: got 'thorough', allowed: fast, balanced \(--kv"):
+        server.for_request({"kv_compression_effort": "thorough"})
+    with pytest.raises(ConfigError, match=r"kv_compression_max_effort: got 'thorough'.*setting of the server"):
+        server.for_request({"kv_compression_max_effort": "thorough"})
+    with pytest.raises(ConfigError, match="--kv-compression-effort: got 'balanced', allowed: fast"):
+        CompressionConfig.from_additional_config({"kv_compression": {"method": "sculpt", "max_effort": "fast"}})
+
+
 @pytest.mark.parametrize("additional_config", [{}, {"other": 1}, {"kv_compression": None}, None, object()])
 def test_absent_means_inactive(additional_config):
     assert CompressionConfig.from_additional_config(additional_config) == CompressionConfig()
