@@ -62,16 +62,16 @@ def paged_attention_twin(
         span = int(prefixes.span_blocks[slot])
         for h in range(num_kv_heads):
             start, packed = int(prefixes.starts[slot, layer, h]), int(prefixes.lengths[slot, layer, h])
-            keys, values, positions = [], [], []
+            key_rows, value_rows, positions = [], [], []
             for e in range(packed * size + length - span * size):
                 j, own = e // size, layer * num_kv_heads + h
                 column, cell = divmod(start + j, cells) if j < packed else (span + j - packed, own)
                 page = int(block_table[r, column]) * pages.block_stride + int(pages.cell_pages[cell])
                 at = e % size * pages.entry_stride
-                keys.append(pages.buffer[page, at : at + head_size])
-                values.append(pages.buffer[page, at + pages.value_offset : at + pages.value_offset + head_size])
+                key_rows.append(pages.buffer[page, at : at + head_size])
+                value_rows.append(pages.buffer[page, at + pages.value_offset : at + pages.value_offset + head_size])
                 positions.append(-1 if j < packed else e + (span - packed) * size)
-            keys, values = torch.stack(keys).double(), torch.stack(values).double()
+            keys, values = torch.stack(key_rows).double(), torch.stack(value_rows).double()
             for t in range(first, last):
                 hidden = torch.tensor(positions) > length - (last - t)
                 for g in range(h * group, (h + 1) * group):

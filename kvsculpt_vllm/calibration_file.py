@@ -102,10 +102,13 @@ def find(setting: str, model: str, num_layers: int, num_kv_heads: int) -> Path |
         return None
     directory, name = _place(model)
     beside, shipped = directory / FILE if directory else None, SHIPPED / f"{name}.json"
-    if setting == AUTO and not (beside and beside.is_file()):
+    if setting != AUTO:
+        path = Path(setting)
+    elif beside is not None and beside.is_file():
+        path = beside
+    else:
         fits = shipped.is_file() and _shape(read(shipped)) == (num_layers, num_kv_heads)
         return shipped if fits else None
-    path = beside if setting == AUTO else Path(setting)
     layers, heads = _shape(read(path))
     if (layers, heads) != (num_layers, num_kv_heads):
         raise CalibrationError(

@@ -67,16 +67,16 @@ class CompressionConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: Annotated[str, OneOf(NO_METHOD | METHODS)] = Field(
-        "none",
+        default="none",
         description=f"What takes the place of a prompt's KV cache after its prefill. {described(NO_METHOD | METHODS)}",
     )
-    keep_ratio: float = Field(0.3, gt=0, le=1, description="Fraction of the compressed span's entries that is kept.")
-    budget: Annotated[str, OneOf(BUDGETS)] = Field("adaptive", description=described(BUDGETS))
-    min_tokens: int = Field(512, ge=1, description="Prompts with fewer tokens stay exact.")
-    sink: int = Field(4, ge=0, description="First tokens of a prompt, kept exactly. Fewer than the block size.")
-    window: int = Field(64, ge=1, description="Most recent tokens of a prompt, kept exactly.")
+    keep_ratio: float = Field(default=0.3, gt=0, le=1, description="Fraction of the compressed span's entries that is kept.")
+    budget: Annotated[str, OneOf(BUDGETS)] = Field(default="adaptive", description=described(BUDGETS))
+    min_tokens: int = Field(default=512, ge=1, description="Prompts with fewer tokens stay exact.")
+    sink: int = Field(default=4, ge=0, description="First tokens of a prompt, kept exactly. Fewer than the block size.")
+    window: int = Field(default=64, ge=1, description="Most recent tokens of a prompt, kept exactly.")
     effort: Annotated[str, OneOf(EFFORTS)] = Field(
-        "balanced",
+        default="balanced",
         description="How much time the optimisation takes for its quality: how many queries it fits to, and how many "
         f"steps it optimises keys for. {described({name: effort.meaning for name, effort in EFFORTS.items()})}",
     )
@@ -84,18 +84,18 @@ class CompressionConfig(BaseModel):
         next(reversed(EFFORTS)), description="The most effort that a request may ask for. The server's only."
     )
     max_error: float = Field(
-        1.0,
+        default=1.0,
         gt=0,
         description="A prompt whose compression has a larger error on held-out queries (relative squared output error "
         "plus squared log-sum-exp error, mean over layers and heads) stays exact. 1 is an output as far off as none.",
     )
     on_failure: Annotated[str, OneOf(ON_FAILURE)] = Field(
-        "exact",
+        default="exact",
         description="If the compression of a prompt fails (it runs out of memory, its numbers are not finite, or it "
         f"meets a bug), this says what the prompt keeps. {described(ON_FAILURE)}",
     )
     max_stall_ms: float = Field(
-        200,
+        default=200,
         ge=0,
         description="For how long, in milliseconds, a compression may hold up the other requests between two steps; "
         "a longer one goes on after the next step. While nobody else runs or waits it goes on for a second at a time. "
@@ -103,7 +103,7 @@ class CompressionConfig(BaseModel):
     )
 
     calibration: str = Field(
-        "auto",
+        default="auto",
         description="What adaptive budgets of the method sculpt follow: a file that `kvsculpt calibrate` wrote, or "
         "none, a pilot on each prompt, which takes longer. auto: kvsculpt-calibration.json in the model's directory, "
         "or what comes with the plugin for the model, else none. The server's only.",

@@ -94,7 +94,7 @@ def _lower_hull(grid: Sequence[int], curve: np.ndarray) -> list[tuple[int, float
     The first pages are where plain selection is noisiest: a curve that rises is cut down to its running minimum.
     What is not finite counts as the largest number: a gain between two infinities would have no order.
     """
-    largest = np.finfo(np.float64).max
+    largest = float(np.finfo(np.float64).max)
     curve = np.minimum.accumulate(np.nan_to_num(curve, nan=largest, posinf=largest))
     hull: list[tuple[int, float, float]] = []
     for x, y in zip(grid, curve, strict=True):

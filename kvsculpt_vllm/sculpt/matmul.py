@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.backends import _FP32Precision
 
 EXACT = 1e-5
 """Largest error of a float32 product relative to its largest element; bfloat16 arithmetic is a hundred times worse."""
@@ -22,7 +23,7 @@ def fast_matmul() -> Iterator[None]:
     oneDNN makes use of on processors with AMX: there, as `_exact` finds, nothing is changed. The setting holds for
     the whole process, so nothing else should multiply matrices meanwhile.
     """
-    settings = torch.backends.mkldnn.matmul
+    settings = _settings()
     before = settings.fp32_precision
     settings.fp32_precision = "bf16" if _exact() else before
     try:
@@ -31,10 +32,15 @@ def fast_matmul() -> Iterator[None]:
         settings.fp32_precision = before
 
 
+def _settings() -> _FP32Precision:
+    """The precision of oneDNN's matrix products, in its attribute `fp32_precision`."""
+    return torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch replaces this module by an object
+
+
 @cache
 def _exact() -> bool:
     """Whether products that may use bfloat16 are as exact as float32 here."""
-    settings = torch.backends.mkldnn.matmul
+    settings = _settings()
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(2, 512, 512, generator=generator) for _ in range(2))
     before = settings.fp32_precision

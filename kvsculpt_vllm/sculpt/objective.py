@@ -19,6 +19,10 @@ MASKED_LOGIT = -1e30
 """Logit of padding; finite, so that it can go through a matrix product."""
 
 
+KernelArguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""What `attention_loss` takes, up to the sizes."""
+
+
 @dataclass(frozen=True)
 class Target:
     """What B problems are measured against, on one subset of their queries.
@@ -89,7 +93,9 @@ class Target:
     def loss_and_grad(self, keys: Tensor, values: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Loss (B,) and its gradient (B, m, D) with respect to the keys, the values being held fixed."""
         if use_triton(keys):
-            return attention_loss(*self._for_kernel(keys, values, valid), LSE_WEIGHT)
+            loss, grad = attention_loss(*self._for_kernel(keys, values, valid), LSE_WEIGHT)
+            assert grad is not None  # as it was asked for
+            return loss, grad
         num_queries = self.probes.shape[1]
         weights, values = self.weights(keys, valid), with_ones(values)
         out, mass = self._attend(weights, values)
@@ -103,14 +109,14 @@ class Target:
 
     def gram(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """PᵀP (B, m, m) of the softmax weights, and Pᵀ(o* - o) (B, m, D) for the output o with `values`; by kernel."""
-        queries, shift, out, mass, summed, _, *pairs = self._for_kernel(keys, values, valid)
-        return gram(queries, shift, out, mass, summed, *pairs)
+        queries, shift, out, mass, summed, _, keys, values, sizes = self._for_kernel(keys, values, valid)
+        return gram(queries, shift, out, mass, summed, keys, values, sizes)
 
-    def _for_kernel(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> tuple[Tensor, ...]:
+    def _for_kernel(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> KernelArguments:
         """The arguments that all kernels start with."""
         sizes = keys.new_full((len(keys),), keys.shape[1], dtype=torch.long) if valid is None else valid.sum(1)
-        given = (self.scaled_queries, -self.probes[..., -2], self.out, self.retained_mass[..., 0], self.retained_sum)
-        return *given, self.out_norm, keys, values, sizes
+        shift, mass = -self.probes[..., -2], self.retained_mass[..., 0]
+        return self.scaled_queries, shift, self.out, mass, self.retained_sum, self.out_norm, keys, values, sizes
 
     def _attend(self, weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Output (B, Q, D) and mass e^(z - z*) (B, Q, 1), from values with their column of ones."""
