@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the start-up hooks import this file in every vLLM process: it must stay light
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.engine.protocol import EngineClient
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 
 def is_extra_api_server(args: EngineArgs) -> bool:
@@ -18,7 +18,7 @@ def is_extra_api_server(args: EngineArgs) -> bool:
     return args._api_process_count > 1 and args._api_process_rank >= 0
 
 
-async def ask_engines(client: EngineClient, method: str, args: tuple) -> list[Any]:
+async def ask_engines(client: AsyncLLM, method: str, args: tuple) -> list[Any]:
     """What the first worker of every engine answers to `method`.
 
     `EngineClient.collective_rpc` answers for the first engine only where there are several (data parallelism). Can go

@@ -11,7 +11,10 @@ from kvsculpt_vllm.engine.compat.patches import ALLOCATE_SLOTS
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
+else:
+    Scheduler = object  # of two: the mixin goes over either
 
 NEVER_HASH = 1 << 30
 """More cached blocks than a request can have: vLLM then never hashes the approximated tail."""
@@ -42,7 +45,7 @@ class BlockLists:
         return replaced
 
 
-class SchedulerHooks:
+class SchedulerHooks(Scheduler):
     """Gives the scheduler mixin public names for hooks that vLLM's scheduler does not offer. It overrides the private
     methods that are declared in `patches`, which says when each can go.
     """

@@ -80,7 +80,7 @@ class SculptSchedulerMixin(SchedulerHooks):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         num_running, num_waiting = self.get_request_counts()
         self._alone = num_running + num_waiting == 1
-        commands = [*self._commit_solved(), *self._start_one()]
+        commands: list[CommitCommand | SolveCommand | CancelCommand] = [*self._commit_solved(), *self._start_one()]
         output = super().schedule(*args, **kwargs)
         # A request preempted in this very step has lost its blocks again: its command must not run.
         running = {request.request_id for request in self.running} if commands else ()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from typing import TypeVar
 
 from vllm.logger import init_logger
+
+Number = TypeVar("Number", int, float)
 
 logger = init_logger("vllm.kvsculpt")
 
@@ -53,21 +56,20 @@ def of_all_ranks(ranks: list[list[CompressionRecord]]) -> CompressionRecord:
         parts = (getattr(record, name) * count for record, count in zip(everyone, heads, strict=True))
         return sum(parts) / sum(heads)
 
-    def joined(name: str) -> list[list]:
-        return [
-            [head for row in rows for head in row]
-            for stage in ranks
-            for rows in zip(*(getattr(record, name) for record in stage), strict=True)
-        ]
+    def joined(lists: list[list[list[list[Number]]]]) -> list[list[Number]]:
+        """Lists by [stage][rank][layer][head] as [layer][head]."""
+        return [[head for row in rows for head in row] for stage in lists for rows in zip(*stage, strict=True)]
 
     return replace(
         everyone[0],
-        **{name: mean(name) for name in ("entries_kept", "error_before", "error_after")},
-        **{
-            name: sum(getattr(record, name) for record in everyone)
-            for name in ("solver_steps", "heads_at_start", "failed_solves")
-        },
-        **{name: joined(name) for name in ("budgets", "errors")},
+        entries_kept=mean("entries_kept"),
+        error_before=mean("error_before"),
+        error_after=mean("error_after"),
+        solver_steps=sum(record.solver_steps for record in everyone),
+        heads_at_start=sum(record.heads_at_start for record in everyone),
+        failed_solves=sum(record.failed_solves for record in everyone),
+        budgets=joined([[record.budgets for record in stage] for stage in ranks]),
+        errors=joined([[record.errors for record in stage] for stage in ranks]),
         seconds=max(record.seconds for record in everyone),
     )
 

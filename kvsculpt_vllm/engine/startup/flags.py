@@ -62,7 +62,7 @@ class _SetField(argparse.Action):
 def _merge_with(additional_config: argparse.Action) -> None:
     """Let `--additional-config` merge its settings of compression with those of earlier flags; the later one wins."""
 
-    class MergeAction(type(additional_config)):
+    class MergeAction(type(additional_config)):  # type: ignore[misc]  # argparse does not say which class it is
         def __call__(
             self,
             parser: argparse.ArgumentParser,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -116,7 +116,9 @@ def _use_our_classes(vllm_config: VllmConfig, config: CompressionConfig) -> None
     scheduler_config = vllm_config.scheduler_config
     scheduler_config.scheduler_cls = ASYNC_SCHEDULER if scheduler_config.async_scheduling else SCHEDULER
     # However it was spelled, one configuration is one entry of the compile hash.
-    vllm_config.additional_config = {**vllm_config.additional_config, KEY: config.model_dump()}
+    given = vllm_config.additional_config
+    assert isinstance(given, Mapping)  # it has an entry of ours
+    vllm_config.additional_config = {**given, KEY: config.model_dump()}
 
 
 def _start_up_line(vllm_config: VllmConfig, config: CompressionConfig, block_size_chosen: bool) -> str:

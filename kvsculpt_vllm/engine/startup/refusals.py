@@ -59,8 +59,8 @@ class _Rule(NamedTuple):
 
 def requested_layout() -> str | None:
     """The layout that `VLLM_KV_CACHE_LAYOUT` asks for, older names resolved."""
-    name = envs.VLLM_KV_CACHE_LAYOUT
-    return {"NHD": "LBNHC", "HND": "LBHNC"}.get(name, name)
+    name: str | None = envs.VLLM_KV_CACHE_LAYOUT
+    return {"NHD": "LBNHC", "HND": "LBHNC"}.get(name, name) if name is not None else None
 
 
 def _text_config(config: VllmConfig, *names: str) -> bool:
@@ -340,7 +340,9 @@ def check_kv_cache_config(config: KVCacheConfig) -> None:
         _refuse([Refusal(f"{count} KV cache groups", "compression rewrites the blocks of one group", _OTHER_MODEL)])
     spec = config.kv_cache_groups[0].kv_cache_spec
     if type(spec) is not FullAttentionSpec:
-        _refuse([Refusal(type(spec).__name__, "only plain full attention can be compressed", _OTHER_MODEL)])
+        raise UnsupportedFeature(
+            [Refusal(type(spec).__name__, "only plain full attention can be compressed", _OTHER_MODEL)]
+        )
     plain = FullAttentionSpec(
         block_size=spec.block_size, num_kv_heads=spec.num_kv_heads, head_size=spec.head_size, dtype=spec.dtype
     )

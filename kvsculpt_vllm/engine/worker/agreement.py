@@ -71,11 +71,14 @@ def agreed(
 
     The first failure if there is one; else one record of everything, unless that loses more than `max_error`.
     """
+    records: list[list[CompressionRecord]] = []
     for stage, ranks in enumerate(outcomes):
+        records.append([])
         for rank, outcome in enumerate(ranks):
             if isinstance(outcome, Failure):
                 return outcome, (stage, rank)
-    record = of_all_ranks(outcomes)
+            records[-1].append(outcome)
+    record = of_all_ranks(records)
     if record.error_after > max_error:
         told = f"held-out error {record.error_after:.4g}, at most {max_error:g} is allowed"
         return Failure(Reason.ERROR_BOUND, told), (0, 0)

@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from kvsculpt_vllm.engine.compat.worker import use_plain_vector_pages
 from kvsculpt_vllm.engine.startup.refusals import Refusal, UnsupportedFeature
 from kvsculpt_vllm.engine.worker.capture import CaptureRows
-from kvsculpt_vllm.engine.worker.pages import page_lists
+from kvsculpt_vllm.engine.worker.pages import VectorPages, page_lists
 
 if TYPE_CHECKING:
     from kvsculpt_vllm.engine.worker.state import BoundLayer, CompressionState
@@ -86,7 +86,9 @@ class SculptCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             cause = f"pages of the CPU kernels {', '.join(READABLE_ISAS)} are read, and this machine uses {self.isa!r}"
             raise UnsupportedFeature([Refusal("this processor", cause, "run it on an x86 machine")])
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        self._first_impl: SculptCPUImpl = layers[layer_names[0]].impl
+        impl = layers[layer_names[0]].impl
+        assert isinstance(impl, SculptCPUImpl)
+        self._first_impl = impl
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -145,6 +147,7 @@ class SculptCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def _split_work(self, num_heads: int, num_kv_heads: int, seq_lens: Tensor, query_start_loc: Tensor) -> Tensor:
         """The stock kernel's division of labour among threads."""
+        assert isinstance(self.dtype, torch.dtype)  # and no name any more: vLLM has resolved it
         return ops.cpu_attn_get_scheduler_metadata(
             num_reqs=len(seq_lens),
             num_heads=num_heads,
@@ -174,13 +177,13 @@ class SculptCPUImpl(CPUAttentionBackendImpl):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: SculptCPUMetadata | None,
+        attn_metadata: CPUAttentionMetadata | None,
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """Attend, sampling queries on the way; see the stock implementation for shapes."""
-        if attn_metadata is not None and (bound := self.bound) is not None:
+        if isinstance(attn_metadata, SculptCPUMetadata) and (bound := self.bound) is not None:
             for rows in attn_metadata.captures:
                 rows.store(bound.index, query)
             if (packed := attn_metadata.packed) is not None:
@@ -200,7 +203,9 @@ class SculptCPUImpl(CPUAttentionBackendImpl):
         shape = (len(query), self.num_kv_heads, self.num_queries_per_kv, self.head_size)
         by_head = query.view(shape).transpose(0, 1).reshape(-1, *shape[2:])
         result = torch.empty_like(by_head)
-        keys, values = bound.state.pages.kernel_views
+        pages = bound.state.pages
+        assert isinstance(pages, VectorPages)  # as the worker of this backend says
+        keys, values = pages.kernel_views
         ops.cpu_attention_with_kv_cache(
             query=by_head,
             key_cache=keys,

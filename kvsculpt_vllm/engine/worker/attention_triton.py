@@ -27,9 +27,10 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from kvsculpt_vllm.engine.worker.capture import CaptureRows
+from kvsculpt_vllm.engine.worker.pages import TokenPages
 from kvsculpt_vllm.kernels import checks
 from kvsculpt_vllm.kernels.paged_attention import paged_attention, parts_for
-from kvsculpt_vllm.kernels.pages import store
+from kvsculpt_vllm.kernels.pages import Pages, store
 
 if TYPE_CHECKING:
     from kvsculpt_vllm.engine.worker.state import BoundLayer
@@ -94,7 +95,9 @@ class SculptTritonMetadataBuilder(AttentionMetadataBuilder[SculptMetadata]):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        self._first_impl: SculptTritonImpl = layers[layer_names[0]].impl
+        impl = layers[layer_names[0]].impl
+        assert isinstance(impl, SculptTritonImpl)
+        self._first_impl = impl
         self._processors = current_platform.num_compute_units(device.index or 0)
 
     def build(
@@ -146,7 +149,7 @@ class SculptTritonImpl(AttentionImpl[SculptMetadata]):
     ) -> None:
         """Write the step's keys and values into the tail's pages."""
         if (bound := self.bound) is not None:
-            store(bound.state.pages.kernel_pages, bound.index, slot_mapping, key, value)
+            store(_pages(bound), bound.index, slot_mapping, key, value)
 
     def forward(
         self,
@@ -172,7 +175,7 @@ class SculptTritonImpl(AttentionImpl[SculptMetadata]):
         paged_attention(
             query[tokens],
             output.view(query.shape)[tokens],
-            bound.state.pages.kernel_pages,
+            _pages(bound),
             bound.state.directory.prefixes,
             attn_metadata.block_table,
             attn_metadata.query_start_loc,
@@ -184,3 +187,10 @@ class SculptTritonImpl(AttentionImpl[SculptMetadata]):
             attn_metadata.num_parts,
         )
         return output
+
+
+def _pages(bound: BoundLayer) -> Pages:
+    """The cache's pages as the kernels take them."""
+    pages = bound.state.pages
+    assert isinstance(pages, TokenPages)  # as the worker of this backend says
+    return pages.kernel_pages

@@ -21,10 +21,10 @@ class CaptureRows:
 
     def store(self, layer: int, query: Tensor) -> None:
         """Copy rows of `query` (T, heads, D) of one layer. What goes wrong ends the sampling, not the forward pass."""
-        if self.sample.failure is not None:
+        if self.sample.failure is not None or (queries := self.sample.queries) is None:
             return
         try:
-            self.sample.queries[layer, self.target] = query[self.source]
+            queries[layer, self.target] = query[self.source]
         except Exception as error:  # noqa: BLE001 - the prompt stays exact, and the reason is logged
             self.sample.fail(error)
             return
@@ -42,6 +42,7 @@ class QuerySample:
         self.positions, self.recent = positions, recent
         self.failure: str | None = None  # why there will be no sample
         self.refused = False  # for want of room, which is no fault
+        self.queries: Tensor | None = None  # after a failure
         self._seen = torch.zeros(len(positions), dtype=torch.bool)
         try:
             self._positions_there = positions.to(like.device)
@@ -70,7 +71,7 @@ class QuerySample:
     @property
     def nbytes(self) -> int:
         """Memory taken."""
-        return 0 if self.failure is not None else self.queries.nbytes
+        return 0 if self.failure is not None or self.queries is None else self.queries.nbytes
 
     def rows(self, first_position: int, num_tokens: int, first_row: int) -> CaptureRows | None:
         """What to copy from a chunk of tokens that starts at `first_position` and at batch row `first_row`."""

@@ -147,7 +147,7 @@ class Compressor:
         """What to fit, and the sinks' keys and values (L · H, sinks, D), which are kept as they are."""
         state = self.state
         sample = state.samples[command.request_id]
-        if not sample.complete:
+        if not sample.complete or sample.queries is None:
             cause = sample.failure or "some sampled queries of the prompt were never computed"
             raise NotUsable(Reason.NO_ROOM_FOR_QUERIES if sample.refused else Reason.QUERIES_MISSING, cause)
         blocks = torch.tensor(command.prompt_blocks, device=state.pages.buffer.device)

@@ -131,7 +131,8 @@ class VectorPages:
     @property
     def kernel_views(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all pages (pages, 1, N, D) as the stock kernel wants them."""
-        return self.buffer.view(-1, 1, 2 * self.block_size, self.head_size).chunk(2, dim=2)
+        keys, values = self.buffer.view(-1, 1, 2 * self.block_size, self.head_size).chunk(2, dim=2)
+        return keys, values
 
     def read(self, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (..., n · N, D) of pages (..., n)."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from traceback import extract_tb
-from typing import Any
+from typing import Any, TypeGuard
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -66,6 +66,12 @@ def _raised_at(error: Exception) -> tuple[str, int | None]:
     """File and line that an exception came from."""
     frame = extract_tb(error.__traceback__)[-1]
     return frame.filename, frame.lineno
+
+
+def _all_through(
+    outcomes: list[list[CompressionRecord | Failure | None]],
+) -> TypeGuard[list[list[CompressionRecord | Failure]]]:
+    return all(outcome is not None for stage in outcomes for outcome in stage)
 
 
 def _answering(output: ModelRunnerOutput, answers: list[Solved]) -> ModelRunnerOutput:
@@ -155,7 +161,7 @@ class Runtime:
         if self._solving.outcome is None:
             self._work(self._solving)
         outcomes = self.ranks.gather(self._solving.outcome)
-        if all(outcome is not None for stage in outcomes for outcome in stage):
+        if _all_through(outcomes):
             self._conclude(self._solving, outcomes)
 
     def _work(self, solving: Solving) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from vllm.utils import length_from_prompt_token_ids_or_embeds
@@ -38,7 +38,8 @@ class TrackedRequest:
     max_tokens: int | None
 
 
-class BoundLayer(NamedTuple):
+@dataclass(frozen=True)
+class BoundLayer:
     """An attention layer's place in the KV cache. Until there is a cache, a layer has none."""
 
     state: CompressionState

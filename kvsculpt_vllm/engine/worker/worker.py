@@ -4,7 +4,7 @@ over vLLM's workers.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
@@ -14,6 +14,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.compat.worker import BlockRows
+from kvsculpt_vllm.engine.shared.ledger import Ledger
 from kvsculpt_vllm.engine.startup.refusals import check_attention_layers
 from kvsculpt_vllm.engine.worker.agreement import Ranks
 from kvsculpt_vllm.engine.worker.compressor import Compressor
@@ -24,7 +25,20 @@ from kvsculpt_vllm.engine.worker.runtime import Runtime
 from kvsculpt_vllm.engine.worker.state import BoundLayer, CompressionState
 
 
-class SculptWorkerMixin:
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker
+else:
+    Worker = object  # of two: the mixin goes over either
+
+
+@runtime_checkable
+class Bindable(Protocol):
+    """Our attention of one layer, of either backend."""
+
+    bound: BoundLayer | None
+
+
+class SculptWorkerMixin(Worker):
     """Compression over one of vLLM's workers, whose class says by which attention backend the cache is read."""
 
     attention_backend: ClassVar[tuple[AttentionBackendEnum, str]]  # the name that vLLM looks up, and our class
@@ -64,6 +78,7 @@ class SculptWorkerMixin:
         block_rows = BlockRows(self.model_runner)
         self.kv_compression = Runtime(state, compressor, ranks, block_rows, self.wait_for_device)
         for index, layer in enumerate(layers):
+            assert isinstance(layer.impl, Bindable)
             layer.impl.bound = BoundLayer(state, index)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
@@ -85,12 +100,17 @@ class SculptWorkerMixin:
 
         JSON-serialisable; for `collective_rpc`.
         """
-        ledger = self.kv_compression.ledger
+        ledger = self._ledger
         return {"stats": ledger.stats(), "newest": ledger.newest(newest)}
 
     def kv_compression_request(self, request_id: str) -> dict[str, Any] | None:
         """What became of one request, None if it is not known (any more); for `collective_rpc`."""
-        return self.kv_compression.ledger.find(request_id)
+        return self._ledger.find(request_id)
+
+    @property
+    def _ledger(self) -> Ledger:
+        assert self.kv_compression is not None  # a server that has no KV cache yet answers nobody
+        return self.kv_compression.ledger
 
     def wait_for_device(self) -> None:
         """Until what a slice has launched is done: else the step would wait for it, however short the slice took."""

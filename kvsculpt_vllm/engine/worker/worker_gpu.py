@@ -55,6 +55,7 @@ class SculptGPUWorker(SculptWorkerMixin, Worker):
         model, parallel = self.model_config, self.parallel_config
         num_kv_heads = model.get_num_kv_heads(parallel)
         num_layers, num_heads = model.get_num_layers(parallel), model.get_num_attention_heads(parallel)
+        assert isinstance(model.dtype, torch.dtype)  # and no name any more: vLLM has resolved it
         element_bytes = get_dtype_size(model.dtype)
         position_bytes = num_layers * num_heads * model.get_head_size() * element_bytes
         # Whatever the server's effort is, a request may ask for more.
