@@ -38,7 +38,8 @@ class _SeveralRatios(TyperCommand):
     """Lets ``--keep-ratio 0.1 0.3`` mean ``--keep-ratio 0.1 --keep-ratio 0.3``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        spelt_out, in_ratios = [], False
+        spelt_out: list[str] = []
+        in_ratios = False
         for arg in args:
             if arg.startswith("-"):
                 in_ratios = arg == "--keep-ratio"

@@ -64,7 +64,7 @@ def refusals() -> list[tuple[str, str, str]]:
     """What --kv-compression is refused with, why, and the cure."""
     from kvsculpt_vllm.engine.startup.refusals import known_refusals
 
-    return [tuple(refusal) for refusal in known_refusals()]
+    return [(refusal.feature, refusal.cause, refusal.cure) for refusal in known_refusals()]
 
 
 def _versions() -> Iterator[str]:
@@ -189,11 +189,11 @@ def _self_test() -> str:
     done = compress(problems, PagePlan(32, entries // 32, heads * 2, 0), "sculpt", "adaptive", effort)
     seconds = time.perf_counter() - begin
     for b in range(heads):
-        truth, told = _loss(problems, done.keys[b], done.values[b], b), float(done.error[b])
+        truth, claimed = _loss(problems, done.keys[b], done.values[b], b), float(done.error[b])
         selection = float(done.start_error[b])
-        if not (abs(truth - told) <= 0.05 * told and truth < selection):
+        if not (abs(truth - claimed) <= 0.05 * claimed and truth < selection):
             raise Trouble(
-                f"head {b} has error {truth:.4f} where the solver says {told:.4f} and selection has {selection:.4f}: "
+                f"head {b} has error {truth:.4f} where the solver says {claimed:.4f} and selection has {selection:.4f}: "
                 "please report this"
             )
     before, after = float(done.start_error.mean()), float(done.error.mean())

@@ -27,6 +27,12 @@ class Cache(Protocol):
         ...
 
 
+class AttentionModule(Protocol):
+    """An attention layer of a transformers model."""
+
+    layer_idx: int  # among the model's layers
+
+
 class Recorder:
     """Plain causal attention that keeps what the engine would: all keys and values, and sampled queries.
 
@@ -104,7 +110,7 @@ class RaggedCache:
 
 
 def _attention(
-    module: nn.Module,
+    module: AttentionModule,
     query: Tensor,  # (1, heads, T, D)
     key: Tensor,  # (1, KV heads, T, D), of the new tokens only
     value: Tensor,

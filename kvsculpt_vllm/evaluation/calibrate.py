@@ -55,7 +55,8 @@ def calibrate(
     """
     transformers_logging.disable_progress_bar()
     tokenizer, prefix = load_tokenizer(directory)
-    chosen, counts = [], Counter()
+    chosen: list[list[int]] = []
+    counts: Counter[str] = Counter()
     for text in texts:
         counts[Path(text).name] += num_contexts
         tokens = tokenizer(read_text(text), add_special_tokens=False, verbose=False).input_ids
@@ -65,7 +66,8 @@ def calibrate(
         raise ValueError(
             f"--context: got {context}, allowed: at most half of the model's {evaluated.num_positions} positions"
         )
-    fractions, found = (), []
+    fractions: tuple[float, ...] = ()
+    found: list[np.ndarray] = []
     with progress_bar(console) as progress:
         for tokens in progress.track(chosen, description="contexts read"):
             fractions, losses = curves(evaluated, tokens, effort, second_weight, len(prefix))
@@ -79,7 +81,7 @@ def calibrate(
         texts=counts,
         second_weight=second_weight,
         fractions=fractions,
-        losses=[[[float(f"{loss:.6g}") for loss in head] for head in layer] for layer in mean],
+        losses=tuple(tuple(tuple(float(f"{loss:.6g}") for loss in head) for head in layer) for layer in mean),
     )
 
 
@@ -101,7 +103,8 @@ def curves(
     ]
     fractions = tuple(count / plan.span_pages for count in readings[0].grid)
     weights = 1 - second_weight, second_weight
-    return fractions, np.average([shares(found.curves, fractions) for found in readings], 0, weights)
+    losses = [found.curves for found in readings if found.curves is not None]  # both: budgets are adaptive
+    return fractions, np.average([shares(curves, fractions) for curves in losses], 0, weights)
 
 
 def shares(losses: np.ndarray, fractions: Sequence[float]) -> np.ndarray:

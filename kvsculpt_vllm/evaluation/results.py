@@ -62,8 +62,8 @@ class Results:
             return
         if path.exists():
             self._rows = _read_rows(path)
-        if self._parts.exists():
-            self._read_parts()
+        if (parts := _parts(path)).exists():
+            self._read_parts(parts)
 
     def row(self, key: Key) -> Row | None:
         """The finished row of these settings, if there is one."""
@@ -84,7 +84,7 @@ class Results:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             plain = measurement.to_json()
             part = {"settings": self._settings_of(key), "key": key, "context": context, "measurement": plain}
-            with self._parts.open("a") as file:
+            with _parts(self._path).open("a") as file:
                 file.write(json.dumps(part) + "\n")
         if len(measured) == self._num_contexts:
             self._finish(key, self._kind.summary([measured[i] for i in range(self._num_contexts)]))
@@ -92,11 +92,7 @@ class Results:
     def close(self, keys: list[Key]) -> None:
         """Drop the single measurements if every row that was asked for is complete."""
         if self._path is not None and not any(self.missing(key) for key in keys):
-            self._parts.unlink(missing_ok=True)
-
-    @property
-    def _parts(self) -> Path:
-        return self._path.with_name(self._path.name + ".parts")
+            _parts(self._path).unlink(missing_ok=True)
 
     def _settings_of(self, key: Key) -> dict[str, Any]:
         return self._settings if key[:2] == CALIBRATED else self._settings | {"calibration": NONE}
@@ -112,8 +108,8 @@ class Results:
         partial.write_text("[\n" + ",\n".join(json.dumps(row) for row in self._rows) + "\n]\n")
         os.replace(partial, self._path)
 
-    def _read_parts(self) -> None:
-        for line in self._parts.read_text().splitlines():
+    def _read_parts(self, parts: Path) -> None:
+        for line in parts.read_text().splitlines():
             try:
                 part = json.loads(line)
             except json.JSONDecodeError:  # a killed process left half a line
@@ -132,6 +128,11 @@ def code_version() -> str:
     for path in sorted([*root.glob("sculpt/**/*.py"), *root.glob("evaluation/methods/*.py"), *harness]):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def _parts(path: Path) -> Path:
+    """Where the single measurements of a result file wait."""
+    return path.with_name(path.name + ".parts")
 
 
 def _read_rows(path: Path) -> list[Row]:

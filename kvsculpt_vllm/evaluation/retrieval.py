@@ -53,9 +53,15 @@ class Retrieval:
         """Compress the context to each keep ratio, ask, compare the answer with what was hidden."""
         for attempt in self.context.compress(method, budget, keep_ratios):
             answer = self._answer(attempt.cache, self._full)
-            answers = [self._tokenizer.decode(tokens) for tokens in (answer, self._full)]
-            scores = [score(text, self._sample.references) for text in answers]
-            yield Found(*scores, attempt.kept_fraction, attempt.seconds, *answers)
+            text, text_full = (self._tokenizer.decode(tokens) for tokens in (answer, self._full))
+            yield Found(
+                score=score(text, self._sample.references),
+                score_full=score(text_full, self._sample.references),
+                kept_fraction=attempt.kept_fraction,
+                seconds=attempt.seconds,
+                answer=text,
+                answer_full=text_full,
+            )
 
     def _answer(self, cache: RaggedCache, draft: Sequence[int]) -> list[int]:
         sample = self._sample

@@ -24,7 +24,7 @@ from kvsculpt_vllm.evaluation.methods.base import surveyed
 from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer, model_directory
 from kvsculpt_vllm.evaluation.progress import progress_bar
 from kvsculpt_vllm.evaluation.report import write_report
-from kvsculpt_vllm.evaluation.results import Key, Results, Row, code_version
+from kvsculpt_vllm.evaluation.results import Key, Measured, Results, Row, code_version
 from kvsculpt_vllm.evaluation.retrieval import Found, Retrieval
 from kvsculpt_vllm.evaluation.tasks import TASKS, Sample, samples
 from kvsculpt_vllm.evaluation.texts import Passage, passages, read_text
@@ -153,7 +153,8 @@ def run(request: Request, json_path: Path | None, console: Console, report: Path
                 for method, budget in dict.fromkeys(key[:2] for key in keys):
                     ratios = [key[2] for key in keys if key[:2] == (method, budget)]
                     progress.update(bar, description=f"{place}: {method}, {budget}")
-                    for ratio, measured in zip(ratios, trial.measure(methods[method], budget, ratios), strict=True):
+                    measurements: Iterator[Measured] = trial.measure(methods[method], budget, ratios)
+                    for ratio, measured in zip(ratios, measurements, strict=True):
                         results.add((method, budget, ratio), i, measured)
                         progress.advance(bar)
         results.close(request.keys)

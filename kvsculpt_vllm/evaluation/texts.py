@@ -36,12 +36,20 @@ def read_text(name: str) -> str:
         UnicodeDecodeError: it is not UTF-8.
     """
     if name == STDLIB:
-        return "\n\n".join(Path(find_spec(module).origin).read_text(encoding="utf-8") for module in MODULES)
+        return "\n\n".join(map(_source, MODULES))
     if name != PYDOC:
         return Path(name).read_text(encoding="utf-8")
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[topic] for topic in sorted(topics))
+
+
+def _source(module: str) -> str:
+    """The source of one of Python's own modules."""
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(f"this Python has no source of its module {module}")
+    return Path(spec.origin).read_text(encoding="utf-8")
 
 
 def passages(

@@ -70,13 +70,13 @@ def _match(problems: Problems, plan: PagePlan, found: Survey, effort: Effort, pu
                 fitted.keys[b] = keys
             else:
                 start = selected.values[b][None].float()
-            biases = _masses(train, keys[None].float()).clamp_min(LEAST_WEIGHT).log()
-            biased = torch.cat([keys[None].float(), biases.unsqueeze(-1)], dim=-1)
+            fitted_biases = _masses(train, keys[None].float()).clamp_min(LEAST_WEIGHT).log()
+            biased = torch.cat([keys[None].float(), fitted_biases.unsqueeze(-1)], dim=-1)
             solver = ValueFit(train, biased, start)
             candidates = [solver.solve(start.new_tensor([ridge])).to(problems.values.dtype) for ridge in RIDGES]
             errors = torch.cat([held_out.loss(biased, values.float()) for values in candidates])
         best = int(errors.nan_to_num(nan=torch.inf).argmin())
-        fitted.values[b], fitted.biases[b], fitted.error[b] = candidates[best][0], biases[0], errors[best]
+        fitted.values[b], fitted.biases[b], fitted.error[b] = candidates[best][0], fitted_biases[0], errors[best]
     return fitted
 
 
