@@ -104,6 +104,7 @@ async def stats(request: Request) -> Stats:
     """Settings, totals since start and the block pool as it is now, of all engines together."""
     monitor = await _refreshed(request)
     config = CompressionConfig.from_additional_config(monitor.client.vllm_config.additional_config)
+    assert monitor.age is not None  # or `_refreshed` had raised
     return Stats(settings=config.model_dump(), age_seconds=monitor.age, **totals_of_all(monitor.stats))
 
 
@@ -186,7 +187,7 @@ def _with_ours(stock: Callable[[Request], Response]) -> Callable:
             logger.warning("kvsculpt: no new numbers for /metrics: %s: %s", type(error).__name__, error)
         response = await run_in_threadpool(stock, request)
         return Response(
-            response.body + text_of(monitor, request.app.state.kvsculpt_oldest_seconds),
+            bytes(response.body) + text_of(monitor, request.app.state.kvsculpt_oldest_seconds),
             response.status_code,
             media_type=None,
             headers={"Content-Type": response.headers["Content-Type"]},

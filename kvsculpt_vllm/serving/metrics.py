@@ -86,10 +86,10 @@ def families(stats: list[dict[str, Any]]) -> Iterable[Metric]:
                 requests.add_metric([engine, outcome, reason], count)
         for reason, count in totals["deferred"].items():
             deferred.add_metric([engine, reason], count)
-        for name, family in counters.items():
-            family.add_metric([engine], totals[name])
-        for key, family in gauges.items():
-            family.add_metric([engine], totals["pool"][key])
+        for name, counter in counters.items():
+            counter.add_metric([engine], totals[name])
+        for key, gauge in gauges.items():
+            gauge.add_metric([engine], totals["pool"][key])
         seconds.add_metric([engine], *_buckets(totals["seconds"]))
         for stage, histogram in totals["held_out_error"].items():
             error.add_metric([engine, stage], *_buckets(histogram))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm.engine.protocol import EngineClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from kvsculpt_vllm.engine.compat.frontend import ask_engines
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 NEWEST = 64
 """Requests of which an engine tells what became of them."""
@@ -19,7 +21,7 @@ NEWEST = 64
 class Monitor:
     """The newest totals, and the newest requests, of every engine that this API server talks to."""
 
-    def __init__(self, client: EngineClient) -> None:
+    def __init__(self, client: AsyncLLM) -> None:
         self.client = client
         self.stats: list[dict[str, Any]] = []  # one entry an engine; empty until the first answer
         self.newest: list[dict[str, Any]] = []  # of all engines, the newest first
