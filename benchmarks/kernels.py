@@ -22,14 +22,15 @@ from typing import Annotated, Any
 import torch
 import triton
 import typer
-from kvsculpt_vllm.kernels.attention_loss import attention_loss, attention_loss_twin
-from kvsculpt_vllm.kernels.paged_attention import Prefixes, paged_attention, parts_for
-from kvsculpt_vllm.kernels.pages import Pages
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from kvsculpt_vllm.kernels.attention_loss import attention_loss, attention_loss_twin
+from kvsculpt_vllm.kernels.paged_attention import Prefixes, paged_attention, parts_for
+from kvsculpt_vllm.kernels.pages import Pages
 
 WINDOW = 64  # prompt tokens that stay exact, as by default
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}

@@ -26,7 +26,6 @@ from typing import Annotated, NamedTuple
 
 import torch
 import typer
-from kvsculpt_vllm.kernels.dispatch import VARIABLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -37,6 +36,7 @@ from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.evaluation.harness import Context
 from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer
 from kvsculpt_vllm.evaluation.texts import passages, read_text
+from kvsculpt_vllm.kernels.dispatch import VARIABLE
 from kvsculpt_vllm.sculpt.budgets import PagePlan, span_sizes
 from kvsculpt_vllm.sculpt.compress import compress, fit
 from kvsculpt_vllm.sculpt.effort import EFFORTS, Effort

@@ -18,6 +18,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from kvsculpt_vllm.kernels.checks import check_tensors
 from kvsculpt_vllm.kernels.tiles import (
     TINY,
@@ -29,7 +31,6 @@ from kvsculpt_vllm.kernels.tiles import (
     tiling,
     with_strides,
 )
-from torch import Tensor
 
 
 def attention_loss_twin(

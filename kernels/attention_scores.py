@@ -14,9 +14,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from kvsculpt_vllm.kernels.checks import check_head_size, check_tensors
 from kvsculpt_vllm.kernels.tiles import load_rows, tiling, with_strides
-from torch import Tensor
 
 
 def attention_with_lse_twin(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from kvsculpt_vllm.kernels.tiles import (
     TINY,
     attend_tile,
@@ -25,7 +27,6 @@ from kvsculpt_vllm.kernels.tiles import (
     tiling,
     with_strides,
 )
-from torch import Tensor
 
 
 def gram_twin(

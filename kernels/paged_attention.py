@@ -21,9 +21,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from kvsculpt_vllm.kernels.checks import check_head_size, check_tensors
 from kvsculpt_vllm.kernels.pages import FLOATS, Pages
-from torch import Tensor
 
 MOST_PARTS = 32
 """Programs that share one (row, KV head)'s entries, at most: what each of them writes is read again to merge it."""

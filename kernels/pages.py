@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from kvsculpt_vllm.kernels.checks import check_head_size, check_tensors
 from torch import Tensor
+
+from kvsculpt_vllm.kernels.checks import check_head_size, check_tensors
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 

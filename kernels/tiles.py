@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from kvsculpt_vllm.kernels.checks import check_head_size, check_tensors
 from torch import Tensor
+
+from kvsculpt_vllm.kernels.checks import check_head_size, check_tensors
 
 TINY = torch.finfo(torch.float32).tiny
 

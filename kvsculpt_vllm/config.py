@@ -70,7 +70,9 @@ class CompressionConfig(BaseModel):
         default="none",
         description=f"What takes the place of a prompt's KV cache after its prefill. {described(NO_METHOD | METHODS)}",
     )
-    keep_ratio: float = Field(default=0.3, gt=0, le=1, description="Fraction of the compressed span's entries that is kept.")
+    keep_ratio: float = Field(
+        default=0.3, gt=0, le=1, description="Fraction of the compressed span's entries that is kept."
+    )
     budget: Annotated[str, OneOf(BUDGETS)] = Field(default="adaptive", description=described(BUDGETS))
     min_tokens: int = Field(default=512, ge=1, description="Prompts with fewer tokens stay exact.")
     sink: int = Field(default=4, ge=0, description="First tokens of a prompt, kept exactly. Fewer than the block size.")

@@ -193,8 +193,8 @@ def _self_test() -> str:
         selection = float(done.start_error[b])
         if not (abs(truth - claimed) <= 0.05 * claimed and truth < selection):
             raise Trouble(
-                f"head {b} has error {truth:.4f} where the solver says {claimed:.4f} and selection has {selection:.4f}: "
-                "please report this"
+                f"head {b} has error {truth:.4f} where the solver says {claimed:.4f} and selection has "
+                f"{selection:.4f}: please report this"
             )
     before, after = float(done.start_error.mean()), float(done.error.mean())
     told = f"held-out error {before:.3f} -> {after:.3f}"

@@ -2,10 +2,11 @@
 
 import pytest
 import triton
-from kvsculpt_vllm.kernels import attention_loss, attention_scores, gram, paged_attention, pages, tiles
 from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from kvsculpt_vllm.kernels import attention_loss, attention_scores, gram, paged_attention, pages, tiles
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing is compiled")
 

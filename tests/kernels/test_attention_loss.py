@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from kvsculpt_vllm.kernels.attention_loss import attention_loss, attention_loss_twin
 
 CASES = [

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from kvsculpt_vllm.kernels.attention_scores import attention_with_lse, attention_with_lse_twin, received, received_twin
 
 CASES = [(2, 63, 111, 64), (1, 1, 1, 128), (1, 70, 130, 96), (1, 33, 40, 256)]

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from kvsculpt_vllm.kernels.dispatch import VARIABLE, use_triton
 
+from kvsculpt_vllm.kernels.dispatch import VARIABLE, use_triton
 from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.compress import compress
 from kvsculpt_vllm.sculpt.effort import Effort

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from kvsculpt_vllm.kernels.gram import gram, gram_twin
 
 CASES = [

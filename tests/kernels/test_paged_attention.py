@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from kvsculpt_vllm.kernels.paged_attention import Prefixes, paged_attention, paged_attention_twin
 from kvsculpt_vllm.kernels.pages import Pages
 

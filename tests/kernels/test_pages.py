@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from kvsculpt_vllm.kernels.pages import Pages, gather, gather_twin, scatter, scatter_twin, store, store_twin
 
 BLOCK = 16

@@ -24,7 +24,6 @@ from kvsculpt_vllm.engine.worker.rank_curves import curves_of_rank
 from kvsculpt_vllm.engine.worker.runtime import Runtime
 from kvsculpt_vllm.engine.worker.state import BoundLayer, CompressionState
 
-
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker
 else:

@@ -4,6 +4,7 @@ Neither CUDA graphs nor streams are seen here.
 """
 
 import pytest
+
 from kvsculpt_vllm.kernels.paged_attention import MOST_PARTS, parts_for
 
 ON = {"kv_compression": {"method": "select", "keep_ratio": 0.3, "min_tokens": 128, "window": 32}}
