@@ -27,9 +27,11 @@ test: setup ## Run all tests
 	  $(BIN)/python -m pytest -q --ignore=tests/kernels --ignore=tests/serving; others=$$?; \
 	  wait $$serving; serving=$$?; cat $(VENV)/test-serving.log; exit $$((serving || others))
 
-lint: $(VENV)/.installed ## Check style and format
+# `.venv/bin/pre-commit install` has git run it before every commit.
+lint: $(VENV)/.installed ## Check style, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 
 docs: $(VENV)/.installed ## Write the tables of README.md and docs/ anew
 	@$(BIN)/python docs/tables.py

@@ -46,7 +46,7 @@ setup(
         "cuda": ["accelerate", "vllm==0.32.*", "xformers"],
         "bench": ["pandas"],  # vllm bench serve reads prompts with it
         "eval": ["matplotlib", "transformers"],
-        "dev": ["accelerate", "hypothesis", "matplotlib", "openai", "pytest", "ruff", "scipy"],
+        "dev": ["accelerate", "hypothesis", "matplotlib", "mypy", "openai", "pre-commit", "pytest", "ruff", "scipy"],
     },
     entry_points={
         "console_scripts": ["kvsculpt = kvsculpt_vllm.cli:main"],
