@@ -2,16 +2,13 @@
 
 import pytest
 
+from jobs import on, request
+
 pytestmark = pytest.mark.engine
 
 # A bound that no compression reaches, so that each is done before one step; what the bound does has tests of its own.
 AT_ONCE = {"max_stall_ms": 60_000}
-ON = {"kv_compression": {"method": "select", "keep_ratio": 0.3, **AT_ONCE}}
-
-
-def request(start, length, max_tokens=24, **extra_args):
-    return {"start": start, "length": length, "max_tokens": max_tokens, "extra_args": extra_args or None}
-
+ON = on(**AT_ONCE)
 
 # A long and a short prompt together, then the long one again beside another long one.
 MIXED = [[request(0, 1200), request(5000, 300)], [request(0, 1200), request(2000, 900)]]
@@ -36,9 +33,9 @@ IDENTITY_CASES = {
         },
         "batches": [
             [
-                {**request(0, 620, 80), "priority": 9},
-                {**request(2000, 600, 80), "priority": 9},
-                {**request(4000, 700, 50), "after": 6},
+                request(0, 620, 80, priority=9),
+                request(2000, 600, 80, priority=9),
+                request(4000, 700, 50, after=6),
             ]
         ],
         "poison": True,
@@ -85,7 +82,7 @@ def test_between_the_slices_of_a_compression_everybody_decodes(run_engine):
     """One slice a step: the request goes on with its exact cache until the last one, and loses none of it before."""
     batches, engine = [[request(0, 600, 70), request(5000, 300, 70)]], {"enable_prefix_caching": False}
     stock = run_engine(engine=engine, batches=batches)
-    sliced = {"kv_compression": {**ON["kv_compression"], "max_stall_ms": 0}}
+    sliced = on(max_stall_ms=0)
     ours = run_engine(engine={**engine, "additional_config": sliced}, batches=batches, identity=True, poison=True)
     assert ours["tokens"] == stock["tokens"]
     assert ours["stats"]["requests"]["compressed"] == {"": 1}
@@ -139,7 +136,7 @@ def test_freed_blocks_are_free_while_the_request_decodes(run_engine, method):
 
 def test_a_prompt_whose_blocks_are_shared_stays_exact_until_letting_go_of_them_frees_memory(run_engine):
     """Two requests with one prompt: the packed prefix of one would cost blocks, and none would come free."""
-    gently = {"kv_compression": {"method": "select", "keep_ratio": 0.7}}
+    gently = on(keep_ratio=0.7)
     batches = [[request(0, 1800, 20), request(0, 1800, 6)]]
     stock = run_engine(engine={"enable_prefix_caching": True}, batches=batches)
     result = run_engine(engine={"additional_config": gently, "enable_prefix_caching": True}, batches=batches)
@@ -162,10 +159,10 @@ def test_seeded_answers_survive_chunks_and_shortened_hits(run_engine):
     """
     seeded = {"temperature": 1.0, "seed": 7}
     engine = {"dtype": "float32", "enable_prefix_caching": True}
-    exact = [{**request(0, 900, 8, kv_compression="none"), "sampling": {**seeded, "n": n}} for n in (1, 3)]
+    exact = [request(0, 900, 8, sampling={**seeded, "n": n}, kv_compression="none") for n in (1, 3)]
     plain = [[{**r, "extra_args": None}] for r in exact]
     stock = run_engine(engine={**engine, "max_num_batched_tokens": 2048}, batches=plain)
-    sampled = [{**request(2000, 1300, 8), "sampling": {**seeded, "n": n}} for n in (1, 2, 1)]
+    sampled = [request(2000, 1300, 8, sampling={**seeded, "n": n}) for n in (1, 2, 1)]
     ours = run_engine(
         engine={**engine, "max_num_batched_tokens": 256, "additional_config": ON},
         batches=[*([r] for r in exact), *([r] for r in sampled)],
@@ -195,13 +192,11 @@ def test_a_compression_that_fails_anywhere_leaves_the_exact_cache(run_engine):
     # One is compressed a step: all have to be there until the last one's turn.
     steps = len(FAULTS) + 8
     uniform = {"kv_compression": "select", "kv_compression_budget": "uniform", "kv_compression_effort": "fast"}
-    requests = [{**request(i * 700, 520, steps, **uniform), "fault": fault} for i, fault in enumerate(FAULTS)]
+    requests = [request(i * 700, 520, steps, fault=fault, **uniform) for i, fault in enumerate(FAULTS)]
     requests.append(request(100, 520, steps, **uniform))
     # With --kv-compression-on-failure select, selection takes the place of what failed; exact if it fails too.
     select = {**uniform, "kv_compression": "select_fit", "kv_compression_on_failure": "select"}
-    requests += [
-        {**request(200 + i, 520, steps, **select), "fault": fault} for i, fault in enumerate(("once", "always"))
-    ]
+    requests += [request(200 + i, 520, steps, fault=fault, **select) for i, fault in enumerate(("once", "always"))]
     engine = {"enable_prefix_caching": False}
     stock = run_engine(engine=engine, batches=[[request(r["start"], 520, steps) for r in requests]])
     ours = run_engine(engine={**engine, "additional_config": ON}, batches=[requests])
@@ -242,7 +237,7 @@ def test_a_prompt_whose_queries_find_no_room_stays_exact(run_engine):
 
 
 def test_a_request_aborted_between_slices_returns_the_blocks_taken_for_it(run_engine):
-    sliced = {"kv_compression": {**ON["kv_compression"], "max_stall_ms": 0}}
+    sliced = on(max_stall_ms=0)
     result = run_engine(
         engine={"additional_config": sliced, "enable_prefix_caching": False},
         # Beside another one: alone it would be through in a step.

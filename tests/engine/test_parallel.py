@@ -2,21 +2,12 @@
 
 import pytest
 
+from jobs import on, request
+
 pytestmark = pytest.mark.engine
 
-ON = {
-    "kv_compression": {
-        "method": "select_fit",
-        "budget": "uniform",
-        "keep_ratio": 0.5,
-        "effort": "fast",
-        "max_stall_ms": 60_000,
-    }
-}
-
-
-def request(start, length=600, max_tokens=16, **rest):
-    return {"start": start, "length": length, "max_tokens": max_tokens, "extra_args": None, **rest}
+ON = on("select_fit", 0.5, budget="uniform", effort="fast", max_stall_ms=60_000)
+LENGTH, MAX_TOKENS = 600, 16
 
 
 # On a CPU only the V2 model runner has pipelines.
@@ -28,12 +19,12 @@ def test_ranks_compress_as_one_and_fail_as_one(run_engine, first_layers_path, sp
     engine = {"model": str(first_layers_path), "dtype": "float32", "enable_prefix_caching": False}
     several = {**engine, split: num_ranks, "additional_config": ON}
     batch = [
-        request(0),
-        request(2000, fault="solve"),
-        request(3000, fault="once", extra_args={"kv_compression_on_failure": "select"}),
-        request(4000, extra_args={"kv_compression_max_error": 1e-9}),
+        request(0, LENGTH, MAX_TOKENS),
+        request(2000, LENGTH, MAX_TOKENS, fault="solve"),
+        request(3000, LENGTH, MAX_TOKENS, fault="once", kv_compression_on_failure="select"),
+        request(4000, LENGTH, MAX_TOKENS, kv_compression_max_error=1e-9),
     ]
-    plain = [request(r["start"]) for r in batch]
+    plain = [request(r["start"], LENGTH, MAX_TOKENS) for r in batch]
     stock = run_engine(engine=engine, batches=[plain])
     one = run_engine(engine={**engine, "additional_config": ON}, batches=[plain[:1]])
     ranks = run_engine(engine=several, batches=[batch], fault_rank=num_ranks - 1, v2=v2)

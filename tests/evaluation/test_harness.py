@@ -21,21 +21,14 @@ from kvsculpt_vllm.evaluation.texts import passages
 from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.options import METHODS as OURS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAYERS, HEADS, KV_HEADS, VOCABULARY = 2, 4, 2, 97
 CONTEXT, CONTINUATION, CONTEXTS, BLOCK, WINDOW, SINKS = 200, 24, 3, 8, 16, 4
 SPAN_BLOCKS = (CONTEXT - WINDOW) // BLOCK
 EFFORT = Effort(
     positions=80, pilot_positions=60, fit_positions=250, key_steps=10
 )  # so small a model is asked from all 200 positions, and from the last 50 as they were: fits are to all of them
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On a busy machine two threads that wait for each other make these tiny products ten times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

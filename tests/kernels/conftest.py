@@ -17,10 +17,9 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(skip)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """The interpreter's tiny tensors are slower with more."""
-    torch.set_num_threads(1)
+@pytest.fixture(autouse=True, scope="module")
+def tiny_tensors(one_thread):
+    """All tests here compute with one thread: the interpreter's tensors are tiny."""
 
 
 @pytest.fixture

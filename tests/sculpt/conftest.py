@@ -85,12 +85,8 @@ def _make(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On a busy machine two threads that wait for each other make these tiny products ten times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def tiny_products(one_thread):
+    """All tests here compute with one thread."""
 
 
 @pytest.fixture(scope="session")

@@ -10,21 +10,20 @@ import urllib.error
 import urllib.request
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
 from kvsculpt_vllm.cli import app
 from kvsculpt_vllm.demo import document
+from kvsculpt_vllm.serving.launch import read_metrics
 
 pytestmark = pytest.mark.engine
 
 
 def metrics(server):
     """All samples of `kvsculpt:` that /metrics shows, by name and labels."""
-    with urllib.request.urlopen(f"{server.address}/metrics", timeout=60) as response:
-        text = response.read().decode()
-    assert "vllm:num_requests_running" in text  # vLLM's own are there as before
-    families = [family for family in text_string_to_metric_families(text) if family.name.startswith("kvsculpt:")]
+    told = read_metrics(server.address, timeout=60)
+    assert any(family.name == "vllm:num_requests_running" for family in told)  # vLLM's own are there as before
+    families = [family for family in told if family.name.startswith("kvsculpt:")]
     assert all(family.documentation for family in families)
     return {
         (sample.name, *(value for key, value in sorted(sample.labels.items()) if key != "engine")): sample.value

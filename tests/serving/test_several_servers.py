@@ -2,15 +2,13 @@
 
 import os
 import signal
-import urllib.request
 from pathlib import Path
 
 import pytest
 from openai import OpenAI
-from prometheus_client.parser import text_string_to_metric_families
 
 from kvsculpt_vllm.models import fast_dtype
-from kvsculpt_vllm.serving.launch import serve
+from kvsculpt_vllm.serving.launch import read_metrics, serve
 
 pytestmark = pytest.mark.engine
 
@@ -38,8 +36,7 @@ def pair(model_path):
 
 
 def requests_told(server):
-    with urllib.request.urlopen(f"{server.address}/metrics", timeout=60) as response:
-        families = list(text_string_to_metric_families(response.read().decode()))
+    families = read_metrics(server.address, timeout=60)
     assert any(family.name == "vllm:num_requests_running" for family in families)
     return {
         (sample.labels["outcome"], sample.labels["reason"]): sample.value

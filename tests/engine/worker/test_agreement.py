@@ -1,21 +1,20 @@
 """What the outcomes of several ranks come to."""
 
+from dataclasses import replace
+
 import pytest
 
 from kvsculpt_vllm.engine.shared.reasons import Reason
-from kvsculpt_vllm.engine.shared.record import CompressionRecord
 from kvsculpt_vllm.engine.worker.agreement import Failure, agreed
+from records import RECORD
 
 
 def record(errors, seconds=1.0):
     """Of a rank whose heads lose `errors` (layers, heads); each keeps a hundred entries a unit of it."""
     flat = [error for row in errors for error in row]
-    return CompressionRecord(
-        **dict.fromkeys(("method", "budget", "effort", "request_id"), "x"),
-        **dict.fromkeys(("prompt_tokens", "span_tokens", "blocks_before", "blocks_after", "blocks_freed"), 9),
-        **dict.fromkeys(("bytes_freed", "steps_waited"), 0),
+    return replace(
+        RECORD,
         **dict.fromkeys(("solver_steps", "heads_at_start", "failed_solves"), len(flat)),
-        keep_ratio=0.3,
         entries_kept=100 * sum(flat) / len(flat),
         seconds=seconds,
         error_before=1.0,

@@ -5,20 +5,10 @@ Neither CUDA graphs nor streams are seen here.
 
 import pytest
 
+from jobs import on, request
 from kvsculpt_vllm.kernels.paged_attention import MOST_PARTS, parts_for
 
-ON = {"kv_compression": {"method": "select", "keep_ratio": 0.3, "min_tokens": 128, "window": 32}}
-
-
-def request(start, length, max_tokens=5, after=0, **extra_args):
-    return {
-        "start": start,
-        "length": length,
-        "max_tokens": max_tokens,
-        "after": after,
-        "extra_args": extra_args or None,
-    }
-
+ON = on(min_tokens=128, window=32)
 
 # Float32, so that other kernels' rounding changes no token. The second prompt, too short to be compressed, is computed
 # beside the first one's decoding from packed pages.
