@@ -70,7 +70,7 @@ def received(
     keys: Tensor,  # (B, n, D)
     power: int,
 ) -> Tensor:
-    """Σ_q of the attention to the `power` (B, n), float32 as all that is given.
+    """Sum over queries the attention that each key receives, to the `power` (B, n); float32 as all that is given.
 
     Raises:
         ValueError: a shape, dtype, device or head size that does not fit, or a power below 1.

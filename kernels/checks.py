@@ -30,6 +30,10 @@ def check_tensors(
 
 
 def check_head_size(size: int) -> None:
-    """Raises ValueError for a head size whose tiles would not fit."""
+    """Check that tiles of this head size fit.
+
+    Raises:
+        ValueError: they do not.
+    """
     if not 1 <= size <= MOST:
         raise ValueError(f"head size: {size} given, allowed: 1 to {MOST}")

@@ -1,7 +1,7 @@
 """Attention over a packed prefix and the tail behind it: one page list for each (row, KV head), read in place.
 
 Page j of row r and KV head h of layer l is, with ``start``, ``length`` (pages) and ``span`` (blocks that the prefix
-stands for) from the directory entry of the row's first block (docs: the package's engine/directory.py)::
+stands for) from the directory entry of the row's first block (docs: the package's engine/worker/directory.py)::
 
     j < length:  cell = start + j;  block_table[r, cell // cells], cell page of cell % cells
     else:        block_table[r, span + j - length], cell page of (l, h)
@@ -174,7 +174,7 @@ def paged_attention(
 
 
 def parts_for(programs: int, processors: int) -> int:
-    """Over how many programs each (row, KV head)'s entries are split, so that every processor has two.
+    """Say over how many programs each (row, KV head)'s entries are split, so that every processor has two.
 
     It follows from the batch's shape alone, never from its lengths: in a recorded graph it is fixed.
     """

@@ -16,8 +16,8 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def tiling(head_size: int) -> dict[str, int]:
-    """Constants of a launch: the head size, queries and keys of a tile, the head size padded to a power of two, and
-    one stage: more float32 tiles than a stage's do not fit the shared memory of most GPUs.
+    """Give the constants of a launch: the head size, queries and keys of a tile, the head size padded to a power of
+    two, and one stage. More float32 tiles than a stage's do not fit the shared memory of most GPUs.
     """
     block_d = max(16, triton.next_power_of_2(head_size))
     block = 64 if block_d <= 128 else 32
@@ -34,7 +34,11 @@ def check_problems(
     values: Tensor,
     sizes: Tensor,
 ) -> None:
-    """Raises ValueError for a shape, dtype, device or head size that does not fit."""
+    """Check the arguments that all of the solver's kernels start with; see `attention_loss.attention_loss` for shapes.
+
+    Raises:
+        ValueError: a shape, dtype, device or head size does not fit.
+    """
     batch, num_queries, head_size = queries.shape
     by_query, by_entry = (batch, num_queries, head_size), (batch, keys.shape[1], head_size)
     check_head_size(head_size)
@@ -53,7 +57,9 @@ def check_problems(
 
 
 def with_strides(*tensors: Tensor) -> list[Tensor | int]:
-    """Each tensor, its strides of the first two dimensions; a last dimension must be contiguous."""
+    """List each tensor (2D or 3D) followed by the strides of its first two dimensions. A last dimension that is not
+    contiguous is copied.
+    """
     flat: list[Tensor | int] = []
     for tensor in tensors:
         if tensor.dim() == 3 and tensor.stride(2) != 1:

@@ -12,10 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from kvsculpt_vllm.sculpt.loss_curves import LossCurves
 
 FILE = "kvsculpt-calibration.json"
-"""Its name in a model's directory. Not safetensors: vLLM would take those for weights."""
+"""The name of a calibration file in a model's directory. It is no safetensors file: vLLM would take it for weights."""
 
 SHIPPED = Path(__file__).parent / "calibrations"
-"""Those that come with the package, `<name of the model>.json`."""
+"""The folder of the calibrations that come with the package, `<name of the model>.json`."""
 
 AUTO, NONE = "auto", "none"
 
@@ -25,7 +25,7 @@ class CalibrationError(ValueError):
 
 
 class CalibrationFile(BaseModel):
-    """Its content."""
+    """The content of a calibration file: what each KV head of a model loses at some fractions of its span's pages."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -37,7 +37,7 @@ class CalibrationFile(BaseModel):
     texts: dict[str, int]  # what was read, and how many contexts of it
     second_weight: float | None = None  # of the second readings; None in older files, which hold the sum of losses
     fractions: tuple[float, ...]  # of a span's pages, ascending, the last one 1
-    losses: tuple[tuple[tuple[float, ...], ...], ...]  # of each layer and KV head at each fraction
+    losses: tuple[tuple[tuple[float, ...], ...], ...]  # [layer][KV head][fraction], see `calibrate.calibrate`
 
     @model_validator(mode="after")
     def _consistent(self) -> CalibrationFile:
@@ -54,21 +54,25 @@ class CalibrationFile(BaseModel):
 
     @property
     def digest(self) -> str:
-        """What tells it from others in a result file."""
+        """A hash by which result files tell one calibration from another."""
         return hashlib.sha256(self._json().encode()).hexdigest()[:12]
 
     def part(self, layers: list[int], kv_heads: list[int]) -> LossCurves:
-        """The curves of some layers and of some KV heads of each."""
+        """Take the curves of the layers in `layers` and of the KV heads in `kv_heads` of each; layers are outermost."""
         losses = np.array(self.losses, dtype=np.float64)[np.ix_(layers, kv_heads)]
         return LossCurves(self.fractions, losses.reshape(-1, len(self.fractions)))
 
     @property
     def whole(self) -> LossCurves:
-        """The curves of all heads, layers outermost."""
+        """The curves of all heads of the model, layers outermost."""
         return self.part(list(range(self.num_layers)), list(range(self.num_kv_heads)))
 
     def write(self, path: Path) -> None:
-        """Raises OSError if it cannot be written."""
+        """Write the file; it appears complete or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         partial = path.with_name(path.name + ".partial")
         partial.write_text(self._json() + "\n")
         partial.replace(path)
@@ -78,7 +82,11 @@ class CalibrationFile(BaseModel):
 
 
 def read(path: Path) -> CalibrationFile:
-    """Raises CalibrationError for what is no calibration."""
+    """Read a calibration file.
+
+    Raises:
+        CalibrationError: the file cannot be read, or `kvsculpt calibrate` has not written it.
+    """
     try:
         return CalibrationFile.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -90,13 +98,13 @@ def read(path: Path) -> CalibrationFile:
 
 
 def find(setting: str, model: str, num_layers: int, num_kv_heads: int) -> Path | None:
-    """The file that the setting `calibration` means for a model (a directory, or a name as on Hugging Face).
+    """Find the file that the setting `calibration` means for a model (a directory, or a name as on Hugging Face).
 
-    `auto` is the one in the model's directory, else the one that comes with the package for a model of that name and
-    shape, else None.
+    `none` means no file, and a path means that file. `auto` means the file in the model's directory, else the one that
+    comes with the package for a model of that name and shape, else none.
 
     Raises:
-        CalibrationError: the file that was named or is in the model's directory does not fit the model.
+        CalibrationError: the file that was named, or is in the model's directory, does not fit the model.
     """
     if setting == NONE:
         return None
@@ -119,7 +127,7 @@ def find(setting: str, model: str, num_layers: int, num_kv_heads: int) -> Path |
 
 
 def _place(model: str) -> tuple[Path | None, str]:
-    """The model's directory, if it is one or a file in one, and its name."""
+    """Find the model's directory (None if `model` is neither a directory nor a file in one), and the model's name."""
     path = Path(model).resolve()
     if path.is_file():
         path = path.parent

@@ -76,7 +76,7 @@ def ask(address: str, **compression: Any) -> Answer:
 
 
 class BlockWatch:
-    """Beside a stream, reads from vLLM's own `/metrics` how many KV blocks requests hold."""
+    """A context that reads from vLLM's own `/metrics`, while a stream goes on, how many KV blocks requests hold."""
 
     def __init__(self, address: str) -> None:
         self._address, self._stop = address, threading.Event()
@@ -92,7 +92,7 @@ class BlockWatch:
         self._thread.join()
 
     def median(self, begin: float, end: float) -> int:
-        """Of the readings between two moments."""
+        """Compute the median of the readings between two moments, as `time.monotonic` tells them."""
         blocks = sorted(blocks for moment, blocks in self._readings if begin <= moment <= end)
         if not blocks:
             raise SystemExit("demo: the answer was over before the server could be asked for its blocks")
@@ -109,7 +109,7 @@ class BlockWatch:
 
 
 def show(exact: Answer, sculpted: Answer, record: dict[str, Any]) -> None:
-    """The table."""
+    """Print the table that compares both answers."""
     table = Table("", "exact", "sculpted", title=f"{MODEL}, keep ratio {KEEP_RATIO}")
     table.add_row("prompt tokens", f"{exact.prompt_tokens:,}", f"{sculpted.prompt_tokens:,}")
     table.add_row("KV blocks held while decoding", str(exact.blocks_held), str(sculpted.blocks_held))

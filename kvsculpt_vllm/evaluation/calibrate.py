@@ -41,14 +41,22 @@ def calibrate(
     device: str,
     console: Console,
 ) -> CalibrationFile:
-    """Read `num_contexts` contexts of each text twice and average what the heads of the model in `directory` lose.
+    """Measure what each head of the model in `directory` loses at every budget, averaged over contexts of the texts.
 
-    The first reading is the prompt's own. In the second the context comes once more behind itself, and its queries look
-    for what they need to copy it (as KVzip, arXiv 2505.23416, scores entries): some heads copy, and hardly any query of
-    an ordinary prompt asks them to. A head's loss in a reading is its share of what all heads lose there with
-    `COMPARED_AT` of their pages: heads lose four to ten times as much in a second reading, and would be judged by that
-    alone. `second_weight` is that of the second reading's shares, that of the first one's is the rest of 1 (measured:
+    Each of the `num_contexts` contexts of each text is read twice. The first reading is the prompt's own. In the second
+    reading the context comes once more behind itself, and its queries look for what they need to copy it, as KVzip
+    (arXiv 2505.23416) scores entries. Some heads copy, and hardly any query of an ordinary prompt asks them to.
+
+    A head's loss counts as its share of what all heads lose in the same reading with `COMPARED_AT` of their pages.
+    Heads lose four to ten times as much in a second reading, and a plain sum would be the second reading's alone. The
+    shares of the second reading have the weight `second_weight`, those of the first one the rest of 1 (measured:
     benchmarks/LOG.md).
+
+    Args:
+        context: tokens of each context.
+        second_weight: from 0 to 1.
+        seed: moves the contexts along the text.
+        device: where torch computes: cpu, cuda.
 
     Raises:
         ValueError, OSError, NotImplementedError: what cannot be done, in words for the user.
@@ -88,9 +96,10 @@ def calibrate(
 def curves(
     model: EvaluationModel, tokens: Sequence[int], effort: str, second_weight: float, prefix: int = 0
 ) -> tuple[tuple[float, ...], np.ndarray]:
-    """Fractions (G,) of the span, and what each head (L·H, G) loses there: its `shares` in both readings of `tokens`,
-    the first `prefix` of which are there only once; those of the second one have the `second_weight`, the others the
-    rest of 1.
+    """Measure what each head (L·H, G) loses in one context, `tokens`, at fractions (G,) of its span; returns both.
+
+    A loss is the weighted mean of the head's `shares` in the two readings: `second_weight` for the second one, the rest
+    of 1 for the first one. The first `prefix` tokens (a BOS token, say) are not read again.
     """
     exact, amount = CompressionConfig(), EFFORTS[effort]
     context = Context(model, tokens, 0, amount, BLOCK_SIZE, exact.window, exact.sink)
@@ -108,7 +117,7 @@ def curves(
 
 
 def shares(losses: np.ndarray, fractions: Sequence[float]) -> np.ndarray:
-    """Losses (B, G) at `fractions` (G,), relative to what all heads together lose at `COMPARED_AT`.
+    """Divide losses (B, G) at `fractions` (G,) by what all heads together lose at the fraction `COMPARED_AT`.
 
     Raises:
         ValueError: they lose nothing there.
@@ -122,9 +131,10 @@ def shares(losses: np.ndarray, fractions: Sequence[float]) -> np.ndarray:
 def second_reading(
     model: EvaluationModel, tokens: Sequence[int], again: Sequence[int], count: int, span: int, sinks: int
 ) -> Problems:
-    """The problems of a context, asked by what it is followed by if it is read `again`, from `count` of its positions.
+    """Build the problems of a context, `tokens`, whose queries come from reading it `again` behind itself.
 
-    What the second reading sees of itself is left out: the first one's entries are what is to be compressed.
+    They are the queries at `count` positions of the second reading. What these would see of their own reading is left
+    out: only the first reading's entries are to be compressed.
     """
     number = len(tokens)
     spread = torch.linspace(0, len(again) - 1, min(count, len(again)), dtype=torch.float64).round().long()

@@ -36,19 +36,19 @@ class Measurement:
     trace: list[list[float]]  # at each judgement (solve.judged_after): training and held-out loss, mean over heads
 
     def to_json(self) -> dict[str, Any]:
-        """As a result file holds it."""
+        """Make plain JSON values of the measurement, as a result file holds it."""
         scores = {name: values.tolist() for name, values in asdict(self.scores).items()}
         return {name: value for name, value in vars(self).items() if name != "scores"} | {"scores": scores}
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Measurement:
-        """What `to_json` gave."""
+        """Make a measurement of what `to_json` gave."""
         scores = TokenScores(**{field.name: np.array(plain["scores"][field.name]) for field in fields(TokenScores)})
         return cls(**(plain | {"scores": scores}))
 
     @staticmethod
     def summary(measurements: Sequence[Measurement]) -> dict[str, Any]:
-        """The numbers of a row, over all contexts."""
+        """Compute the numbers of a row, over all contexts."""
         means = {
             name: float(np.mean([getattr(measurement, name) for measurement in measurements]))
             for name in ("kept_fraction", "seconds", "held_out_error_before", "held_out_error_after")

@@ -29,7 +29,7 @@ class Attempt:
 
 
 class Context:
-    """Tokens computed once: their cache, and the problems of compressing it as the engine would."""
+    """A context that was computed once: its cache, and the problems of compressing it as the engine would."""
 
     def __init__(
         self,
@@ -41,7 +41,8 @@ class Context:
         window: int,
         sinks: int,
     ) -> None:
-        """`following` tokens will be asked for behind them.
+        """Compute `tokens`, and record their cache and queries. The model must have positions for `following` tokens
+        behind them.
 
         Raises:
             ValueError: too few tokens for two blocks of span, or more than the model has positions for.
@@ -73,11 +74,11 @@ class Context:
 
     @property
     def full_cache(self) -> RaggedCache:
-        """Everything that the tokens left."""
+        """The uncompressed cache: all keys and values of every head."""
         return RaggedCache(list(self.recording.keys), list(self.recording.values), self.recording.storage)
 
     def plan(self, keep_ratio: float) -> PagePlan:
-        """The pages that the engine would give out, all of them where it would leave the prompt as it is."""
+        """Say how many pages the engine would give out. Where it would leave the prompt as it is, that is all pages."""
         span_blocks, packed_blocks = span_sizes(self.num_tokens, self._window, self._block_size, keep_ratio)
         blocks = min(packed_blocks, span_blocks)
         return PagePlan(self._block_size, self.span_blocks, blocks * self.problems.num_problems, self.sinks)
@@ -100,7 +101,7 @@ class Context:
             yield Attempt(fitted, cache, kept_fraction, seconds)
 
     def compressed_cache(self, fitted: Compressed) -> RaggedCache:
-        """Per head: its sinks, its fitted entries and the exact window."""
+        """Build the cache that follows a compression: per head its sinks, its fitted entries and the exact window."""
         span = self.span_blocks * self._block_size
         keys, values = (
             [torch.cat([held[: self.sinks], kept, held[span:]]) for held, kept in zip(whole, fitted_part, strict=True)]

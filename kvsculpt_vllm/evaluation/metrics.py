@@ -15,7 +15,7 @@ ROWS = 64
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Per token of one continuation, (T,) each."""
+    """Scores of each of the T tokens of one continuation; all arrays are (T,)."""
 
     kl: np.ndarray  # KL(full || compressed) of the next-token distributions, in nats
     agree: np.ndarray  # bool, both find the same token the most likely

@@ -17,7 +17,7 @@ from kvsculpt_vllm.sculpt.rotary import Rotary
 
 
 class EvaluationModel:
-    """Computes in float32, keeps keys and values in `storage` (the engine's cache dtype).
+    """A model that computes in float32 and keeps keys and values in `storage` (the engine's cache dtype).
 
     Raises:
         NotImplementedError: an architecture that cannot be evaluated faithfully; the message says why.

@@ -26,17 +26,17 @@ class Measured(Protocol):
     """What is measured of one context, or of one sample of a task."""
 
     def to_json(self) -> dict[str, Any]:
-        """As the file of single measurements holds it."""
+        """Make plain JSON values, as the file of single measurements holds them."""
         ...
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Self:
-        """What `to_json` gave."""
+        """Make a measurement of what `to_json` gave."""
         ...
 
     @staticmethod
     def summary(measurements: Sequence[Any]) -> Row:
-        """The numbers of a row."""
+        """Compute the numbers of a row."""
         ...
 
 

@@ -26,17 +26,17 @@ class Found:
     answer_full: str
 
     def to_json(self) -> dict[str, Any]:
-        """As a result file holds it."""
+        """Make plain JSON values of the result, as a result file holds it."""
         return dict(vars(self))
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Found:
-        """What `to_json` gave."""
+        """Make a result of what `to_json` gave."""
         return cls(**plain)
 
     @staticmethod
     def summary(found: Sequence[Found]) -> dict[str, Any]:
-        """The numbers of a row, over all samples."""
+        """Compute the numbers of a row, over all samples."""
         names = ("kept_fraction", "score_full", "score", "seconds")
         means = {name: float(np.mean([getattr(one, name) for one in found])) for name in names}
         return means | {"score_per_sample": [one.score for one in found], "answers": [one.answer for one in found]}

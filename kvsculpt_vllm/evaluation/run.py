@@ -77,7 +77,11 @@ class Request:
     calibration: str = AUTO
 
     def check(self) -> None:
-        """Raises ValueError, naming the option, for what no measurement could be made of."""
+        """Check what the command line asked for.
+
+        Raises:
+            ValueError: names the option for which no measurement could be made.
+        """
         for option, given, allowed in (
             ("--methods", self.methods, METHODS),
             ("--budget", self.budgets, BUDGETS),

@@ -20,7 +20,7 @@ class PagePlan:
     sinks: int  # entries of each head's first page that are kept exactly and not part of the problem
 
     def entries(self, pages: int) -> int:
-        """Entries of the problem that so many pages hold."""
+        """Count a problem's entries that `pages` pages hold: all that fit, without the sinks."""
         return min(pages, self.span_pages) * self.block_size - self.sinks
 
     @property
@@ -30,20 +30,24 @@ class PagePlan:
 
 
 def span_sizes(num_tokens: int, window: int, block_size: int, keep_ratio: float) -> tuple[int, int]:
-    """Blocks of the span of a prompt whose last `window` tokens at least stay exact, and of its packed prefix."""
+    """Count the blocks of a prompt's span, and those of the packed prefix that replaces it. At least the last `window`
+    tokens stay outside the span.
+    """
     blocks = max(num_tokens - window, 0) // block_size
     # 0.07 * 100 is 7.000000000000001: what a rounding error adds must not cost a block.
     return blocks, max(1, math.ceil(keep_ratio * blocks - 1e-9))
 
 
 def grid_of(plan: PagePlan, fractions: Sequence[float]) -> list[int]:
-    """Page counts, ascending: the least, those that `fractions` of the span come to, the whole span."""
+    """List page counts, ascending: the least that a head may get, those that `fractions` of the span come to, and the
+    whole span.
+    """
     inner = {round(fraction * plan.span_pages) for fraction in fractions}
     return sorted({plan.least, plan.span_pages} | {p for p in inner if plan.least < p < plan.span_pages})
 
 
 def uniform_budgets(num_problems: int, total: int, least: int, most: int) -> list[int]:
-    """The same number of pages for all; what does not divide goes to the first ones.
+    """Give every problem the same number of pages. Those that are left over go to the first problems, one each.
 
     Raises:
         ValueError: the total cannot be reached with every problem between `least` and `most`.

@@ -43,8 +43,11 @@ def compress_in_slices(
     limit: int | None = None,
     calibration: LossCurves | None = None,
 ) -> Slices[Compressed]:
-    """Give out the pages by the rule `budget` and fit every problem by `method`. `limit` bounds temporaries, in floats.
-    With a `calibration` adaptive budgets follow it, and not a pilot on these problems.
+    """Compress all problems of a request: give out the pages by the rule `budget`, and fit every problem by `method`.
+
+    Args:
+        limit: the largest temporary, in floats; None means the device's (`memory.max_elements`).
+        calibration: what adaptive budgets follow; None means a pilot on these problems.
 
     Raises:
         ValueError: an unknown method or budget rule, a total that cannot be given out, or no query to fit or judge on.
@@ -59,13 +62,14 @@ compress = at_once(compress_in_slices)
 def fit_in_slices(
     problems: Problems, plan: PagePlan, found: Survey, method: str, effort: Effort, limit: int | None = None
 ) -> Slices[Compressed]:
-    """Fit every problem to the queries of about `effort.fit_positions`, the total being given out as `found` says.
+    """Fit every problem to the queries of about `effort.fit_positions`, with the budgets that the survey `found` gives
+    it.
 
-    All problems go through the solver in as few batches as `limit` (the largest temporary, in floats) allows, sorted
-    by size so that little padding is computed.
+    All problems go through the solver in as few batches as `limit` (the largest temporary, in floats) allows, sorted by
+    size so that little padding is computed.
 
     Raises:
-        ValueError: a total that cannot be given out.
+        ValueError: the plan's total cannot be given out.
     """
     num_problems, device = problems.num_problems, problems.keys.device
     limit = limit or max_elements(device)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SAMPLE_BYTES = 1 << 29
-"""What a prompt's sampled queries may take, the effort's least positions aside. A fit's other tensors take six times as
-much at most, in fp32."""
+"""Bytes that the sampled queries of a prompt may take. An effort's least number of positions is sampled even if its
+queries take more. A fit's other tensors take six times as much at most, in float32."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Ranking entries is one pass over the queries and gains most from many of them (measured: see
-    benchmarks/LOG.md); a fit passes over its queries many times and gets by with fewer."""
+    """How many queries and how many steps a compression may use.
+
+    Ranking the entries is one pass over the queries, and gains most from many of them (measured: see
+    benchmarks/LOG.md). A fit passes over its queries many times, and gets by with fewer.
+    """
 
     positions: int  # of the prompt whose queries rank entries, at least
     pilot_positions: int  # those of them that the pilot's fits get by with
@@ -21,10 +24,11 @@ class Effort:
     meaning: str = ""
 
     def positions_for(self, position_bytes: int) -> int:
-        """The most positions of a prompt to sample, the queries of all layers taking `position_bytes` at each.
+        """Say how many positions of a prompt to sample at most, if the queries of all layers take `position_bytes` at
+        each.
 
-        What would follow a position that is not sampled is not protected (`queries.future_positions`): all of them, as
-        far as `SAMPLE_BYTES` goes.
+        All of them, as far as `SAMPLE_BYTES` goes, and never fewer than `positions`: the fit does not keep what follows
+        a position that is not sampled (`queries.future_positions`).
         """
         return max(self.positions, SAMPLE_BYTES // position_bytes)
 

@@ -12,9 +12,10 @@ from kvsculpt_vllm.sculpt.budgets import PagePlan, grid_of
 
 @dataclass(frozen=True)
 class LossCurves:
-    """Curves as `survey.pilot` finds them, averaged over contexts.
+    """What each of B heads loses at some fractions of its span's pages: curves as `survey.pilot` finds them, averaged
+    over contexts.
 
-    Which heads need many entries is largely the model's own, and one prompt's pilot measures it with noise: budgets by
+    Which heads need many entries is largely the model's own, and one prompt's pilot measures it with noise. Budgets by
     averaged curves cost nothing, and lose less on one model of two that were measured (benchmarks/LOG.md).
     """
 
@@ -22,15 +23,15 @@ class LossCurves:
     losses: np.ndarray  # (B, G) what each head loses with them, heads in the order of the problems
 
     def grid(self, plan: PagePlan) -> list[int]:
-        """The page counts that stand for the fractions in the plan's span."""
+        """Count the pages of the plan's span, ascending, that the fractions come to."""
         return grid_of(plan, self.fractions)
 
     def curves(self, grid: Sequence[int], plan: PagePlan) -> np.ndarray:
-        """What each head loses (B, len(grid)) at the page counts in `grid`.
+        """Read off what each head loses (B, len(grid)) at the page counts in `grid`.
 
-        One page of a long span is a smaller part of it than was measured. There a loss goes on as the power of the
-        fraction that it follows between the two smallest ones: were it to stay, a head would seem to gain nothing from
-        its second page, and get none.
+        One page of a long span can be a smaller fraction of it than any that was measured. Below the smallest fraction
+        a loss goes on as a power of the fraction, with the exponent that it has between the two smallest ones. If it
+        stayed flat, a head would seem to gain nothing from its second page, and would get none.
         """
         at = np.array(grid) / plan.span_pages
         found = np.stack([np.interp(at, self.fractions, losses) for losses in self.losses])

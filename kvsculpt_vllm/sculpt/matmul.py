@@ -16,12 +16,12 @@ EXACT = 1e-5
 
 @contextmanager
 def fast_matmul() -> Iterator[None]:
-    """Within it, float32 products on the CPU go to oneDNN where that is exact, else stay with MKL.
+    """A context in which float32 products on the CPU go to oneDNN where that is exact, and stay with MKL elsewhere.
 
     MKL leaves AVX-512 alone on processors of other makers; oneDNN is twice as fast there (measured on an AMD EPYC,
-    benchmarks/LOG.md). PyTorch sends float32 products there only if they may also be computed in bfloat16, which
-    oneDNN makes use of on processors with AMX: there, as `_exact` finds, nothing is changed. The setting holds for
-    the whole process, so nothing else should multiply matrices meanwhile.
+    benchmarks/LOG.md). PyTorch sends float32 products to oneDNN only if they may also be computed in bfloat16, and
+    oneDNN makes use of that on processors with AMX: `_exact` finds it out, and nothing is changed there. The setting
+    holds for the whole process, so nothing else should multiply matrices meanwhile.
     """
     settings = _settings()
     before = settings.fp32_precision

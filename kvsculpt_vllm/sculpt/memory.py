@@ -10,5 +10,7 @@ more than the arithmetic (measured: benchmarks/LOG.md). On a GPU 1 GiB: enough t
 
 
 def max_elements(device: torch.device) -> int:
-    """Floats in the largest temporary on `device`. A single problem's fit is never split, whatever its size."""
+    """Say how many floats the largest temporary on `device` may have. A single problem's fit is never split, whatever
+    its size.
+    """
     return BYTES[device.type] // 4

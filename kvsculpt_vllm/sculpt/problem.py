@@ -13,11 +13,11 @@ from kvsculpt_vllm.sculpt.memory import max_elements
 
 @dataclass(frozen=True)
 class Problems:
-    """What the compressed entries of B problems must reproduce.
+    """What the compressed entries of B KV heads must reproduce: one problem is one head.
 
-    The softmax of a problem runs over the span's entries *and* the retained ones (sinks, recent window), as in
-    KVSculpt. The retained ones never change, so for each query they act as one more entry with logit
-    `retained_lse` and value `retained_out`; that is all the solver needs to know of them.
+    The softmax of a problem runs over the span's entries *and* the retained ones (sinks, recent window), as in KVSculpt
+    (arXiv 2603.27819). The retained ones never change. So for each query they act as one more entry with logit
+    `retained_lse` and value `retained_out`, and the solver needs to know nothing else of them.
     """
 
     queries: Tensor  # (B, Q, D)
@@ -28,18 +28,22 @@ class Problems:
     held_out: Tensor  # (Q,) bool, queries that no fit may use
     scale: float
     group: int = 1  # consecutive query rows that share a position: the query heads of the KV head's group
-    recent: int = 0  # the last so many positions ask as they did in the prompt, those before from its future
+    # So many of the last query positions ask from their own place in the prompt. The positions before them ask from a
+    # place behind the prompt. 0 where that is not known.
+    recent: int = 0
 
     @property
     def num_problems(self) -> int:
+        """B."""
         return self.queries.shape[0]
 
     @property
     def num_entries(self) -> int:
+        """n, the entries of each problem's span that may be replaced."""
         return self.keys.shape[1]
 
     def take(self, index: Tensor) -> Problems:
-        """The problems in `index` (LongTensor), with every tensor in fp32."""
+        """Keep the problems in `index` (LongTensor), every tensor in float32."""
         return replace(
             self,
             queries=self.queries[index].float(),
@@ -50,7 +54,9 @@ class Problems:
         )
 
     def thin_rows(self, count: int) -> Tensor:
-        """About `count` query rows (LongTensor), whole positions, evenly from training and from held-out ones."""
+        """Choose about `count` query rows (LongTensor): whole positions, spread evenly over the training ones and over
+        the held-out ones.
+        """
         held_out = self.held_out.view(-1, self.group)[:, 0]
         share = min(1.0, count / len(self.held_out))
         kept = []
@@ -63,7 +69,7 @@ class Problems:
         return (rows + torch.arange(self.group, device=rows.device)).flatten()
 
     def with_rows(self, rows: Tensor) -> Problems:
-        """The same problems with the query rows `rows` only."""
+        """Keep only the query rows `rows` (LongTensor) of every problem."""
         return replace(
             self,
             queries=self.queries[:, rows],
@@ -84,9 +90,10 @@ def retained_attention(
     recent_positions: Tensor,  # (w,)
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, Q, D) and log-sum-exp (B, Q) over the entries that stay exact.
+    """Compute the attention over the entries that stay exact: output (B, Q, D) and log-sum-exp (B, Q), float32.
 
-    Every query sees the sinks; a recent entry is seen by queries at its position or later (causality).
+    Every query sees the sinks; a recent entry is seen by queries at its position or later (causality). A query that
+    sees nothing has log-sum-exp -inf.
     """
     keys = torch.cat([sink_keys, recent_keys], dim=1).float()
     values = torch.cat([sink_values, recent_values], dim=1).float()

@@ -1,4 +1,4 @@
-"""Which queries the problems of a prompt are fitted to, and the problems themselves."""
+"""Choose the queries that the problems of a prompt are fitted to, and build the problems."""
 
 from __future__ import annotations
 
@@ -23,10 +23,18 @@ RECENT_POSITIONS = 64
 
 
 def sample_positions(first: int, num_prompt_tokens: int, count: int) -> tuple[Tensor, int]:
-    """Positions to keep queries of, ascending, and how many of the last ones are recent.
+    """Choose the positions of a prompt whose queries are kept.
 
-    The recent ones, at most a quarter of `count`, are the end of the prompt without a gap; the rest is spread evenly
-    over what is computed before it, from `first` on (what a prefix-cache hit covers is never computed).
+    The last ones are the end of the prompt without a gap: at most a quarter of `count`, and at most `RECENT_POSITIONS`.
+    The others are spread evenly over the computed tokens before them.
+
+    Args:
+        first: the first position that is computed; what a prefix-cache hit covers never is.
+        num_prompt_tokens: the prompt's length.
+        count: how many positions to keep at most.
+
+    Returns:
+        The positions (P,) int64, ascending, and how many of the last ones are recent.
     """
     available = num_prompt_tokens - first
     count = min(count, available)
@@ -40,12 +48,18 @@ def sample_positions(first: int, num_prompt_tokens: int, count: int) -> tuple[Te
 
 
 def future_positions(origin: Tensor, num_prompt_tokens: int, num_positions: int) -> Tensor:
-    """From where queries sampled at `origin` (P,) shall ask: after the prompt.
+    """Choose, for every sampled query, a position behind the prompt from which the fit lets it ask.
 
-    They spread over `FUTURE_TOKENS` positions, as far as the model's rotary embedding (`num_positions`) goes. What a
-    query of position p looked for, the next token after an earlier occurrence of its own token, say, it finds from
-    there after p as well, as the same token would when it comes again: so every position that is sampled protects
-    what would follow it.
+    The packed prefix will be read by the queries of the answer, which nobody knows yet. Sampled queries of the prompt
+    stand in for them: the rotary embedding moves each from its own position in `origin` (P,) int64 to one behind the
+    prompt. A moved query still looks for what it looked for. Say its own position is p, and it looks for the token that
+    followed an earlier occurrence of its token. From behind the prompt it also finds the token after p, as the same
+    query will if its token comes again in the answer. So a sampled position makes the fit keep what follows it, and
+    what follows a position that is not sampled is not kept.
+
+    The positions (P,) int64 that are returned spread over the `FUTURE_TOKENS` behind the prompt, and end where the
+    model's rotary embedding does, at `num_positions`. This choice is ours, not KVSculpt's
+    (docs/algorithm.md#which-queries).
     """
     # A fixed pseudo-random spread, so that neighbouring origins ask from unrelated distances.
     offsets = torch.arange(len(origin), device=origin.device) * 193 % FUTURE_TOKENS
@@ -63,7 +77,12 @@ def build_in_slices(
     rotaries: Sequence[Rotary | None],  # per layer
     scale: float,
 ) -> Slices[Problems]:
-    """One problem per (layer, KV head), layers outermost, with the queries of all heads of its group."""
+    """Build the problems of a prompt, one per (layer, KV head), layers outermost; the work may pause after each layer.
+
+    A problem has the queries of all heads of its KV head's group. Each sampled query asks from a position behind the
+    prompt (`future_positions`); the last `recent` ones ask from their own position, too. So a problem has (P + recent)
+    · group query rows.
+    """
     num_prompt_tokens = keys.shape[1]
     covered = [rotary.num_positions for rotary in rotaries if rotary is not None]
     future = future_positions(positions, num_prompt_tokens, min(covered, default=num_prompt_tokens + FUTURE_TOKENS))
@@ -82,7 +101,7 @@ def build_in_slices(
 
 
 def held_out_of(count: int, device: torch.device) -> Tensor:
-    """Which of `count` sampled positions are never fitted to (count,) bool."""
+    """Say of each of `count` sampled positions whether it is held out (count,) bool: judged on and never fitted to."""
     return torch.arange(count, device=device) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 
@@ -98,7 +117,10 @@ def asked_in_slices(
     sinks: int,
     scale: float,
 ) -> Slices[Problems]:
-    """The problems of those queries."""
+    """Build the problems, one per (layer, KV head), whose queries are given; the work may pause after each layer.
+
+    `build_in_slices` gives a prompt's own queries, `evaluation.calibrate` those of a second reading.
+    """
     heads = len(keys) // num_layers
     recent_positions = torch.arange(span, keys.shape[1], device=keys.device)
     rows, retained = [], []

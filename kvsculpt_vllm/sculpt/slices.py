@@ -15,7 +15,7 @@ Slices = Generator[None, None, Result]
 
 
 def finish(slices: Slices[Result]) -> Result:
-    """Run all slices in a row."""
+    """Run all slices in a row and return their result."""
     while True:
         try:
             next(slices)
@@ -24,7 +24,7 @@ def finish(slices: Slices[Result]) -> Result:
 
 
 def at_once(in_slices: Callable[Given, Slices[Result]]) -> Callable[Given, Result]:
-    """The same function, but with all its slices run in a row."""
+    """Make, of a function that works in slices, one that runs all of them in a row and returns their result."""
 
     @wraps(in_slices)
     def run(*args: Given.args, **kwargs: Given.kwargs) -> Result:
@@ -34,7 +34,7 @@ def at_once(in_slices: Callable[Given, Slices[Result]]) -> Callable[Given, Resul
 
 
 def within(context: Callable[[], AbstractContextManager[Any]], slices: Slices[Result]) -> Slices[Result]:
-    """The same slices, each inside a context of its own, which is left wherever the work pauses."""
+    """Run each slice inside a context of its own, made by `context`, and leave the context wherever the work pauses."""
     while True:
         with context():
             try:
@@ -45,13 +45,13 @@ def within(context: Callable[[], AbstractContextManager[Any]], slices: Slices[Re
 
 
 class Stopwatch:
-    """Seconds spent inside it, in as many turns as it takes."""
+    """A context that adds up the `seconds` spent inside it, however often it is entered."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def __call__(self) -> Stopwatch:
-        """Itself, as a context for `within`."""
+        """Return itself: `within` asks for a function that makes the context."""
         return self
 
     def __enter__(self) -> None:

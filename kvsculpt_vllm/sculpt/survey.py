@@ -1,4 +1,7 @@
-"""What one pass over a request's queries tells, whatever the total: which entries matter, which heads are hard."""
+"""Pass over a request's queries once, to find which entries matter and which heads are hard to compress.
+
+What is found does not depend on how many pages there are to give out.
+"""
 
 from __future__ import annotations
 
@@ -35,17 +38,22 @@ PILOT_FRACTIONS = {
 
 @dataclass(frozen=True)
 class Survey:
-    """It serves any number of pages to give out (`PagePlan.total`)."""
+    """What a survey found of B heads. Budgets for any number of pages (`PagePlan.total`) follow from it without another
+    pass.
+    """
 
     ranking: Ranking
     grid: Sequence[int]  # (G,) page counts
     curves: np.ndarray | None  # (B, G) what a head loses at them, or lost elsewhere; None for uniform budgets
 
     def budgets(self, plan: PagePlan) -> tuple[list[int], Tensor]:
-        """Pages per problem, and the difficulty (B,) that a report shows: the loss at the uniform budget.
+        """Give out the plan's pages: the number of pages of every head, and each head's difficulty.
+
+        The difficulty (B,) float32 is what a report shows: the loss of a head at the uniform budget, 0 if budgets are
+        uniform.
 
         Raises:
-            ValueError: a total that cannot be given out.
+            ValueError: the total cannot be given out.
         """
         num_problems = len(self.ranking.order)
         pages = uniform_budgets(num_problems, plan.total, plan.least, plan.span_pages)
@@ -67,9 +75,16 @@ def survey_in_slices(
     calibration: LossCurves | None = None,
     fractions: Sequence[float] | None = None,
 ) -> Slices[Survey]:
-    """Rank entries by `score` over all queries, attention being summed to the `power` (the method's own if None), and
-    for adaptive budgets run the pilot at those `fractions` of the span (the method's own if None), or take the
-    `calibration` in its place. The plan's total plays no part. `limit` bounds temporaries, in floats.
+    """Rank the entries of every problem and find how much each head loses at every budget; the plan's total plays no
+    part.
+
+    Entries are ranked by `score` over all queries. For adaptive budgets the losses come from a pilot on these problems,
+    or from the `calibration` if there is one.
+
+    Args:
+        power: attention is summed over queries to this power; None means the method's own (`POWERS`).
+        limit: the largest temporary, in floats; None means the device's (`memory.max_elements`).
+        fractions: fractions of the span at which the pilot measures; None means the method's own (`PILOT_FRACTIONS`).
 
     Raises:
         ValueError: an unknown method or budget rule, no query to fit or to judge on, or a calibration of another number
@@ -105,13 +120,15 @@ survey = at_once(survey_in_slices)
 def pilot(
     problems: Problems, ranking: Ranking, plan: PagePlan, grid: Sequence[int], method: str, effort: Effort, limit: int
 ) -> Slices[Tensor]:
-    """What every head loses (B, G) at the page counts in `grid`, the last of which is the whole span.
+    """Measure what every head loses (B, G) at the page counts in `grid`, the last of which is the whole span.
 
-    For selection that is its loss over all queries; for a method that fits, the held-out loss of a fit without key
-    steps to the queries of about `effort.pilot_positions`. Fits mend some heads and not others, so that selection's
-    error is a poor guide to theirs (measured: half the KL). A loss is relative to the head's own output; times the
-    root of the output's mean power it lies between what the head adds to the residual stream and how well it does by
-    its own standards, and was better than the former.
+    For the method `select` a loss is that of selection over all queries. For a method that fits it is the held-out loss
+    of a fit without key steps, to the queries of about `effort.pilot_positions`. Fits mend some heads and not others,
+    so that selection's loss is a poor guide to theirs (measured: half the KL).
+
+    A head's loss is relative to the head's own output. Here it is multiplied by the root mean square of that output,
+    which weighs loud heads more. That lies between what a head adds to the residual stream and how well it does by its
+    own standards, and was better than either (docs/algorithm.md#budgets).
     """
     norm = ranking.teacher_out.square().sum(-1).mean(-1).sqrt()
     sizes = [plan.entries(count) for count in grid]

@@ -34,7 +34,7 @@ PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
 
 class Stats(BaseModel):
-    """What this server's engines did since their start. See engine/ledger.py for the meaning of the numbers."""
+    """What this server's engines did since their start. See engine/shared/ledger.py for the meaning of the numbers."""
 
     settings: dict[str, Any]
     age_seconds: float  # since when the numbers are: an engine answers between two steps
@@ -55,7 +55,7 @@ class Unauthorized(Exception):
 
     @staticmethod
     def answer(request: Request, error: Exception) -> Response:
-        """As vLLM's middleware says it."""
+        """Answer in the words of vLLM's own middleware."""
         return JSONResponse({"error": "Unauthorized"}, 401, {"WWW-Authenticate": 'Basic realm="kvsculpt"'})
 
 
@@ -152,7 +152,7 @@ async def _answered(question: Any) -> Any:
 
 
 class SculptEndpoints:
-    """vLLM's `EndpointPlugin` protocol."""
+    """Our routes, as vLLM's protocol `EndpointPlugin` wants them."""
 
     name = "kvsculpt"
     required_tasks = ("generate",)

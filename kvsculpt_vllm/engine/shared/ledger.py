@@ -37,12 +37,14 @@ class Histogram:
         self.sum += value
 
     def as_dict(self) -> dict[str, Any]:
-        """`counts` has one entry a bound and one for what is above all of them."""
+        """Tell the bounds, the counts and the sum. There is one count for each bound, and one for what is above all of
+        them.
+        """
         return {"bounds": list(self.bounds), "counts": list(self.counts), "sum": self.sum}
 
 
 class Ledger:
-    """Of one worker. A request that is preempted and comes back is settled, and counted, again."""
+    """The books of one worker. A request that is preempted and comes back is settled, and counted, again."""
 
     def __init__(self, block_bytes: int) -> None:
         self._block_bytes = block_bytes
@@ -56,7 +58,7 @@ class Ledger:
         self._others: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
     def hear(self, news: Settled | Deferred | PoolState) -> None:
-        """What the scheduler tells."""
+        """Enter what the scheduler tells."""
         if isinstance(news, PoolState):
             self._pool = news
         elif isinstance(news, Settled):
@@ -73,12 +75,12 @@ class Ledger:
             self._tell(news.request_id, news.num_prompt_tokens, Outcome.DEFERRED, news.reason)
 
     def settle(self, request_id: str, num_prompt_tokens: int, outcome: str, reason: str, detail: str = "") -> None:
-        """A request keeps its exact cache."""
+        """Enter that a request keeps its exact cache, and why."""
         self._requests[outcome, reason] += 1
         self._tell(request_id, num_prompt_tokens, outcome, reason, detail)
 
     def compressed(self, record: CompressionRecord) -> None:
-        """A request's packed prefix is in use."""
+        """Enter a compression: from now on the request's packed prefix is in use."""
         outcome = Outcome.FALLBACK if record.fallback else Outcome.COMPRESSED
         self._requests[outcome, record.fallback] += 1
         self._totals.update(
@@ -93,7 +95,7 @@ class Ledger:
         self._tell(record.request_id, record.prompt_tokens, outcome, record.fallback, record=record)
 
     def stats(self) -> dict[str, Any]:
-        """Totals since start, and the pool as it is now."""
+        """Tell the totals since start, and the block pool as it is now; JSON-serialisable."""
         requests: dict[str, dict[str, int]] = {outcome.value: {} for outcome in Outcome if outcome != Outcome.DEFERRED}
         for (outcome, reason), count in sorted(self._requests.items()):
             requests[str(outcome)][str(reason)] = count
@@ -108,12 +110,12 @@ class Ledger:
         }
 
     def newest(self, limit: int) -> list[dict[str, Any]]:
-        """What became of the last requests, the newest first, without what fills lists by layer and head."""
+        """Tell what became of the last `limit` requests, the newest first, without the lists by layer and head."""
         stories = sorted([*self._others.values(), *self._compressed.values()], key=lambda story: -story["time"])
         return [_as_dict(story, CompressionRecord.summary) for story in stories[:limit]]
 
     def find(self, request_id: str) -> dict[str, Any] | None:
-        """What became of one request, by the engine's id or by the client's; of several, of the newest."""
+        """Tell what became of one request, by the engine's id or by the client's; of the newest, if there are several."""
         stories = self._others | self._compressed
         found = [stories[engine_id] for engine_id in request_ids.find(request_id, stories)]
         return _as_dict(max(found, key=lambda story: story["time"]), asdict) if found else None

@@ -79,8 +79,10 @@ def _merge_with(additional_config: argparse.Action) -> None:
 
 
 def _both(earlier: dict[str, Any], later: dict[str, Any], keep_others: bool) -> dict[str, Any]:
-    """A new dict, so that argparse's shared default stays as it is. Other plugins' entries follow vLLM's rule:
-    a second `--additional-config` replaces the first.
+    """Join two `additional_config`s, the later one winning, and the settings of compression in both.
+
+    The result is a new dict: argparse shares its default among parsers. Other plugins' entries follow vLLM's rule that
+    a second `--additional-config` replaces the first, unless `keep_others`.
     """
     result = {**earlier, **later} if keep_others else dict(later)
     settings = [as_settings(config[KEY]) for config in (earlier, later) if config.get(KEY) is not None]

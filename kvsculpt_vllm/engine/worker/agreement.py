@@ -25,12 +25,12 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
-        """What was raised, as it may be told to other ranks and in the log."""
+        """Describe an exception in words that may be told to other ranks and stand in the log."""
         return cls(reason_of(error), printable(f"{type(error).__name__}: {error}"))
 
     @property
     def by_rule(self) -> bool:
-        """It loses too much or there was no room, as opposed to a fault."""
+        """Whether a rule gave the compression up (it loses too much, or there was no room), and not a fault."""
         return self.reason.outcome == Outcome.FALLBACK
 
 

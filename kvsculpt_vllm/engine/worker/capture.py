@@ -63,18 +63,20 @@ class QuerySample:
 
     @classmethod
     def refusal(cls, why: str) -> QuerySample:
-        """The sample of a prompt that is not sampled."""
+        """Make the sample of a prompt whose queries are not kept; `why` says the reason."""
         sample = cls(torch.zeros(0, dtype=torch.long), 0, 0, 0, 0, like=torch.empty(0))
         sample.failure, sample.refused = why, True
         return sample
 
     @property
     def nbytes(self) -> int:
-        """Memory taken."""
+        """Bytes that the queries take."""
         return 0 if self.failure is not None or self.queries is None else self.queries.nbytes
 
     def rows(self, first_position: int, num_tokens: int, first_row: int) -> CaptureRows | None:
-        """What to copy from a chunk of tokens that starts at `first_position` and at batch row `first_row`."""
+        """Say what to copy from a chunk of tokens that starts at `first_position` and at batch row `first_row`; None
+        for nothing.
+        """
         if self.failure is not None:
             return None
         lo, hi = torch.searchsorted(self.positions, torch.tensor([first_position, first_position + num_tokens]))
@@ -84,5 +86,5 @@ class QuerySample:
         return CaptureRows(self, self._positions_there[target] - first_position + first_row, target)
 
     def saw(self, target: slice) -> None:
-        """The queries of these positions are there."""
+        """Note that the queries of these positions are there."""
         self._seen[target] = True

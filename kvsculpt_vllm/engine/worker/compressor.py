@@ -32,7 +32,7 @@ class NotUsable(Exception):
 
 
 def reason_of(error: Exception) -> Reason:
-    """The class of what a compression raised."""
+    """Say for which reason a compression failed that raised `error`."""
     if isinstance(error, NotUsable):
         return error.reason
     # The CPU's allocator has no exception of its own.
@@ -41,8 +41,8 @@ def reason_of(error: Exception) -> Reason:
 
 
 class Compressor:
-    """Bound to one worker's state; `softmax_scale` is the attention layers' common one, `calibration` what adaptive
-    budgets of the method sculpt follow.
+    """Compresses the requests of one worker, whose `state` it reads and writes. `softmax_scale` is that of all
+    attention layers; adaptive budgets of the method sculpt follow the `calibration`.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class Compressor:
     def solve(self, command: SolveCommand, fallback: Reason | None = None) -> Slices[CompressionRecord]:
         """Compress the request's span into the blocks taken for it. The request's own blocks are only read.
 
-        After a failure, whose `fallback` it is, by plain selection with uniform budgets. The blocks are read in the
-        first slice and written in the last.
+        The blocks are read in the first slice and written in the last. With a `fallback`, the reason for which the
+        method failed, it is done by plain selection with uniform budgets instead.
 
         Raises:
             NotUsable: queries are missing, or what came out is not finite.

@@ -19,9 +19,10 @@ class Packed(NamedTuple):
 
 
 class Directory:
-    """Device-resident, indexed by the first block of a request's list, so that a step needs no host work per row.
+    """A table on the device of the packed prefixes that rows of a batch may begin with.
 
-    The first block of a packed prefix is never shared (it is fresh and never hashed), and entry 0 stays empty
+    It is indexed by the first block of a request's block list, so that a step needs no work of the host for each row.
+    The first block of a packed prefix is never shared (it is fresh and never hashed). The entry of block 0 stays empty,
     because padded rows point at the null block. A prefix takes a slot; slot 0 says "none".
     """
 

@@ -112,4 +112,6 @@ class SculptWorkerMixin(Worker):
         return self.kv_compression.ledger
 
     def wait_for_device(self) -> None:
-        """Until what a slice has launched is done: else the step would wait for it, however short the slice took."""
+        """Wait until the device is done with what a slice has launched. Otherwise the step would wait for it, however
+        short the slice took. A CPU is done at once.
+        """

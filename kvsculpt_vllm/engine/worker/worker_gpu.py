@@ -30,7 +30,9 @@ class SculptGPUWorker(SculptWorkerMixin, Worker):
     page_format = TokenPages
 
     def wait_for_device(self) -> None:
-        """Also for a stall to be measured at all."""
+        """Wait until the GPU is done with what a slice has launched. Only so can the time that a slice takes be
+        measured.
+        """
         torch.cuda.current_stream().synchronize()
 
     def determine_available_memory(self) -> int:

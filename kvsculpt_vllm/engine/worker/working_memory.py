@@ -18,7 +18,9 @@ def solve_bytes(
     cache_bytes: int,  # of one element of the cache
     largest_temporary: int,  # bytes
 ) -> int:
-    """An upper estimate for one prompt, in bytes. A test holds it to what a solve takes on the CPU."""
+    """Estimate from above the bytes that the solve of one prompt takes. A test holds it to what a solve takes on the
+    CPU.
+    """
     queries = num_problems * query_rows * head_size * 4
     span = 2 * num_problems * prompt_tokens * head_size * cache_bytes
     return FIT_COPIES * queries + 2 * span + TEMPORARIES * largest_temporary

@@ -37,7 +37,7 @@ def surveyed(name: str, score: Score = by_attention, calibration: LossCurves | N
 def heads_to_fit(
     problems: Problems, found: Survey, kept: Sequence[Tensor], effort: Effort
 ) -> Iterator[tuple[int, Problems, Ranking]]:
-    """The heads of which `kept` holds less than everything, one by one: their number, their problem and its teacher,
+    """Go through the heads of which `kept` holds less than everything: each head's number, its problem and its teacher,
     both on the queries of about `effort.fit_positions`.
     """
     rows = problems.thin_rows(effort.fit_positions * problems.group)

@@ -11,9 +11,9 @@ from kvsculpt_vllm.sculpt.compress import Compressed
 
 @dataclass
 class BiasedCompressed(Compressed):
-    """`biases[b]` (entries of problem b,): what a key's logit is raised by.
+    """Compressed entries that carry a bias each: `biases[b]` (entries of problem b,) is added to the logit of each key.
 
-    The numbers are not counted in the kept fraction: one more for every 2D that an entry has.
+    The kept fraction does not count the biases: they are one more number for every 2D that an entry has.
     """
 
     biases: list[Tensor]

@@ -13,7 +13,7 @@ from kvsculpt_vllm.sculpt.selection import Teacher
 
 
 def random_choice(problems: Problems, plan: PagePlan, budget: str, effort: Effort) -> ToPages:
-    """The same random order in every run."""
+    """Keep entries in a random order, which is the same in every run."""
     generator = torch.Generator().manual_seed(0)
 
     def score(part: Problems, teacher: Teacher) -> Tensor:
