@@ -222,7 +222,8 @@ class SculptSchedulerMixin(SchedulerHooks):
 
         One at a time: the others decode in between, and a worker's memory is reckoned for one.
         """
-        commands, self._waiting = [], 0
+        commands: list[SolveCommand] = []
+        self._waiting = 0
         busy = any(not pending.solved for pending in self._pending.values())
         for request in self.running:
             if (
@@ -252,15 +253,16 @@ class SculptSchedulerMixin(SchedulerHooks):
         config = self._config(request)
         pool, blocks = self.kv_cache_manager.block_pool, self.block_lists.of(request.request_id)
         if not span.pays(self._own_blocks(request.request_id, span)):
-            return self._defer(
-                request, Reason.SHARED_BLOCKS, "it would free no more blocks than it takes, others share them"
-            )
+            self._defer(request, Reason.SHARED_BLOCKS, "it would free no more blocks than it takes, others share them")
+            return None
         free = pool.get_num_free_blocks()
         if free < span.packed_blocks:
-            return self._defer(request, Reason.NO_FREE_BLOCKS, f"{span.packed_blocks} free blocks needed, {free} there")
+            self._defer(request, Reason.NO_FREE_BLOCKS, f"{span.packed_blocks} free blocks needed, {free} there")
+            return None
         steps = self._speed.steps(config, span.tokens)
         if not self._alone and steps >= request.max_tokens - request.num_output_tokens:
-            return self._defer(request, Reason.ENDS_TOO_SOON, f"its answer would end before the {steps} steps it takes")
+            self._defer(request, Reason.ENDS_TOO_SOON, f"its answer would end before the {steps} steps it takes")
+            return None
         pending = Pending(next(self._attempts), config, span, pool.get_new_blocks(span.packed_blocks))
         self._pending[request.request_id] = pending
         return SolveCommand(
