@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from kvsculpt_vllm.sculpt.rotary import Rotary
 
 
-def rotary_of_layers(model: nn.Module, layers: list[nn.Module], hf_config: Any) -> list[Rotary | None]:
+def rotary_of_layers(model: nn.Module, layers: Sequence[nn.Module], hf_config: Any) -> list[Rotary | None]:
     """The rotary embedding used beside each attention layer, None where there is none we understand.
 
     It is the `rotary_emb` of the module that owns the attention layer. Position schemes with more than one
@@ -21,12 +22,15 @@ def rotary_of_layers(model: nn.Module, layers: list[nn.Module], hf_config: Any) 
     for index, layer in enumerate(layers):
         module = getattr(owner.get(id(layer)), "rotary_emb", None)
         cache = getattr(module, "cos_sin_cache", None)
-        understood = (
-            isinstance(cache, Tensor)
+        if (
+            module is not None
+            and isinstance(cache, Tensor)
             and cache.dim() == 2
             and cache.shape[1] == getattr(module, "rotary_dim", None)
             and getattr(module, "mrope_section", None) is None
             and not (index < len(without) and not without[index])
-        )
-        rotaries.append(Rotary(cache, module.rotary_dim, module.is_neox_style) if understood else None)
+        ):
+            rotaries.append(Rotary(cache, module.rotary_dim, module.is_neox_style))
+        else:
+            rotaries.append(None)
     return rotaries
