@@ -198,7 +198,7 @@ def test_queries_must_be_there_to_fit_and_to_judge_on(case, held_out):
 
 
 def test_unknown_choices_are_named(case):
-    with pytest.raises(ValueError, match="'prune' given, allowed are select, select_fit, sculpt"):
+    with pytest.raises(ValueError, match="'prune' given, allowed are sculpt, select, select_fit"):
         compress(case.problems, PLAN, "prune", "uniform", EFFORT)
     with pytest.raises(ValueError, match="'greedy' given, allowed are uniform, adaptive"):
         compress(case.problems, PLAN, "select", "greedy", EFFORT)
