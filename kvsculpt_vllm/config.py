@@ -83,7 +83,7 @@ class CompressionConfig(BaseModel):
         f"steps it optimises keys for. {described({name: effort.meaning for name, effort in EFFORTS.items()})}",
     )
     max_effort: Annotated[str, OneOf(EFFORTS)] = Field(
-        next(reversed(EFFORTS)), description="The most effort that a request may ask for. The server's only."
+        default=next(reversed(EFFORTS)), description="The most effort that a request may ask for. The server's only."
     )
     max_error: float = Field(
         default=1.0,

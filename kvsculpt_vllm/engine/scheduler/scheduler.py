@@ -199,6 +199,7 @@ class SculptSchedulerMixin(SchedulerHooks):
         return spans.plan_span(config, request.num_prompt_tokens, self.block_size, params.max_tokens)
 
     def _config(self, request: Request) -> CompressionConfig:
+        assert request.sampling_params is not None  # `_span` lets no other request through
         return self.compression.for_request(request.sampling_params.extra_args)
 
     def _skip(self, request: Request, reason: Reason) -> None:
