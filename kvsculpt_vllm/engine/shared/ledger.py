@@ -115,7 +115,7 @@ class Ledger:
         return [_as_dict(story, CompressionRecord.summary) for story in stories[:limit]]
 
     def find(self, request_id: str) -> dict[str, Any] | None:
-        """Tell what became of one request, by the engine's id or by the client's; of the newest, if there are several."""
+        """Tell what became of one request, by the engine's id or by the client's, the newest if there are several."""
         stories = self._others | self._compressed
         found = [stories[engine_id] for engine_id in request_ids.find(request_id, stories)]
         return _as_dict(max(found, key=lambda story: story["time"]), asdict) if found else None

@@ -86,7 +86,8 @@ async def settings_of(request: Any, raw_request: Request | None) -> dict[str, An
 async def _written_xargs(raw_request: Request) -> Any:
     # FastAPI has parsed the body, and parses it once only.
     if raw_request.headers.get("content-type", "").lower().startswith(_FORMS):
-        return json.loads((await raw_request.form())["vllm_xargs"])
+        written = (await raw_request.form())["vllm_xargs"]
+        return json.loads(written) if isinstance(written, str) else None  # an uploaded file says nothing
     return _mapping(await raw_request.json()).get("vllm_xargs")
 
 
