@@ -39,9 +39,13 @@ def match_mass(target: Target, keys: Tensor, valid: Tensor | None = None) -> Ten
 
 
 def _constant_logit(target: Target) -> Tensor:
-    """A direction u (B, 1, D) whose logit is as near to 1 as can be for every query."""
+    """A direction u (B, 1, D) whose logit is as near to 1 for every query as pays for its length.
+
+    Length counts (`Target.foreign_weight`) because queries that are not among these see any logit along it.
+    """
     queries = target.scaled_queries
     gram = torch.bmm(queries.transpose(1, 2), queries)
     diagonal = gram.diagonal(dim1=1, dim2=2)
-    diagonal.add_(1e-3 * diagonal.mean(1, keepdim=True) + 1e-12)
+    foreign = queries.shape[1] * target.foreign_weight[:, None]
+    diagonal.add_(1e-3 * diagonal.mean(1, keepdim=True) + foreign + 1e-12)
     return torch.linalg.solve(gram, queries.sum(1, keepdim=True).transpose(1, 2)).transpose(1, 2)

@@ -102,7 +102,7 @@ def solve(
             keys, ridge = torch.where(plain[:, None, None], selected, keys), torch.where(plain, plain_ridge, ridge)
     trace = best.error.new_zeros(0, 2, len(sizes))
     if method == "sculpt" and key_steps:
-        judgements = yield from _sculpt_keys(best, train, keys, originals, valid, ridge, key_steps)
+        judgements = yield from _sculpt_keys(best, train, keys, selected, originals, valid, ridge, key_steps)
         judgements += judgements[-1:] * (len(judged_after(key_steps)) - len(judgements))
         trace = torch.stack(judgements)
     return Fit(best.keys, best.values, best.start_error, best.error, best.steps, best.failed_solves, trace)
@@ -123,23 +123,36 @@ def _fit_start(
 
 
 def _sculpt_keys(
-    best: _Best, train: Target, keys: Tensor, values: Tensor, valid: Tensor, ridge: Tensor, key_steps: int
+    best: _Best,
+    train: Target,
+    keys: Tensor,
+    selected: Tensor,
+    values: Tensor,
+    valid: Tensor,
+    ridge: Tensor,
+    key_steps: int,
 ) -> Slices[list[Tensor]]:
     """Alternate L-BFGS steps on the keys with closed-form values (KVSculpt), each problem until it stops improving.
 
-    `values` are the originals to shrink towards. Returns the trace: (2, B) losses, training and held-out, at every
-    judgement; a problem that has stopped keeps its last ones.
+    `values` are the originals to shrink towards; `selected` are the keys before anything moved them, and moving far
+    from them counts as part of the training loss (`Target.foreign_weight`). Returns the trace: (2, B) losses, training
+    and held-out, at every judgement; a problem that has stopped keeps its last ones.
     """
     shape = keys.shape[1:]
     to_white, from_white = _whitening(train)
+    # (B, m, 1): the mean over a problem's keys; padding stays where it is anyway.
+    foreign = (valid * (train.foreign_weight / valid.sum(1))[:, None]).unsqueeze(-1)
     originals, values = values, ValueFit(train, keys, values, valid).solve(ridge)  # as `_fit_start` solved it
 
     def unpack(x: Tensor) -> Tensor:
         return torch.bmm(x.view(len(x), *shape), from_white)
 
     def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
-        loss, grad = train.loss_and_grad(unpack(x), values, valid)
-        return loss, torch.bmm(grad, from_white.transpose(1, 2)).flatten(1)
+        current = unpack(x)
+        loss, grad = train.loss_and_grad(current, values, valid)
+        moved = (current - selected) * foreign
+        loss = loss + (moved * (current - selected)).sum((1, 2))
+        return loss, torch.bmm(grad + 2 * moved, from_white.transpose(1, 2)).flatten(1)
 
     x = torch.bmm(keys, to_white).flatten(1)
     optimizer = BatchedLBFGS(x, *evaluate(x))
@@ -165,7 +178,7 @@ def _sculpt_keys(
             break
         if len(alive) < len(index):
             index, stale, ridge, valid = index[alive], stale[alive], ridge[alive], valid[alive]
-            values, originals = values[alive], originals[alive]
+            values, originals, selected, foreign = values[alive], originals[alive], selected[alive], foreign[alive]
             to_white, from_white = to_white[alive], from_white[alive]
             train = train.take(alive)
             optimizer.keep(alive)

@@ -5,6 +5,7 @@ from scipy.optimize import nnls
 
 from kvsculpt_vllm.sculpt.mass import match_mass
 from kvsculpt_vllm.sculpt.objective import Target
+from kvsculpt_vllm.sculpt.problem import Problems
 
 
 def squared_mass_error(target, keys):
@@ -13,9 +14,13 @@ def squared_mass_error(target, keys):
 
 
 def test_matched_keys_come_close_to_scipys_non_negative_least_squares(make_case):
-    """With one coordinate of every query equal, a constant logit exists and the bias is exact inside the key."""
+    """With one coordinate of every query equal, a constant logit exists and the bias is exact inside the key.
+
+    The coordinate is large, so that a bias of 1 is a tenth of what keys differ by, as in a model's heads.
+    """
     case = make_case(num_queries=210)
-    case.problems.queries[..., 0] = 1.0
+    case.problems.queries[..., 0] = 10.0
+    case.problems.keys[..., 0] = 0.0
     for b in range(case.problems.num_problems):  # the retained attention of the changed queries
         nothing = case.problems.keys[b, :0]
         out, lse = case.attention(nothing, nothing, b)
@@ -41,3 +46,27 @@ def test_padding_and_unseen_entries_stay_where_they_are(make_case):
     torch.testing.assert_close(matched[1, 5:], keys[1, 5:], rtol=0, atol=0)
     alone = match_mass(train.take(torch.tensor([1])), keys[1:2, :5])
     torch.testing.assert_close(matched[1, :5], alone[0])
+
+
+def test_mass_is_not_matched_along_a_direction_in_which_only_the_given_queries_are_alike():
+    """Queries nearly equal and short, keys that other queries tell apart, by the formula in float64."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    keys, values = 4 * normal(2, 1, 16) + 0.5 * normal(2, 200, 16), normal(2, 200, 16)
+    queries = 0.005 * (normal(2, 1, 16) + 0.003 * normal(2, 70, 16))
+    nothing, held_out = torch.full((2, 70), -torch.inf, dtype=torch.float64), torch.arange(70) % 7 == 6
+    problems = Problems(queries, keys, values, nothing, torch.zeros_like(queries), held_out, 1.0)
+    logits = queries @ keys.transpose(1, 2)
+    train, _ = Target.split(problems, logits.softmax(-1) @ values, logits.logsumexp(-1))
+    foreign = normal(2, 300, 16)
+
+    def squared_error(kept, asked):
+        return ((asked @ kept.transpose(1, 2)).logsumexp(-1) - (asked @ keys.transpose(1, 2)).logsumexp(-1)).square()
+
+    kept = keys[:, :60]
+    matched = match_mass(train, kept)
+    assert (squared_error(matched, queries).mean(1) < squared_error(kept, queries).mean(1)).all()
+    assert (squared_error(matched, foreign).mean(1) < 1.5 * squared_error(kept, foreign).mean(1)).all()
