@@ -15,7 +15,7 @@ from kvsculpt_vllm.sculpt.problem import Problems
 LSE_WEIGHT = 1.0
 """Weight of the log-sum-exp term. Both terms are relative (a squared logit error is a squared relative mass error)."""
 
-FOREIGN_WEIGHT = 0.3
+FOREIGN_WEIGHT = 0.1
 """How much it counts that a key moves far where no query of the prompt looks, see `Target.foreign_weight`."""
 
 MASKED_LOGIT = -1e30
@@ -84,8 +84,8 @@ class Target:
         in which none of them looks, or all look alike, keys could move any distance at no loss, while the answer's own
         queries, which look elsewhere or are ten times as long, would see any logit. Of such a foreign query only this
         is assumed: its logits spread over the span's keys by some σ. A move that has nothing to do with the keys then
-        changes a logit by about σ |δ| / √key_spread. With σ = 2.5, usual for a head, and one query in 20 foreign, that
-        is 0.3 |δ|² / key_spread in the mean square.
+        changes a logit by about σ |δ| / √key_spread. With σ = 2.5, usual for a head, and one query in 60 foreign, that
+        is 0.1 |δ|² / key_spread in the mean square.
 
         Ordinary prompts hardly notice: what gives a logit of 1 has 0.1 times the length of the keys' spread there, and
         4 times (in some heads 60 times) where one token repeats. Held-out queries then see what is given up, so that
