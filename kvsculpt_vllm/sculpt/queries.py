@@ -74,7 +74,7 @@ def build_in_slices(
     values: Tensor,  # (L·H, n, D)
     span: int,  # the first so many tokens are compressed, the others are the exact recent window
     sinks: int,  # the first so many tokens of the span stay exact
-    rotaries: Sequence[Rotary | None],  # per layer
+    rotaries: Sequence[Rotary | None],  # per layer, None where queries do not depend on the position
     scale: float,
 ) -> Slices[Problems]:
     """Build the problems of a prompt, one per (layer, KV head), layers outermost; the work may pause after each layer.
@@ -161,11 +161,7 @@ build_problems = at_once(build_in_slices)
 def _ask(real: Tensor, recent: int, origin: Tensor, future: Tensor, rotary: Rotary | None) -> Tensor:
     """One layer's queries (P, heads, D): all of them at `future`, then the recent ones as they were.
 
-    A layer without a rotary embedding we understand has no way to ask from elsewhere: there the recent real queries
-    are repeated in the places of the others.
+    Without a rotary embedding a query is the same wherever it is asked, and only sees more of the recent window.
     """
-    if rotary is not None:
-        moved = rotary.move(real, origin, future)
-    else:
-        moved = real[len(real) - recent + torch.arange(len(real), device=real.device) % recent]
+    moved = real if rotary is None else rotary.move(real, origin, future)
     return torch.cat([moved, real[-recent:]])

@@ -60,3 +60,27 @@ def test_a_query_that_is_asked_twice_is_held_out_twice_or_not_at_all():
     assert held_out[: len(positions)].sum() == len(positions) // HELD_OUT_EVERY
     assert torch.equal(held_out[len(positions) :], held_out[len(positions) - RECENT : len(positions)])
     assert (problems.held_out.view(-1, problems.group) == held_out[:, None]).all()
+
+
+def test_queries_without_rotary_embedding_ask_from_the_future_as_they_are_and_none_is_held_out_that_is_fitted_to():
+    torch.manual_seed(0)
+    positions = torch.tensor([0, 3, 10, 17, 21, 22, 30, *range(PROMPT - RECENT, PROMPT)])
+    asked = torch.randn(1, len(positions), HEADS, HEAD_SIZE)
+    keys, values = torch.randn(2, KV_HEADS, PROMPT, HEAD_SIZE)
+    problems = build_problems(asked, positions, RECENT, keys, values, SPAN, SINKS, [None], 0.3)
+    rows = (
+        problems.queries.unflatten(1, (-1, HEADS // KV_HEADS)).transpose(1, 2).flatten(0, 1)
+    )  # (heads, P + recent, D)
+    expected = asked[0].transpose(0, 1)
+    assert torch.equal(rows, torch.cat([expected, expected[:, -RECENT:]], dim=1))
+
+    # From the future a query sees all of the recent window, where it was asked what lies before it.
+    near = torch.cat([torch.arange(SINKS), torch.arange(SPAN, PROMPT)])
+    seen = near < torch.cat([torch.full((len(positions),), PROMPT), positions[-RECENT:] + 1])[:, None]
+    scores = (rows @ keys.repeat_interleave(HEADS // KV_HEADS, 0)[:, near].mT * 0.3).masked_fill(~seen, -torch.inf)
+    lse = problems.retained_lse.unflatten(1, (-1, HEADS // KV_HEADS)).transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+    held_out = problems.held_out.view(-1, problems.group)[:, 0]
+    for head in rows:
+        assert torch.cdist(head[held_out], head[~held_out]).min() > 1e-3
