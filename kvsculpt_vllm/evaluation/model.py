@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kvsculpt_vllm import models
 from kvsculpt_vllm.evaluation.attention import NAME, Cache, RaggedCache, Recorder
 from kvsculpt_vllm.sculpt.matmul import fast_matmul
-from kvsculpt_vllm.sculpt.rotary import Rotary
+from kvsculpt_vllm.sculpt.rotary import Rotary, rotaries_of
 
 
 class EvaluationModel:
@@ -129,20 +129,12 @@ def _rotary(model: PreTrainedModel, num_positions: int) -> Rotary:
     if len(modules) != 1 or apply is None:
         raise NotImplementedError(f"{type(model).__name__} has no single rotary embedding, so it cannot be evaluated")
     positions = torch.arange(num_positions, device=model.device)[None]
-    cos, sin = modules[0](torch.zeros((), device=model.device), positions)  # (1, positions, rotary_dim), halves equal
-    half = cos.shape[-1] // 2
-    cache = torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1)
-    rotary = Rotary(cache, cos.shape[-1], is_neox_style=True)
-    _check_rotation(rotary, apply, cos, sin)
-    return rotary
-
-
-def _check_rotation(rotary: Rotary, apply: nn.Module, cos: Tensor, sin: Tensor) -> None:
-    """Refuse an architecture that rotates pairs of other elements than ours does."""
-    origin, target = torch.tensor([0, 1], device=cos.device), torch.tensor([3, cos.shape[1] - 1], device=cos.device)
-    query = torch.randn(1, 1, 2, rotary.rotary_dim, generator=torch.Generator().manual_seed(0)).to(cos.device)
-    there, here = (apply(query, query, cos[:, at], sin[:, at])[0][0].transpose(0, 1) for at in (target, origin))
-    if not torch.allclose(rotary.move(here, origin, target), there, atol=1e-3):
-        raise NotImplementedError(
-            "the model rotates queries in a way that is not understood, so it cannot be evaluated"
-        )
+    cos, sin = modules[0](torch.zeros((), device=model.device), positions)  # (1, positions, rotary_dim)
+    asked_at = torch.tensor([0, 1, 3, num_positions - 1], device=cos.device)
+    query = torch.randn(1, 1, 1, cos.shape[-1], generator=torch.Generator().manual_seed(0)).to(cos.device)
+    query = query.expand(-1, -1, len(asked_at), -1)
+    queries = apply(query, query, cos[:, asked_at], sin[:, asked_at])[0][0].transpose(0, 1)  # (P, 1, rotary_dim)
+    for rotary in rotaries_of(cos[0], sin[0]):
+        if rotary.explains(queries, asked_at):
+            return rotary
+    raise NotImplementedError("the model rotates queries in a way that is not understood, so it cannot be evaluated")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -37,3 +39,34 @@ class Rotary:
             a, b = rotated[..., 0::2], rotated[..., 1::2]
             moved = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
         return torch.cat([moved, rest], dim=-1)
+
+    def explains(self, queries: Tensor, positions: Tensor) -> bool:
+        """Whether it makes of the first of `queries` (P, heads, D) all the others.
+
+        A model asked them at `positions` (P,) of one and the same content.
+        """
+        if self.rotary_dim > queries.shape[-1] or int(positions.max()) >= self.num_positions:
+            return False
+        moved = self.move(queries[:1].expand_as(queries), positions[:1].expand_as(positions), positions)
+        return same_queries(moved, queries)
+
+
+def same_queries(one: Tensor, other: Tensor) -> bool:
+    """Whether queries (P, heads, D) are the same but for rounding to the dtype of `other`."""
+    tolerance = 1e-3 if other.dtype.itemsize >= 4 else 2e-2
+    one, other = one.float(), other.float()
+    # A head at a time: a loud one would cover a quiet one that is turned otherwise.
+    return bool(((one - other).norm(dim=-1) <= tolerance * other.norm(dim=-1)).all())
+
+
+def rotaries_of(cos: Tensor, sin: Tensor) -> Iterator[Rotary]:
+    """What cosines and sines (positions, n), as transformers' modules give them, can mean.
+
+    Most give every angle twice, one copy after the other, whether their model turns the two halves of a head or
+    neighbours; a few give both copies side by side, or each angle once. Only the model's queries tell.
+    """
+    half, n = cos.shape[1] // 2, cos.shape[1]
+    for angles, neox_first in ((slice(half), True), (slice(0, n, 2), False), (slice(n), True)):
+        cache = torch.cat([cos[:, angles], sin[:, angles]], dim=-1)
+        for is_neox_style in (neox_first, not neox_first):
+            yield Rotary(cache, cache.shape[1], is_neox_style)

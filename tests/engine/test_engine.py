@@ -274,3 +274,18 @@ def test_without_free_blocks_a_request_goes_on_uncompressed_and_is_counted(run_e
     assert ours["stats"]["requests"]["compressed"] == {}
     assert ours["stories"][-1]["outcome"] == "skipped" and ours["stories"][-1]["reason"] == "ended_first"
     assert ours["free"][0][-1] == ours["free_at_start"]
+
+
+def test_a_model_compresses_alike_natively_and_by_transformers(run_engine, first_layers_path):
+    """The implementation must not matter to what is asked of the compressed prompt, nor to the report of it."""
+    on = {"kv_compression": {"method": "sculpt", "keep_ratio": 0.3, "effort": "fast"}}
+    engine = {"model": str(first_layers_path), "dtype": "float32", "additional_config": on}
+    native, other = (
+        run_engine(engine={**engine, "model_impl": impl}, batches=[[request(0, 700, 5, kv_compression_window=64)]])
+        for impl in ("vllm", "transformers")
+    )
+    (one,), (two,) = native["compressions"], other["compressions"]
+    assert two["error_before"] == pytest.approx(one["error_before"], rel=0.01)
+    assert two["error_after"] == pytest.approx(one["error_after"], rel=0.1)
+    assert one["error_after"] < one["error_before"] / 2
+    assert other["tokens"] == native["tokens"]

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GlmConfig, GlmForCausalLM
 
 from kvsculpt_vllm.evaluation.attention import RaggedCache
 from kvsculpt_vllm.evaluation.continuation import Measurement, Trial
@@ -106,9 +106,26 @@ def test_heads_with_different_entries_give_the_logits_of_the_plain_model_that_ma
     torch.testing.assert_close(model.continue_from(cache, passage.continuation, CONTEXT), expected, rtol=0, atol=1e-4)
 
 
+def make_glm():
+    """A model that turns neighbours, and only half of each head."""
+    config = GlmConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=16,
+        max_position_embeddings=1024,
+        pad_token_id=0,
+    )
+    return GlmForCausalLM(config).eval()
+
+
 @torch.no_grad()
-def test_recorded_queries_are_those_the_model_asks_and_move_with_its_rotary_embedding(make_model, chosen):
-    model = EvaluationModel(make_model(), storage=torch.float32)
+@pytest.mark.parametrize("architecture", ["llama", "glm"])
+def test_recorded_queries_are_those_the_model_asks_and_move_with_its_rotary_embedding(make_model, chosen, architecture):
+    model = EvaluationModel(make_model() if architecture == "llama" else make_glm(), storage=torch.float32)
     tokens = [chosen[0].context[0]] * CONTEXT  # one token everywhere: layer 0 asks the same at every position
     recording = model.record(tokens, torch.tensor([3, 50, 199]))
     queries = recording.queries[0]

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from vllm.distributed import get_pp_group
+from vllm.forward_context import set_forward_context
 
 from kvsculpt_vllm.engine.compat.patcher import apply
 from kvsculpt_vllm.engine.compat.patches import BOOKKEEPING_SYNC, SAMPLE, UPDATE_STATES
@@ -105,6 +108,33 @@ def row_request_ids(runner: Any, metadata: CommonAttentionMetadata) -> list[str]
         index_to_id = runner.req_states.index_to_req_id
         return [index_to_id.get(int(index), "") for index in np.asarray(metadata.req_idx)[: metadata.num_reqs]]
     return list(runner.input_batch.req_ids[: metadata.num_reqs])
+
+
+@torch.inference_mode()
+def run_model(runner: Any, positions: Tensor) -> None:
+    """The model's forward pass, not compiled and for no request, of one token again and again at `positions` (N,).
+
+    There is nothing for attention to attend to: the caller stands in for it.
+    """
+    config, model, count = runner.vllm_config, runner.get_model(), len(positions)
+    if config.model_config.uses_mrope:
+        positions = positions.expand(config.model_config.mrope_num_dims, -1)
+    embeddings = None
+    if not get_pp_group().is_first_rank:
+        embeddings = model.make_empty_intermediate_tensors(count, config.model_config.dtype, positions.device)
+        for tensor in embeddings.tensors.values():
+            tensor.fill_(1)
+    scheduled = np.array([count], dtype=np.int32)
+    with (
+        runner.maybe_dummy_run_with_lora(config.lora_config, scheduled, np.ones_like(scheduled)),
+        set_forward_context(None, config, num_tokens=count, skip_compiled=True),
+    ):
+        model(
+            input_ids=torch.zeros(count, dtype=torch.long, device=positions.device),
+            positions=positions,
+            intermediate_tensors=embeddings,
+            inputs_embeds=None,
+        )
 
 
 def use_plain_vector_pages(builder: CPUAttentionMetadataBuilder, layer_names: list[str]) -> None:

@@ -1,7 +1,8 @@
 """What compression does not support: refused at start-up, each with its cause and cure.
 
-Three moments, because vLLM knows more at each: the configuration (`check_config`), the KV cache's groups
-(`check_kv_cache_config`), the attention layers of the loaded model (`check_attention_layers`).
+Four moments, because more is known at each: the configuration (`check_config`), the KV cache's groups
+(`check_kv_cache_config`), the attention layers of the loaded model (`check_attention_layers`), and the queries that it
+asks (`check_positions`).
 """
 
 from __future__ import annotations
@@ -212,6 +213,14 @@ _RULES = (
         Refusal("ALiBi models", "attention depends on positions that packed entries do not have", _OTHER_MODEL),
     ),
     _Rule(
+        lambda c: c.model_config.uses_mrope and c.model_config.supports_multimodal_inputs,
+        Refusal(
+            "M-RoPE models that read more than text",
+            "a token of an image has several positions, none of which is its place in the prompt",
+            "add --language-model-only",
+        ),
+    ),
+    _Rule(
         lambda c: _text_config(c, "attn_logit_softcapping"),
         Refusal("models with a soft cap on attention", "the fit does not know the cap", _OTHER_MODEL),
     ),
@@ -378,6 +387,33 @@ def check_attention_layers(layers: dict[str, Attention]) -> None:
     if len(shapes) > 1:
         found["several head sizes or numbers of KV heads"] = ", ".join(shapes.values())
     _refuse([Refusal(f"{what} ({name})", "the fit does not model it", _OTHER_MODEL) for what, name in found.items()])
+
+
+def check_positions(restless: list[str], unexplained: list[str]) -> None:
+    """Refuse attention layers whose queries cannot be asked from elsewhere.
+
+    Args:
+        restless: names of layers whose queries change with the other tokens of their step.
+        unexplained: names of layers whose queries depend on the position in a way that is not known.
+
+    Raises:
+        UnsupportedFeature: naming the first layer of each.
+    """
+    found = []
+    if restless:
+        cause = "what a query looks like depends on the longest position of its step (dynamic RoPE, LongRoPE)"
+        cure = "leave out --model-impl, or set --max-model-len to no more than the model's original context"
+        found.append(Refusal(f"positions of {restless[0]}", cause, cure))
+    if unexplained:
+        cause = "no rotary embedding was found that turns its queries as the model does, so none can be asked anew"
+        found.append(Refusal(f"positions of {unexplained[0]}", cause, f"try another --model-impl, or {_OTHER_MODEL}"))
+    _refuse(found)
+
+
+def unseen_queries(layer: str, error: Exception) -> UnsupportedFeature:
+    """The refusal of a model that fails when it is run to see what its attention layers are asked."""
+    cause = f"a trial run that shows what it is asked failed ({type(error).__name__}: {error})"
+    return UnsupportedFeature([Refusal(f"positions of {layer}", cause, f"try another --model-impl, or {_OTHER_MODEL}")])
 
 
 def _odd_attention(layer: Attention) -> Iterable[str]:

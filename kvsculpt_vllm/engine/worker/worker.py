@@ -65,7 +65,7 @@ class SculptWorkerMixin(Worker):
             self.scheduler_config.max_num_seqs,
         )
         ranks = Ranks()
-        rotaries = rotary_of_layers(self.model_runner.get_model(), layers, self.model_config.hf_text_config)
+        rotaries = rotary_of_layers(self.model_runner, dict(zip(group.layer_names, layers, strict=True)))
         curves = curves_of_rank(
             state.config,
             group.layer_names,

@@ -62,8 +62,10 @@ def supported() -> SimpleNamespace:
             is_mm_prefix_lm=False,
             runner_type="generate",
             rswa_window=None,
+            supports_multimodal_inputs=True,
             use_mla=False,
             uses_alibi=False,
+            uses_mrope=False,
         ),
     )
 
@@ -98,6 +100,7 @@ CASES = [
     (f"{TEXT}.model_type", "gpt_oss", "attention sinks"),
     (f"{TEXT}.attention_sinks", True, "attention sinks"),
     ("model_config.uses_alibi", True, "ALiBi"),
+    ("model_config.uses_mrope", True, "M-RoPE"),
     (f"{TEXT}.attn_logit_softcapping", 50.0, "soft cap"),
     ("model_config.is_mm_prefix_lm", True, "non-causal"),
     ("model_config.is_diffusion", True, "non-causal"),
