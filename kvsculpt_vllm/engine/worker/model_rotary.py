@@ -75,7 +75,7 @@ def asked_at(runner: Any, layers: dict[str, nn.Module], positions: Tensor) -> di
 
         return tuple(map(replaced, args)), {name: replaced(value) for name, value in kwargs.items()}
 
-    def keep(name: str, layer: nn.Module) -> Callable[..., Tensor]:
+    def keep(name: str, layer: Any) -> Callable[..., Tensor]:
         def forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             asked[name] = query.reshape(len(positions), -1, layer.head_size).clone()
             return torch.zeros_like(query)
@@ -140,8 +140,10 @@ class Candidates:
         return None
 
     def _modules(self, layer: nn.Module) -> Iterator[nn.Module]:
-        while (layer := self._parents.get(layer)) is not None:
-            yield from (child for child in layer.children() if _tables(child) or _takes_positions(child))
+        around = self._parents.get(layer)
+        while around is not None:
+            yield from (child for child in around.children() if _tables(child) or _takes_positions(child))
+            around = self._parents.get(around)
 
     def _readings(self, module: nn.Module) -> Iterator[Rotary]:
         if module in self._known:
@@ -177,11 +179,11 @@ class Candidates:
 
 def _tables(module: nn.Module) -> list[Tensor]:
     """What vLLM's own modules hold: cosines, then sines (positions, rotary_dim), scaling included."""
-    width = getattr(module, "rotary_dim", None)
+    width: int | None = getattr(module, "rotary_dim", None)
+    tables: list[Any] = [getattr(module, "cos_sin_cache", None)]
     if isinstance(both := getattr(module, "long_short_cos_sin_cache", None), Tensor):  # LongRoPE
-        tables = [both[: module.original_max_position_embeddings], both[module.original_max_position_embeddings :]]
-    else:
-        tables = [getattr(module, "cos_sin_cache", None)]
+        short: Any = module.original_max_position_embeddings
+        tables = [both[:short], both[short:]]
     return [table for table in tables if isinstance(table, Tensor) and table.dim() == 2 and table.shape[1] == width]
 
 
