@@ -64,6 +64,7 @@ class SculptSchedulerMixin(SchedulerHooks):
         super().__init__(*args, **kwargs)
         check_kv_cache_config(self.kv_cache_config)
         self.compression = CompressionConfig.from_additional_config(self.vllm_config.additional_config)
+        self._plans: dict[str, spans.Span | Reason] = {}
         self._pending: dict[str, Pending] = {}
         self._attempts = count()
         self._settled: set[str] = set()  # being compressed, compressed, or to stay exact
@@ -185,6 +186,8 @@ class SculptSchedulerMixin(SchedulerHooks):
             span = self._span(request)
             self._skip(request, span if isinstance(span, Reason) else Reason.ENDED_FIRST)
         self._settled.discard(request_id)
+        if request.is_finished():
+            self._plans.pop(request_id, None)
         self._compressed.discard(request_id)
         self._stock_blocks.forget(request_id)
         self._steps_waited.pop(request_id, None)
@@ -192,11 +195,21 @@ class SculptSchedulerMixin(SchedulerHooks):
         self._shortened.pop(request_id, None)
 
     def _span(self, request: Request) -> spans.Span | Reason:
+        """What is to be compressed of a request, or why nothing is."""
+        if request.request_id not in self._plans:
+            self._plans[request.request_id] = self._plan(request)
+        return self._plans[request.request_id]
+
+    def _plan(self, request: Request) -> spans.Span | Reason:
         params = request.sampling_params
         if params is None or request.resumable:
             return Reason.NO_SAMPLING
         config = self._config(request)
-        return spans.plan_span(config, request.num_prompt_tokens, self.block_size, params.max_tokens)
+        planned = spans.plan_span(config, request.num_prompt_tokens, self.block_size, params.max_tokens)
+        tokens = request.prompt_token_ids  # None for a prompt of embeddings
+        if isinstance(planned, spans.Span) and tokens is not None and spans.is_repetition(tokens):
+            return Reason.REPETITION
+        return planned
 
     def _config(self, request: Request) -> CompressionConfig:
         assert request.sampling_params is not None  # `_span` lets no other request through

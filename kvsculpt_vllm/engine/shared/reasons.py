@@ -38,6 +38,11 @@ class Reason(StrEnum):
     OFF = "off", Outcome.SKIPPED, "compression is off for the request"
     SHORT = "short", Outcome.SKIPPED, "the prompt has fewer tokens than `min_tokens`"
     NOTHING_TO_FREE = "nothing_to_free", Outcome.SKIPPED, "keep ratio 1, or a span of one block"
+    REPETITION = (
+        "repetition",
+        Outcome.SKIPPED,
+        "the prompt is a few tokens over and over, whose queries tell nothing of what an answer will ask",
+    )
     FEW_OUTPUT_TOKENS = (
         "few_output_tokens",
         Outcome.SKIPPED,

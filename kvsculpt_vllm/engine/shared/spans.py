@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvsculpt_vllm.config import CompressionConfig
@@ -12,6 +13,11 @@ RECOMPUTED_TOKENS = 1024
 """A prompt found in the prefix cache computes this many of its last tokens anew, so that queries are seen. Entries that
 no seen query looks for are lost (measured on one 2,048-token context: KL 0.0139 with 512, 0.0023 with 1,024, 0.0012
 with all)."""
+
+
+FEWEST_TRIGRAMS = 8
+"""A prompt with fewer different runs of three tokens stays exact. All its queries are nearly alike, held-out ones, too,
+and an answer's are others (measured: patterns of 1 to 3 tokens have KL 0.02 to 1, of 8 and more 0.01 and less)."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,16 @@ def plan_span(
     if max_tokens is not None and max_tokens <= 2:
         return Reason.FEW_OUTPUT_TOKENS
     return Span(blocks * block_size, blocks, packed_blocks)
+
+
+def is_repetition(tokens: Sequence[int]) -> bool:
+    """Whether a prompt is a few tokens over and over, so that it has fewer than `FEWEST_TRIGRAMS` runs of three."""
+    trigrams = set()
+    for trigram in zip(tokens, tokens[1:], tokens[2:], strict=False):
+        trigrams.add(trigram)
+        if len(trigrams) == FEWEST_TRIGRAMS:
+            return False
+    return True
 
 
 def longest_useful_hit(num_prompt_tokens: int, block_size: int) -> int:

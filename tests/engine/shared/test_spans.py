@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.shared.reasons import Reason
-from kvsculpt_vllm.engine.shared.spans import RECOMPUTED_TOKENS, longest_useful_hit, plan_span
+from kvsculpt_vllm.engine.shared.spans import RECOMPUTED_TOKENS, is_repetition, longest_useful_hit, plan_span
 
 block_sizes = st.sampled_from([16, 32, 128])
 
@@ -49,6 +49,16 @@ def test_three_tokens_are_enough():
 def test_the_smallest_ratio_keeps_a_block():
     config = CompressionConfig(method="select", keep_ratio=1e-12)
     assert plan_span(config, 600, 32).packed_blocks == 1
+
+
+@pytest.mark.parametrize(("period", "expected"), [(1, True), (2, True), (7, True), (8, False), (900, False)])
+def test_a_pattern_of_a_few_tokens_over_and_over_is_a_repetition(period, expected):
+    assert is_repetition([i % period for i in range(1500)]) is expected
+
+
+def test_an_ordinary_text_with_a_long_repetition_in_it_is_none():
+    assert not is_repetition([*range(20), *[5] * 1500])
+    assert not is_repetition([*[5] * 1500, *range(20)])
 
 
 @given(st.integers(1, 20_000), block_sizes)
