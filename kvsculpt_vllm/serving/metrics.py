@@ -30,6 +30,7 @@ POOL = {
     ),
     "bytes_saved": ("bytes_saved", "Bytes of those blocks."),
     "compressed": ("compressed_requests", "Requests running now from a compressed prompt."),
+    "segments": ("segments", "Packed prefixes that are kept in the prefix cache, for later requests to find."),
     "pending": ("pending_requests", "Requests whose prompt is computed and waits for its compression, or is in it."),
 }
 

@@ -5,19 +5,57 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+
 from kvsculpt_vllm.engine.compat.patcher import apply
 from kvsculpt_vllm.engine.compat.patches import ALLOCATE_SLOTS
 
 if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
 else:
     Scheduler = object  # of two: the mixin goes over either
 
+GROUP = 0
+"""The one KV cache group there is."""
+
 NEVER_HASH = 1 << 30
 """More cached blocks than a request can have: vLLM then never hashes the approximated tail."""
+
+
+def insert_hash(pool: BlockPool, block_hash: BlockHash, block: KVCacheBlock) -> None:
+    """Name a block's content, so that `pool.get_cached_block` finds it until the pool needs its memory.
+
+    Can go when vLLM's pool lets a block be cached under a hash that is not of a request's tokens.
+    """
+    pool._insert_block_hash(make_block_hash_with_group_id(block_hash, GROUP), block, None)
+
+
+def when_reused(pool: BlockPool, block: KVCacheBlock, do: Callable[[KVCacheBlock], None]) -> None:
+    """Call `do` when the pool gives the block's memory to something else, or drops all that is cached.
+
+    Can go when vLLM's pool tells publicly.
+    """
+    pool._reuse_watchers[block.block_id] = do
+
+
+def name_from(request: Request, index: int, name: BlockHash) -> None:
+    """Hash the request's blocks from `index` on as those of a prefix called `name`, not as those of its tokens.
+
+    A block's hash covers the one before it: with `name` in the place before `index` all that follow are its own.
+    """
+    del request.block_hashes[index - 1 :]
+    request.block_hashes.append(name)
+    request.update_block_hashes()
+
+
+def name_by_tokens(request: Request) -> None:
+    """Hash all of the request's blocks by its tokens, as vLLM does."""
+    request.block_hashes.clear()
+    request.update_block_hashes()
 
 
 class BlockLists:
@@ -34,15 +72,30 @@ class BlockLists:
         """The request's blocks, in the order of its tokens; empty for one that has none."""
         return self._manager.req_to_blocks.get(request_id, [])
 
-    def replace_first(self, request_id: str, num_blocks: int, packed: list[KVCacheBlock]) -> list[KVCacheBlock]:
-        """Put `packed`, and null blocks behind it, in the place of the first `num_blocks`; returns those that were
-        there, which are the caller's to free. vLLM hashes no block of this request from now on.
+    def replace_first(self, request_id: str, row: list[KVCacheBlock]) -> list[KVCacheBlock]:
+        """Put `row` in the place of as many blocks; returns those that were there, which are the caller's to free. vLLM
+        hashes no block of this request from now on.
         """
         blocks = self.of(request_id)
-        replaced = blocks[:num_blocks]
-        blocks[:num_blocks] = packed + [self.pool.null_block] * (num_blocks - len(packed))
+        replaced = blocks[: len(row)]
+        blocks[: len(row)] = row
         self._manager.num_cached_block[request_id] = NEVER_HASH
         return replaced
+
+    def rename_tail(self, request: Request, first: int, name: BlockHash) -> None:
+        """Name the request's full blocks from index `first` on after the prefix `name`; vLLM goes on from there.
+
+        Those that others hold keep the name that they were found by.
+        """
+        blocks, name_first = self.of(request.request_id), first
+        name_from(request, first, name)
+        full = min(len(request.block_hashes), request.num_computed_tokens // self._manager.block_size, len(blocks))
+        for index in range(name_first, full):
+            block = blocks[index]
+            if block.ref_cnt == 1:
+                self.pool.evict_blocks({block.block_id})
+                insert_hash(self.pool, request.block_hashes[index], block)
+        self._manager.num_cached_block[request.request_id] = max(first, full)
 
 
 class SchedulerHooks(Scheduler):
@@ -75,6 +128,10 @@ class SchedulerHooks(Scheduler):
         """The request has got blocks for its next tokens."""
         raise NotImplementedError
 
+    def find_prefix(self, request: Request) -> tuple[KVCacheBlocks, int] | None:
+        """Blocks to begin with in the place of what vLLM would find, and the tokens that they stand for."""
+        raise NotImplementedError
+
     def limit_prefix_hit(self, request: Request, blocks: KVCacheBlocks, num_tokens: int) -> tuple[KVCacheBlocks, int]:
         """The part of a local prefix-cache hit to use."""
         raise NotImplementedError
@@ -88,6 +145,8 @@ class SchedulerHooks(Scheduler):
         raise NotImplementedError
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        if (found := self.find_prefix(request)) is not None:
+            return *found, 0, False
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         blocks, num_tokens = self.limit_prefix_hit(request, blocks, num_tokens)
         return blocks, num_tokens, boundary, diverged

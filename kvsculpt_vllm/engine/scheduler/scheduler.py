@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -18,7 +18,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from kvsculpt_vllm.config import CompressionConfig
-from kvsculpt_vllm.engine.compat.scheduler import SchedulerHooks
+from kvsculpt_vllm.engine.compat.scheduler import GROUP, SchedulerHooks, name_by_tokens, name_from
+from kvsculpt_vllm.engine.scheduler.segments import WORTH, Segment, Segments
 from kvsculpt_vllm.engine.scheduler.speed import Speed
 from kvsculpt_vllm.engine.scheduler.stock_blocks import StockBlocks
 from kvsculpt_vllm.engine.shared import spans
@@ -26,6 +27,7 @@ from kvsculpt_vllm.engine.shared.commands import (
     CancelCommand,
     CommitCommand,
     Deferred,
+    ForgetCommand,
     Pace,
     PoolState,
     Settled,
@@ -49,7 +51,7 @@ class Pending:
     config: CompressionConfig
     span: spans.Span
     packed: list[KVCacheBlock]  # taken from the pool, in no block list yet
-    solved: bool = False
+    solved: Solved | None = None
 
 
 class SculptSchedulerMixin(SchedulerHooks):
@@ -71,6 +73,16 @@ class SculptSchedulerMixin(SchedulerHooks):
         self._steps_waited: Counter[str] = Counter()
         self._shared: set[str] = set()  # found in the prefix cache as a whole, and not worth a compression
         self._shortened: dict[str, set[int]] = {}  # blocks of a hit that a prompt computes anew
+        model = self.vllm_config.model_config
+        self._segments = Segments(
+            self.kv_cache_manager.block_pool,
+            f"{model.model} {model.revision} {model.dtype}",
+            self.compression.calibration,
+            self.block_size,
+            spans.MOST_SEGMENTS,
+        )
+        self._found: dict[str, Segment] = {}  # by waiting requests
+        self._renamed: set[str] = set()  # requests whose blocks are named after the segment that they begin with
         self._compressed: set[str] = set()
         self._stock_blocks = StockBlocks(self.block_size)
         self._speed = Speed()
@@ -81,21 +93,60 @@ class SculptSchedulerMixin(SchedulerHooks):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         num_running, num_waiting = self.get_request_counts()
         self._alone = num_running + num_waiting == 1
-        commands: list[CommitCommand | SolveCommand | CancelCommand] = [*self._commit_solved(), *self._start_one()]
+        commands: list[CommitCommand | SolveCommand] = [*self._commit_solved(), *self._start_one()]
         output = super().schedule(*args, **kwargs)
-        # A request preempted in this very step has lost its blocks again: its command must not run.
-        running = {request.request_id for request in self.running} if commands else ()
-        commands = [command for command in commands if command.request_id in running]
-        commands += self._cancel_what_does_not_pay()
-        news, self._news = self._news, []
+        meant = [*self._still_meant(commands), *self._cancel_what_does_not_pay()]
+        gone = [ForgetCommand(blocks)] if (blocks := self._segments.gone()) else []
         pace = [Pace(self._alone)] if self._pending else []
-        attach(output, [*commands, *pace, *news, self._pool_state()])
+        news, self._news = self._news, []
+        attach(output, [*meant, *gone, *pace, *news, self._pool_state()])
         return output
+
+    def _still_meant(self, commands: list[CommitCommand | SolveCommand]) -> Iterator[CommitCommand | SolveCommand]:
+        """Without what is for requests preempted in this very step: they have lost their blocks again."""
+        running = {request.request_id for request in self.running} if commands else set()
+        for command in commands:
+            if isinstance(command, CommitCommand):
+                rows = {request_id: row for request_id, row in command.rows.items() if request_id in running}
+                yield replace(command, rows=rows)
+            elif command.request_id in running:
+                yield command
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         for solved in attached(model_runner_output):
             self._hear(solved)
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def find_prefix(self, request: Request) -> tuple[KVCacheBlocks, int] | None:
+        """The segment that a prompt begins with, and what follows it in the prefix cache."""
+        request_id = request.request_id
+        self._found.pop(request_id, None)  # a waiting request is looked up anew at every step
+        if request_id in self._renamed:
+            self._renamed.discard(request_id)
+            name_by_tokens(request)
+        span = self._span(request)
+        if isinstance(span, Reason):
+            return None
+        if not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
+            return None
+        segment = self._segments.find(request, self._config(request), span.tokens)
+        if segment is None:
+            return None
+        self._found[request_id] = segment
+        self._rename(request)
+        name_from(request, segment.blocks, segment.name)
+        pool = self.kv_cache_manager.block_pool
+        row = segment.row(pool.null_block)
+        for block_hash in request.block_hashes[segment.blocks : (request.num_tokens - 1) // self.block_size]:
+            if (cached := pool.get_cached_block(block_hash, [GROUP])) is None:
+                break
+            row += cached
+        return KVCacheBlocks((row,)), len(row) * self.block_size
+
+    def _rename(self, request: Request) -> None:
+        """The names of its blocks are about to change."""
+        self._renamed.add(request.request_id)
+        self._stock_blocks.keep_names(request)
 
     def limit_prefix_hit(self, request: Request, blocks: KVCacheBlocks, num_tokens: int) -> tuple[KVCacheBlocks, int]:
         """Shorten a prefix-cache hit of a prompt to be compressed: without queries there is nothing to fit to.
@@ -139,11 +190,12 @@ class SculptSchedulerMixin(SchedulerHooks):
         if request.status == RequestStatus.RUNNING or not self.running:
             return True
         to_come = [r for r in self.running if r.request_id not in self._settled]
-        planned = [span for r in (request, *to_come) if isinstance(span := self._span(r), spans.Span)]
+        new = () if request.request_id in self._found else (request,)
+        planned = [span for r in (*new, *to_come) if isinstance(span := self._span(r), spans.Span)]
         planned = [span for span in planned if 2 * span.packed_blocks < span.blocks]
         if not planned:
             return True
-        shared = sum(block.ref_cnt > 0 for block in hit.blocks[0]) if hit is not None else 0
+        shared = sum(block.is_null or block.ref_cnt > 0 for block in hit.blocks[0]) if hit is not None else 0
         prompt = -(-request.num_tokens // self.block_size) - shared
         # What prompts that are computed in chunks have still to get.
         begun = sum(
@@ -155,9 +207,11 @@ class SculptSchedulerMixin(SchedulerHooks):
         return needed <= self.kv_cache_manager.block_pool.get_num_free_blocks()
 
     def got_blocks(self, request: Request) -> None:
-        """The blocks that a prompt computes anew leave the prefix cache: those of the same content that it fills now
-        take their place, so that whoever comes next shares them with it.
+        """A segment that was found is held from now on. The blocks that a prompt computes anew leave the prefix cache:
+        those of the same content that it fills now take their place, so that whoever comes next shares them with it.
         """
+        if segment := self._found.pop(request.request_id, None):
+            self._hold(request, segment, Reason.CACHED)
         if blocks := self._shortened.pop(request.request_id, None):
             pool = self.kv_cache_manager.block_pool
             pool.evict_blocks({block for block in blocks if pool.blocks[block].ref_cnt == 0})
@@ -184,12 +238,16 @@ class SculptSchedulerMixin(SchedulerHooks):
             self._settled.discard(request_id)  # so that the books hear of it
         if request.is_finished() and request_id not in self._settled:
             span = self._span(request)
-            self._skip(request, span if isinstance(span, Reason) else Reason.ENDED_FIRST)
+            ended = Reason.SHARED_BLOCKS if request_id in self._shared else Reason.ENDED_FIRST
+            self._skip(request, span if isinstance(span, Reason) else ended)
         self._settled.discard(request_id)
+        self._segments.release(request_id)
+        self._found.pop(request_id, None)
         if request.is_finished():
+            self._renamed.discard(request_id)
             self._plans.pop(request_id, None)
         self._compressed.discard(request_id)
-        self._stock_blocks.forget(request_id)
+        self._stock_blocks.forget(request)
         self._steps_waited.pop(request_id, None)
         self._shared.discard(request_id)
         self._shortened.pop(request_id, None)
@@ -228,6 +286,7 @@ class SculptSchedulerMixin(SchedulerHooks):
             used=used,
             saved=stock - used,
             compressed=len(self._compressed),
+            segments=len(self._segments),
             pending=len(self._pending) + self._waiting,
         )
 
@@ -247,10 +306,12 @@ class SculptSchedulerMixin(SchedulerHooks):
                 or request.num_computed_tokens < request.num_prompt_tokens
             ):
                 continue
-            span = Reason.SHARED_BLOCKS if request.request_id in self._shared else self._span(request)
-            if isinstance(span, Reason):
+            if isinstance(span := self._span(request), Reason):
                 self._settled.add(request.request_id)
                 self._skip(request, span)
+            elif request.request_id in self._shared:  # its queries were not computed: it can adopt one, and not make it
+                self._waiting += 1
+                self._defer(request, Reason.SHARED_BLOCKS, "others hold its blocks, and may be sculpted for all")
             elif busy or commands or (command := self._start(request, span)) is None:
                 self._waiting += 1
             else:
@@ -266,7 +327,7 @@ class SculptSchedulerMixin(SchedulerHooks):
         """
         config = self._config(request)
         pool, blocks = self.kv_cache_manager.block_pool, self.block_lists.of(request.request_id)
-        if not span.pays(self._own_blocks(request.request_id, span)):
+        if not span.pays(self._blocks_to_free(request, span)):
             self._defer(request, Reason.SHARED_BLOCKS, "it would free no more blocks than it takes, others share them")
             return None
         free = pool.get_num_free_blocks()
@@ -300,7 +361,7 @@ class SculptSchedulerMixin(SchedulerHooks):
         if pending is None or pending.attempt != solved.attempt:
             return  # the request has lost its blocks since
         if solved.succeeded:
-            pending.solved = True
+            pending.solved = solved
             self._speed.heard(pending.config, pending.span.tokens, solved.seconds)
         else:
             self._drop(solved.request_id)
@@ -310,40 +371,111 @@ class SculptSchedulerMixin(SchedulerHooks):
         self.kv_cache_manager.block_pool.free_blocks(reversed(self._pending.pop(request_id).packed))
 
     def _commit_solved(self) -> Iterator[CommitCommand]:
-        for request_id in [request_id for request_id, pending in self._pending.items() if pending.solved]:
-            yield self._commit(request_id, self._pending.pop(request_id))
+        for request_id, pending in list(self._pending.items()):
+            if pending.solved:
+                yield self._commit(self.requests[request_id], pending, pending.solved)
+                del self._pending[request_id]
 
     def _cancel_what_does_not_pay(self) -> Iterator[CancelCommand]:
         """Give up compressions whose request has come to share its blocks: it would hold no fewer for them. They begin
         anew when the others have finished.
         """
         for request_id, pending in list(self._pending.items()):
-            if not pending.span.pays(self._own_blocks(request_id, pending.span)):
+            if not pending.span.pays(self._blocks_to_free(self.requests[request_id], pending.span)):
                 self._drop(request_id)
                 self._settled.discard(request_id)
                 self._defer(self.requests[request_id], Reason.SHARED_BLOCKS, "others have come to share its blocks")
                 yield CancelCommand(request_id)
 
-    def _commit(self, request_id: str, pending: Pending) -> CommitCommand:
-        """Rewrite the request's block list."""
+    def _commit(self, request: Request, pending: Pending, solved: Solved) -> CommitCommand:
+        """What was solved is a segment now: the request's block list begins with it, and so do those that adopt it."""
         pool, span = self.kv_cache_manager.block_pool, pending.span
+        adopters = self._adopters(request, span, solved.error) if solved.by_method else []
+        root = self._segments.root(request, pending.config)
+        segment = Segment(
+            key=b"" if root is None else self._segments.key(request, root, span.tokens),
+            root=root or b"",
+            tokens=span.tokens,
+            blocks=span.blocks,
+            packed=pending.packed,
+            error=solved.error,
+            shared=root is not None and solved.by_method,
+        )
+        self._segments.add(segment, request.request_id)
         free_before = pool.get_num_free_blocks()
-        old = self.block_lists.replace_first(request_id, span.blocks, pending.packed)
+        self._begin_with(segment, request)
+        for adopter in adopters:
+            pool.touch(segment.packed)
+            self._begin_with(segment, adopter)
+            self._hold(adopter, segment, Reason.ADOPTED)
+        self._compressed.add(request.request_id)
+        return CommitCommand(
+            request_id=request.request_id,
+            first_block=segment.packed[0].block_id,
+            rows={
+                r.request_id: [block.block_id for block in self.block_lists.of(r.request_id)]
+                for r in (request, *adopters)
+            },
+            # Counted with the blocks that the packed prefix took.
+            blocks_freed=pool.get_num_free_blocks() - free_before - span.packed_blocks,
+            steps_waited=self._steps_waited.pop(request.request_id, 0),
+        )
+
+    def _begin_with(self, segment: Segment, request: Request) -> None:
+        """Rewrite a block list, and free what it began with."""
+        pool = self.kv_cache_manager.block_pool
+        old = self.block_lists.replace_first(request.request_id, segment.row(pool.null_block))
         # Freeing at once is safe: the workers change the request's row before the forward pass of this same step,
         # which is the first that could write to them. Reversed, as vLLM does: a prefix's end is evicted first.
         pool.free_blocks(reversed(old))
+        if segment.shared:
+            self._rename(request)
+            self.block_lists.rename_tail(request, segment.blocks, segment.name)
+
+    def _hold(self, request: Request, segment: Segment, reason: Reason) -> None:
+        """A request begins with a segment that it did not make."""
+        request_id = request.request_id
+        self._segments.hold(segment, request_id)
+        self._shared.discard(request_id)
+        self._settled.add(request_id)
         self._compressed.add(request_id)
-        return CommitCommand(
-            request_id=request_id,
-            row=[block.block_id for block in self.block_lists.of(request_id)],
-            # Counted with the blocks that the packed prefix took.
-            blocks_freed=pool.get_num_free_blocks() - free_before - span.packed_blocks,
-            steps_waited=self._steps_waited.pop(request_id, 0),
+        self._news.append(Settled(request_id, request.num_prompt_tokens, reason.outcome, reason))
+
+    def _adopters(self, request: Request, span: spans.Span, error: float = 0.0) -> list[Request]:
+        """The other running requests that the packed prefix of this one serves as well."""
+        root = self._segments.root(request, self._config(request))
+        if root is None:
+            return []
+        name = request.block_hashes[span.blocks - 1]
+        return [
+            other
+            for other in self.running
+            if other is not request and self._adopts(other, root, name, span.tokens, error)
+        ]
+
+    def _adopts(self, request: Request, root: bytes, name: BlockHash, tokens: int, error: float) -> bool:
+        """Whether a request's first `tokens` are those of `name`, computed, and may be replaced by such a segment."""
+        last = tokens // self.block_size - 1
+        if (
+            request.request_id in self._settled
+            or request.status != RequestStatus.RUNNING
+            or request.num_computed_tokens < tokens
+            or len(request.block_hashes) <= last
+            or request.block_hashes[last] != name
+            or isinstance(span := self._span(request), Reason)
+        ):
+            return False
+        config = self._config(request)
+        return (
+            WORTH * span.tokens <= tokens <= request.num_prompt_tokens - config.window
+            and error <= config.max_error
+            and self._segments.root(request, config) == root
         )
 
-    def _own_blocks(self, request_id: str, span: spans.Span) -> int:
-        """How many of the span's blocks nobody else holds, and would come free."""
-        return sum(block.ref_cnt == 1 for block in self.block_lists.of(request_id)[: span.blocks])
+    def _blocks_to_free(self, request: Request, span: spans.Span) -> int:
+        """How many blocks come free if this request, and those that adopt its packed prefix, let go of the span's."""
+        holders = 1 + len(self._adopters(request, span))
+        return sum(block.ref_cnt <= holders for block in self.block_lists.of(request.request_id)[: span.blocks])
 
 
 class SculptScheduler(SculptSchedulerMixin, Scheduler):

@@ -19,24 +19,30 @@ class StockBlocks:
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._holders: Counter[BlockHash] = Counter()
-        self._counted: dict[str, tuple[Request, int]] = {}  # how many of a request's blocks are in `_holders`
+        self._counted: dict[str, int] = {}  # how many of a request's blocks are in `_holders`
+        self._names: dict[str, list[BlockHash]] = {}  # of requests whose blocks are called otherwise now
 
     def count(self, running: Iterable[tuple[Request, int]]) -> int:
         """Blocks that stock vLLM would hold for requests whose block lists have so many entries."""
         alone = 0
         for request, num_blocks in running:
-            _, before = self._counted.get(request.request_id, (request, 0))
-            full = min(len(request.block_hashes), request.num_computed_tokens // self._block_size, num_blocks)
+            request_id = request.request_id
+            before, names = self._counted.get(request_id, 0), self._names.get(request_id, request.block_hashes)
+            full = min(len(names), request.num_computed_tokens // self._block_size, num_blocks)
             if full > before:
-                self._holders.update(request.block_hashes[before:full])
-                self._counted[request.request_id] = request, full
+                self._holders.update(names[before:full])
+                self._counted[request_id] = full
             alone += num_blocks - max(full, before)
         return len(self._holders) + alone
 
-    def forget(self, request_id: str) -> None:
+    def keep_names(self, request: Request) -> None:
+        """The request's blocks are about to be called otherwise: stock vLLM would go on calling them as now."""
+        self._names.setdefault(request.request_id, list(request.block_hashes))
+
+    def forget(self, request: Request) -> None:
         """The request holds nothing any more; an unknown one is fine."""
-        request, count = self._counted.pop(request_id, (None, 0))
-        for block_hash in request.block_hashes[:count] if request is not None else ():
+        names = self._names.pop(request.request_id, request.block_hashes)
+        for block_hash in names[: self._counted.pop(request.request_id, 0)]:
             self._holders[block_hash] -= 1
             if not self._holders[block_hash]:
                 del self._holders[block_hash]

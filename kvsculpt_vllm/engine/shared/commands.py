@@ -39,12 +39,22 @@ class CancelCommand:
 
 @dataclass(frozen=True)
 class CommitCommand:
-    """From this step on, read what was solved."""
+    """From this step on, read what was solved: whoever's block list begins with it."""
 
-    request_id: str
-    row: list[int]  # the request's new block list: packed, then null (0) up to the span's length, then the tail
+    request_id: str  # it was solved for
+    first_block: int  # of the packed prefix
+    rows: dict[str, list[int]]
+    """New block lists: packed, then null (0) up to the span's length, then the tail. Of the request itself, unless it
+    has lost its blocks in this very step, and of those that adopt its packed prefix."""
     blocks_freed: int  # by how much the pool's free count rose
     steps_waited: int  # scheduler steps in which it could not begin: no blocks were free, or its own were shared
+
+
+@dataclass(frozen=True)
+class ForgetCommand:
+    """These first blocks of packed prefixes hold something else from now on."""
+
+    first_blocks: list[int]
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,8 @@ class Solved:
     attempt: int
     succeeded: bool = True  # or nothing was written that may be used
     seconds: float = 0.0  # that it took, on the slowest rank
+    error: float = 0.0  # held-out
+    by_method: bool = True  # it is what was asked for, and not selection after a failure
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,7 @@ class PoolState:
     saved: int  # that stock vLLM would hold besides; below 0 where it would hold fewer, as while a prompt is solved
     compressed: int  # requests whose prompt is compressed now
     pending: int  # requests whose prompt is computed and waits for its compression, or is in it
+    segments: int = 0  # packed prefixes that can be found
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ class Outcome(StrEnum):
         return member
 
     COMPRESSED = "compressed", "the method's entries are in use"
+    FOUND = "found", "a packed prefix that was made for another request is in use"
     SKIPPED = "skipped", "not tried, and exact"
     FALLBACK = "fallback", "tried and given up by a rule, so that the exact cache or selection is in use"
     FAILED = "failed", "the solve raised or was not finite, and the exact cache is in use"
@@ -35,6 +36,8 @@ class Reason(StrEnum):
         member._value_, member.outcome, member.meaning = name, outcome, meaning
         return member
 
+    CACHED = "cached", Outcome.FOUND, "it was found in the prefix cache, so that its tokens were not computed"
+    ADOPTED = "adopted", Outcome.FOUND, "the prompt was computed, and another one's was sculpted that begins alike"
     OFF = "off", Outcome.SKIPPED, "compression is off for the request"
     SHORT = "short", Outcome.SKIPPED, "the prompt has fewer tokens than `min_tokens`"
     NOTHING_TO_FREE = "nothing_to_free", Outcome.SKIPPED, "keep ratio 1, or a span of one block"
@@ -64,7 +67,7 @@ class Reason(StrEnum):
         "shared_blocks",
         Outcome.SKIPPED,
         "other requests share its blocks, so that letting go of them would free no more than the packed prefix takes; "
-        "while they run it is deferred, and it is skipped where all of it was found in the prefix cache",
+        "while they run it is deferred, and it is skipped where it ends before them",
     )
     EXCEPTION = "exception", Outcome.FAILED, "the solve raised an error, which the log shows"
     OUT_OF_MEMORY = "out_of_memory", Outcome.FAILED, "the solve found no memory"

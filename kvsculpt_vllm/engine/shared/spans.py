@@ -19,6 +19,10 @@ FEWEST_TRIGRAMS = 8
 """A prompt with fewer different runs of three tokens stays exact. All its queries are nearly alike, held-out ones, too,
 and an answer's are others (measured: patterns of 1 to 3 tokens have KL 0.02 to 1, of 8 and more 0.01 and less)."""
 
+MOST_SEGMENTS = 1024
+"""Packed prefixes that are kept for others to find, at most: a worker's directory has room for so many, and for one of
+every running request."""
+
 
 @dataclass(frozen=True)
 class Span:

@@ -99,7 +99,7 @@ class Compressor:
     def commit(self, command: CommitCommand, block_bytes: int) -> CompressionRecord:
         """Publish what was solved: the request's block list starts with it from now on."""
         record = self.state.solved.pop(command.request_id)
-        self.state.directory.publish(command.request_id, command.row[0])
+        self.state.directory.publish(command.request_id, command.first_block)
         return replace(
             record,
             blocks_freed=command.blocks_freed,

@@ -22,8 +22,9 @@ class Directory:
     """A table on the device of the packed prefixes that rows of a batch may begin with.
 
     It is indexed by the first block of a request's block list, so that a step needs no work of the host for each row.
-    The first block of a packed prefix is never shared (it is fresh and never hashed). The entry of block 0 stays empty,
-    because padded rows point at the null block. A prefix takes a slot; slot 0 says "none".
+    Whoever's list begins with a packed prefix's first block reads it: several requests may. The scheduler says when
+    that block holds something else. The entry of block 0 stays empty, because padded rows point at the null block. A
+    prefix takes a slot; slot 0 says "none".
     """
 
     def __init__(self, num_blocks: int, num_slots: int, num_layers: int, num_heads: int, device: torch.device) -> None:
@@ -33,10 +34,14 @@ class Directory:
             *(torch.zeros(size, dtype=torch.int64, device=device) for size in (num_blocks, shape, shape, num_slots + 1))
         )
         self._free_slots = list(range(num_slots, 0, -1))
-        self._entries: dict[str, tuple[int, int]] = {}  # request -> (first block, 0 until it is published; slot)
+        self._prepared: dict[str, int] = {}  # request -> slot
+        self._published: dict[int, int] = {}  # first block -> slot
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._prepared) + len(self._published)
+
+    def __contains__(self, first_block: int) -> bool:
+        return first_block in self._published
 
     def prepare(self, request_id: str, starts: Tensor, lengths: Tensor, span_blocks: int) -> None:
         """Write down a packed prefix that no row reads yet; starts and lengths are (L, H), in pages.
@@ -45,20 +50,24 @@ class Directory:
         """
         self.release(request_id)
         slot = self._free_slots.pop()
-        self._entries[request_id] = (0, slot)
+        self._prepared[request_id] = slot
         table = self.prefixes
         table.starts[slot], table.lengths[slot], table.span_blocks[slot] = starts, lengths, span_blocks
 
     def publish(self, request_id: str, first_block: int) -> None:
         """From now on, rows that begin with `first_block` read what was prepared."""
-        _, slot = self._entries[request_id]
-        self._entries[request_id] = (first_block, slot)
+        self.forget(first_block)
+        slot = self._published[first_block] = self._prepared.pop(request_id)
         self.prefixes.slot_of_block[first_block] = slot
 
     def release(self, request_id: str) -> None:
-        """Forget a request that lost its blocks (finished, aborted, preempted); unknown ones are fine."""
-        if (entry := self._entries.pop(request_id, None)) is not None:
-            first_block, slot = entry
+        """Forget what was prepared for a request and not published; unknown ones are fine."""
+        if (slot := self._prepared.pop(request_id, None)) is not None:
+            self._free_slots.append(slot)
+
+    def forget(self, first_block: int) -> None:
+        """The block holds something else now; one that no packed prefix begins with is fine."""
+        if (slot := self._published.pop(first_block, None)) is not None:
             self.prefixes.slot_of_block[first_block] = 0
             self._free_slots.append(slot)
 
@@ -67,7 +76,7 @@ class Directory:
 
         `first_blocks` (R,) is a block table's column 0.
         """
-        if not self._entries:
+        if not self._published:
             return None
         slots = self.prefixes.slot_of_block[first_blocks.long()]
         return slots if slots.any() else None

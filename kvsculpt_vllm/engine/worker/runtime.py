@@ -18,6 +18,7 @@ from kvsculpt_vllm.engine.compat.worker import BlockRows
 from kvsculpt_vllm.engine.shared.commands import (
     CancelCommand,
     CommitCommand,
+    ForgetCommand,
     Pace,
     SolveCommand,
     Solved,
@@ -104,20 +105,26 @@ class Runtime:
 
     def before_step(self, output: SchedulerOutput) -> None:
         """Do what the scheduler asks for, and go on with the compression in hand."""
+        commands = attached(output)
+        # First: a request that lost its blocks in this step may have solved what others read from now on.
+        for command in commands:
+            if isinstance(command, CommitCommand):
+                self._commit(command)
+            elif isinstance(command, ForgetCommand):
+                for block in command.first_blocks:
+                    self.state.directory.forget(block)
         self.state.begin_step(output)
         self._forget([*output.finished_req_ids, *(output.preempted_req_ids or ())])
-        for command in attached(output):
+        for command in commands:
             if isinstance(command, SolveCommand):
                 # The scheduler gives no second one before it has heard of the first, or its request is gone.
                 self._begin(command)
-            elif isinstance(command, CommitCommand):
-                self._commit(command)
             elif isinstance(command, CancelCommand):
                 self._forget([command.request_id])
                 self.state.unsolve(command.request_id)
             elif isinstance(command, Pace):
                 self._alone = command.alone
-            else:
+            elif not isinstance(command, CommitCommand | ForgetCommand):
                 self.ledger.hear(command)
         self._go_on_solving()
 
@@ -137,7 +144,8 @@ class Runtime:
     def _commit(self, command: CommitCommand) -> None:
         record = self.compressor.commit(command, self.block_bytes)
         self.state.samples.pop(command.request_id, None)
-        self.block_rows.replace(command.request_id, command.row)
+        for request_id, row in command.rows.items():
+            self.block_rows.replace(request_id, row)
         self.ledger.compressed(record)
         if self.ranks.is_first:
             log(record)
@@ -208,7 +216,13 @@ class Runtime:
             answer = Solved(command.request_id, command.attempt, succeeded=False)
         else:
             self.state.solved[command.request_id] = result
-            answer = Solved(command.request_id, command.attempt, seconds=result.seconds)
+            answer = Solved(
+                command.request_id,
+                command.attempt,
+                seconds=result.seconds,
+                error=result.error_after,
+                by_method=not result.fallback,
+            )
         if self.ranks.is_heard:
             self._answers.append(answer)
 

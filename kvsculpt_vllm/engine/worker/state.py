@@ -65,7 +65,11 @@ class CompressionState:
         self.block_bytes = self.geometry.num_cells * buffer[0].nbytes
         num_blocks = layer_views[0].shape[0]
         self.directory = Directory(
-            num_blocks, max_num_seqs, self.geometry.num_layers, self.geometry.num_heads, buffer.device
+            num_blocks,
+            max_num_seqs + spans.MOST_SEGMENTS + 1,
+            self.geometry.num_layers,
+            self.geometry.num_heads,
+            buffer.device,
         )
         self.samples: dict[str, QuerySample] = {}
         self.solved: dict[str, CompressionRecord] = {}  # written and not yet read
@@ -84,18 +88,19 @@ class CompressionState:
         self._computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         self._computed |= {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         for new in output.scheduled_new_reqs:
-            self.directory.release(new.req_id)
             if new.sampling_params is None:
                 continue
             num_prompt = length_from_prompt_token_ids_or_embeds(new.prompt_token_ids, new.prompt_embeds)
             config = self.config.for_request(new.sampling_params.extra_args)
             self._track(
-                new.req_id, TrackedRequest(config, num_prompt, new.sampling_params.max_tokens), new.num_computed_tokens
+                new.req_id,
+                TrackedRequest(config, num_prompt, new.sampling_params.max_tokens),
+                new.num_computed_tokens,
+                new.block_ids[0][0],
             )
-        for request_id in cached.resumed_req_ids:
-            if request_id in self._tracked:
-                self.directory.release(request_id)
-                self._track(request_id, self._tracked[request_id], self._computed[request_id])
+        for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if request_id in cached.resumed_req_ids and request_id in self._tracked and blocks is not None:
+                self._track(request_id, self._tracked[request_id], self._computed[request_id], blocks[0][0])
 
     def end_step(self) -> None:
         """What is computed until the next step begins serves no request."""
@@ -136,13 +141,15 @@ class CompressionState:
         self.unsolve(request_id)
         self.samples.pop(request_id, None)
 
-    def _track(self, request_id: str, request: TrackedRequest, num_computed: int) -> None:
+    def _track(self, request_id: str, request: TrackedRequest, num_computed: int, first_block: int) -> None:
         planned = spans.plan_span(
             request.config, request.num_prompt_tokens, self.geometry.block_size, request.max_tokens
         )
         if isinstance(planned, Reason):
             return
         self._tracked[request_id] = request
+        if first_block in self.directory:  # it was found sculpted
+            return
         like, shape = self.pages.buffer, (self.geometry.num_layers, self.num_query_heads, self.pages.head_size)
         position_bytes = math.prod(shape) * like.element_size()
         count = EFFORTS[request.config.effort].positions_for(position_bytes)

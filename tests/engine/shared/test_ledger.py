@@ -17,17 +17,20 @@ from records import RECORD
 
 def test_totals_are_the_sum_of_what_was_told():
     ledger = Ledger(block_bytes=100)
-    for reason, times in (("short", 3), ("off", 2)):
-        for i in range(times):
-            ledger.hear(Settled(f"{reason}-{i}", 10, "skipped", reason))
+    told = {"skipped": {"short": 3, "off": 2}, "found": {"cached": 2, "adopted": 1}}
+    for outcome, reasons in told.items():
+        for reason, times in reasons.items():
+            for i in range(times):
+                ledger.hear(Settled(f"{reason}-{i}", 10, outcome, reason))
     ledger.hear(Deferred("late", 800, "no_free_blocks"))
     ledger.settle("broken", 900, "failed", "exception", "ValueError: x")
     ledger.compressed(RECORD)
     ledger.compressed(replace(RECORD, request_id="again", method="select", fallback="out_of_memory", seconds=100.0))
-    ledger.hear(PoolState(total=50, used=20, saved=13, compressed=1, pending=2))
+    ledger.hear(PoolState(total=50, used=20, saved=13, compressed=1, pending=2, segments=4))
     stats = ledger.stats()
     assert stats["requests"] == {
         "compressed": {"": 1},
+        "found": {"adopted": 1, "cached": 2},
         "skipped": {"off": 2, "short": 3},
         "fallback": {"out_of_memory": 1},
         "failed": {"exception": 1},
@@ -38,7 +41,7 @@ def test_totals_are_the_sum_of_what_was_told():
     assert sum(stats["seconds"]["counts"]) == 2 and stats["seconds"]["sum"] == 101.5
     assert stats["held_out_error"]["after"]["sum"] == pytest.approx(0.04)
     assert stats["pool"] == {
-        **{"total": 50, "used": 20, "saved": 13, "compressed": 1, "pending": 2},
+        **{"total": 50, "used": 20, "saved": 13, "compressed": 1, "pending": 2, "segments": 4},
         "bytes_saved": 1300,
     }
     assert json.loads(json.dumps(stats)) == stats

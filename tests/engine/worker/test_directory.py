@@ -22,26 +22,28 @@ def publish(directory: Directory, request: str, block: int, number: int) -> None
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("abcde"), st.integers(0, NUM_BLOCKS - 1)), max_size=25))
-def test_every_block_leads_to_the_prefix_published_last_and_not_released(steps):
-    directory, published = Directory(NUM_BLOCKS, NUM_SLOTS, *SHAPE, torch.device("cpu")), {}
-    for number, (request, block) in enumerate(steps):
-        others = [b for r, (b, _) in published.items() if r != request]
-        # Block 0 (null), one that another request holds, and too many at once: the request goes away instead.
-        if block == 0 or block in others or len(others) == NUM_SLOTS:
-            directory.release(request)
-            published.pop(request, None)
+@given(st.lists(st.tuples(st.integers(0, NUM_BLOCKS - 1), st.booleans()), max_size=40))
+def test_every_block_leads_to_the_prefix_published_last_and_not_forgotten(steps):
+    directory, by_block = Directory(NUM_BLOCKS, NUM_SLOTS, *SHAPE, torch.device("cpu")), {}
+    for number, (block, abandoned) in enumerate(steps):
+        # Block 0 (null), one that holds a prefix already, and too many at once: the prefix is forgotten instead.
+        if block == 0 or block in by_block or len(by_block) == NUM_SLOTS:
+            directory.forget(block)
+            by_block.pop(block, None)
+        elif abandoned:  # prepared, and its request went away
+            directory.prepare("r", *entry(number))
+            directory.release("r")
         else:
-            publish(directory, request, block, number)
-            published[request] = block, number
-        assert len(directory) == len(published)
+            publish(directory, "r", block, number)
+            by_block[block] = number
+        assert len(directory) == len(by_block)
+        assert [b for b in range(NUM_BLOCKS) if b in directory] == sorted(by_block)
         blocks = torch.tensor([0, *reversed(range(NUM_BLOCKS)), 0], dtype=torch.int32)
         slots = directory.slots(blocks)
-        if not published:
+        if not by_block:
             assert slots is None
             continue
         packed = directory.entries(slots)
-        by_block = dict(published.values())
         for row, block in enumerate(blocks.tolist()):
             assert (slots[row] > 0) == (block in by_block)
             if block in by_block:
@@ -60,10 +62,12 @@ def test_a_batch_without_packed_rows_takes_the_stock_path():
     assert directory.slots(torch.tensor([1, 5, 0])).bool().tolist() == [False, True, False]
 
 
-def test_there_are_as_many_slots_as_requests_at_once():
+def test_there_are_as_many_slots_as_prefixes_at_once():
     directory = Directory(NUM_BLOCKS, NUM_SLOTS, *SHAPE, torch.device("cpu"))
     for number in range(NUM_SLOTS):
         publish(directory, str(number), number + 1, number)
-    publish(directory, "0", 8, 7)  # a second time: no slot more
+    directory.forget(1)
+    directory.prepare("0", *entry(7))
+    directory.prepare("0", *entry(8))  # a second time: no slot more
     with pytest.raises(IndexError):
         directory.prepare("one too many", *entry(9))

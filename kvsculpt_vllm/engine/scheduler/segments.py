@@ -1,0 +1,177 @@
+"""The segments there are: packed prefixes in vLLM's own pool, found by what they stand for, shared, evicted by age.
+
+A segment is to a sculpted cache what a block is to an exact one. Its packed blocks are hashed under names of their own,
+so that vLLM's pool does the rest: blocks that nobody holds any more stay until their memory is needed, the oldest
+going first, `reset_prefix_cache` drops them, and who finds them holds them by their reference count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
+from vllm.v1.request import Request
+
+from kvsculpt_vllm.config import CompressionConfig
+from kvsculpt_vllm.engine.compat.scheduler import insert_hash, when_reused
+
+FORMAT = 1
+"""Changes with whatever makes packed entries of before unreadable or other than they would be now."""
+
+WORTH = 0.5
+"""A segment that stands for less of a prompt's span is not used: what is behind it would stay exact, and the prompt
+hold more than if it were sculpted anew."""
+
+
+@dataclass(eq=False)
+class Segment:
+    """An immutable stand-in for the first tokens of a prompt."""
+
+    key: bytes
+    root: bytes
+    tokens: int  # that it stands for, whole blocks
+    blocks: int  # that those tokens took
+    packed: list[KVCacheBlock]
+    error: float  # held-out
+    shared: bool  # its blocks are hashed, so that it is found by others and outlives its holders
+    holders: set[str] = field(default_factory=set)  # requests whose block lists begin with it
+    alive: bool = True
+
+    def row(self, null_block: KVCacheBlock) -> list[KVCacheBlock]:
+        """What a block list begins with."""
+        return self.packed + [null_block] * (self.blocks - len(self.packed))
+
+    @property
+    def name(self) -> BlockHash:
+        """The hash that blocks behind it are named after, so that only requests that begin with it find them."""
+        return BlockHash(self.key)
+
+
+class Segments:
+    """All of them, by the prompts they serve."""
+
+    def __init__(self, pool: BlockPool, model: str, calibration: str, block_size: int, most: int) -> None:
+        """`model` and `calibration` are what entries depend on besides a request's settings; `most` segments are kept,
+        as a worker's directory has room for no more.
+        """
+        self._pool, self._block_size, self._most = pool, block_size, most
+        self._of_server = [FORMAT, model, calibration, block_size]
+        self._by_key: dict[bytes, Segment] = {}  # the oldest first
+        self._held: dict[str, Segment] = {}
+        self._lengths: dict[bytes, Counter[int]] = {}  # of the shared ones, by root
+        self._gone: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def root(self, request: Request, config: CompressionConfig) -> bytes | None:
+        """What a segment's name begins with: everything but tokens that its entries depend on, and who may share it.
+
+        Not the effort: a segment that took more serves everyone. None for a prompt whose tokens do not tell all of it.
+        """
+        if not self._pool.enable_caching or request.prompt_token_ids is None or request.mm_features:
+            return None
+        lora = request.lora_request
+        parts = [
+            *(*self._of_server, config.method, config.keep_ratio, config.budget, config.sink),
+            None if lora is None else [lora.lora_name, lora.lora_int_id, lora.lora_path],
+            request.cache_salt,
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).digest()
+
+    def key(self, request: Request, root: bytes, tokens: int) -> bytes:
+        """The name of the segment that stands for the first `tokens` of a request."""
+        return next(self._keys(request, root, [tokens]))
+
+    def find(self, request: Request, config: CompressionConfig, span_tokens: int) -> Segment | None:
+        """The longest segment that serves a prompt whose span has so many tokens."""
+        root = self.root(request, config)
+        if root is None or root not in self._lengths:
+            return None
+        window = request.num_prompt_tokens - config.window
+        lengths = sorted(n for n in self._lengths[root] if WORTH * span_tokens <= n <= window)
+        for key in reversed(list(self._keys(request, root, lengths))):
+            segment = self._by_key.get(key)
+            if segment is not None and segment.error <= config.max_error:
+                return segment
+        return None
+
+    def add(self, segment: Segment, first_holder: str) -> None:
+        """A segment that was just made."""
+        if segment.key in self._by_key:  # made twice at once: the older one goes on for those that hold it
+            segment.shared = False
+        if segment.shared:
+            for i, block in enumerate(segment.packed):
+                name = hashlib.sha256(segment.key + i.to_bytes(4, "little")).digest()
+                insert_hash(self._pool, BlockHash(name), block)
+                when_reused(self._pool, block, lambda _: self._end(segment))
+            self._by_key[segment.key] = segment
+            self._lengths.setdefault(segment.root, Counter())[segment.tokens] += 1
+        self.hold(segment, first_holder)
+        for old in list(self._by_key.values()):
+            if len(self._by_key) <= self._most:
+                break
+            if not old.holders:
+                self._end(old)
+
+    def hold(self, segment: Segment, request_id: str) -> None:
+        """The request's block list begins with it from now on."""
+        segment.holders.add(request_id)
+        self._held[request_id] = segment
+        if segment.shared:  # the one used last goes last
+            self._by_key[segment.key] = self._by_key.pop(segment.key)
+
+    def held_by(self, request_id: str) -> Segment | None:
+        """What a request's block list begins with."""
+        return self._held.get(request_id)
+
+    def release(self, request_id: str) -> None:
+        """The request loses its blocks; one that holds no segment is fine."""
+        segment = self._held.pop(request_id, None)
+        if segment is not None:
+            segment.holders.discard(request_id)
+            if not segment.holders and not segment.shared:
+                self._end(segment)
+
+    def drop(self, segment: Segment) -> None:
+        """It was never published: nobody may find it."""
+        self._end(segment)
+
+    def gone(self) -> list[int]:
+        """First blocks of the segments that have ended since the last call: what they hold now is something else."""
+        gone, self._gone = self._gone, []
+        return gone
+
+    def alive(self) -> Iterator[Segment]:
+        """Those that somebody holds or may find."""
+        yield from {id(segment): segment for segment in (*self._by_key.values(), *self._held.values())}.values()
+
+    def _keys(self, request: Request, root: bytes, lengths: list[int]) -> Iterator[bytes]:
+        """Names of the segments that would stand for so many tokens, ascending."""
+        digest, done, tokens = hashlib.sha256(root), 0, request.prompt_token_ids or []
+        for length in lengths:
+            digest.update(array("i", tokens[done:length]).tobytes())
+            done = length
+            yield digest.digest()
+
+    def _end(self, segment: Segment) -> None:
+        """One of its blocks is another's now, or it is not wanted any more."""
+        if not segment.alive:
+            return
+        segment.alive = False
+        self._gone.append(segment.packed[0].block_id)
+        if segment.shared:
+            del self._by_key[segment.key]
+            lengths = self._lengths[segment.root]
+            lengths[segment.tokens] -= 1
+            if not lengths[segment.tokens]:
+                del lengths[segment.tokens]
+            if not lengths:
+                del self._lengths[segment.root]
+            self._pool.evict_blocks({block.block_id for block in segment.packed})
