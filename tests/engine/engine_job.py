@@ -251,7 +251,14 @@ def run(job: dict, llm, tokens: list[int]) -> dict:
         return next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
 
     preempted = preemptions()
-    result = {"tokens": [], "samples": [], "free": [], "cached": [], "free_at_start": pool.get_num_free_blocks()}
+    result = {
+        "tokens": [],
+        "told": [],
+        "samples": [],
+        "free": [],
+        "cached": [],
+        "free_at_start": pool.get_num_free_blocks(),
+    }
     for b, batch in enumerate(job["batches"]):
         ids, final, samples, free = [f"{b}-{r}" for r in range(len(batch))], {}, {}, []
         waiting = dict(zip(ids, batch, strict=True))
@@ -277,6 +284,7 @@ def run(job: dict, llm, tokens: list[int]) -> dict:
             free.append(pool.get_num_free_blocks())
             if len(free) == job.get("abort_after"):
                 engine.abort_request(ids)
+        result["told"].append([(final[i].kv_transfer_params or {}).get("kv_compression") for i in ids])
         result["tokens"].append([list(final[i].outputs[0].token_ids) for i in ids])
         result["samples"].append([[samples[i][n] for n in sorted(samples[i])] for i in ids])
         result["cached"].append([final[i].num_cached_tokens for i in ids])

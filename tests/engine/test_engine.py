@@ -101,6 +101,12 @@ def test_a_segment_that_is_found_or_adopted_gives_the_tokens_of_stock_vllm(run_e
     assert stories["1-1"] == ("skipped", "off")
     assert sorted(stories[f"3-{i}"] for i in range(3)) == [("compressed", ""), *[("found", "adopted")] * 2]
     assert stories["4-0"] == ("compressed", "")
+    # Each answer says so itself.
+    assert [[(told["outcome"], told["reason"]) for told in batch] for batch in ours["told"]] == [
+        [stories[f"{b}-{r}"] for r in range(len(batch))] for b, batch in enumerate(batches)
+    ]
+    assert (ours["told"][0][0]["tokens_sculpted"], ours["told"][1][0]["tokens_found"]) == (span, span)
+    assert ours["told"][0][0]["entries_held"] == ours["told"][1][0]["entries_held"] == span  # the identity keeps all
     assert ours["free"][-1][-1] == ours["free_at_start"]
 
 

@@ -43,6 +43,36 @@ def test_a_chat_request_is_sculpted_and_answers_from_the_document(server, client
     assert "kvsculpt: request" in server.log.read_text()
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": document()}], "max_tokens": 8}),
+        ("/v1/completions", {"prompt": document(), "max_tokens": 8}),
+        ("/v1/responses", {"input": document(), "max_output_tokens": 8}),
+    ],
+)
+def test_an_answer_tells_what_became_of_its_prompt_and_a_second_one_finds_it_sculpted(post, path, body):
+    def ask(**settings):
+        given = {"cache_salt": path, "temperature": 0, "vllm_xargs": settings}
+        answer = json.loads(post(path, body | given))
+        usage = answer["usage"]
+        details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
+        return answer["kv_transfer_params"]["kv_compression"], details.get("cached_tokens")
+
+    exact, _ = ask(kv_compression="none")
+    first, _ = ask()
+    again, cached = ask()
+    assert (exact["outcome"], exact["reason"]) == ("skipped", "off")
+    assert (first["outcome"], first["tokens_found"]) == ("compressed", 0)
+    assert 1024 < first["tokens_sculpted"] <= first["prompt_tokens"] - 64
+    assert 0 < first["held_out_error"] < 0.1
+    assert (again["outcome"], again["reason"], again["tokens_sculpted"]) == ("found", "cached", 0)
+    assert again["tokens_found"] == first["tokens_sculpted"]
+    assert again["entries_held"] == first["entries_held"] < 0.35 * first["tokens_sculpted"]
+    assert again["held_out_error"] == first["held_out_error"]
+    assert cached is None or cached >= again["tokens_found"]
+
+
 def test_a_request_chooses_for_itself(client, get):
     def ask(**settings):
         completion = client.completions.create(

@@ -140,6 +140,10 @@ class SchedulerHooks(Scheduler):
         """Tokens to compute now, of `num_tokens` after which `num_left` known ones would be left."""
         raise NotImplementedError
 
+    def tell(self, request: Request) -> dict[str, Any] | None:
+        """What the answer of a request that has ended says of it, in its field `kv_transfer_params`."""
+        raise NotImplementedError
+
     def forget(self, request: Request) -> None:
         """The request's blocks are about to go back to the pool."""
         raise NotImplementedError
@@ -162,4 +166,6 @@ class SchedulerHooks(Scheduler):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.forget(request)
-        return super()._free_request(request, *args, **kwargs)
+        transfer, encoder = super()._free_request(request, *args, **kwargs)
+        # What a KV connector would tell the client; there is none (refused).
+        return self.tell(request) if transfer is None else transfer, encoder

@@ -22,6 +22,7 @@ from kvsculpt_vllm.engine.compat.scheduler import GROUP, SchedulerHooks, name_by
 from kvsculpt_vllm.engine.scheduler.segments import WORTH, Segment, Segments
 from kvsculpt_vllm.engine.scheduler.speed import Speed
 from kvsculpt_vllm.engine.scheduler.stock_blocks import StockBlocks
+from kvsculpt_vllm.engine.scheduler.story import Story
 from kvsculpt_vllm.engine.shared import spans
 from kvsculpt_vllm.engine.shared.commands import (
     CancelCommand,
@@ -69,6 +70,7 @@ class SculptSchedulerMixin(SchedulerHooks):
         self._plans: dict[str, spans.Span | Reason] = {}
         self._pending: dict[str, Pending] = {}
         self._attempts = count()
+        self._stories: dict[str, Story] = {}
         self._settled: set[str] = set()  # being compressed, compressed, or to stay exact
         self._steps_waited: Counter[str] = Counter()
         self._shared: set[str] = set()  # found in the prefix cache as a whole, and not worth a compression
@@ -252,6 +254,11 @@ class SculptSchedulerMixin(SchedulerHooks):
         self._shared.discard(request_id)
         self._shortened.pop(request_id, None)
 
+    def tell(self, request: Request) -> dict[str, Any] | None:
+        """What became of a prompt whose request has ended; None for one that was never begun."""
+        story = self._stories.pop(request.request_id, None)
+        return None if story is None else story.told(request.num_prompt_tokens)
+
     def _span(self, request: Request) -> spans.Span | Reason:
         """What is to be compressed of a request, or why nothing is."""
         if request.request_id not in self._plans:
@@ -275,6 +282,7 @@ class SculptSchedulerMixin(SchedulerHooks):
 
     def _skip(self, request: Request, reason: Reason) -> None:
         self._news.append(Settled(request.request_id, request.num_prompt_tokens, Outcome.SKIPPED, reason))
+        self._stories[request.request_id] = Story(Outcome.SKIPPED, reason)
 
     def _pool_state(self) -> PoolState:
         pool = self.kv_cache_manager.block_pool
@@ -365,6 +373,8 @@ class SculptSchedulerMixin(SchedulerHooks):
             self._speed.heard(pending.config, pending.span.tokens, solved.seconds)
         else:
             self._drop(solved.request_id)
+            reason = solved.reason or Reason.EXCEPTION
+            self._stories[solved.request_id] = Story(reason.outcome, reason)
 
     def _drop(self, request_id: str) -> None:
         """Give back what was taken for a packed prefix that will not be used."""
@@ -409,6 +419,12 @@ class SculptSchedulerMixin(SchedulerHooks):
             self._begin_with(segment, adopter)
             self._hold(adopter, segment, Reason.ADOPTED)
         self._compressed.add(request.request_id)
+        self._stories[request.request_id] = Story(
+            Outcome.COMPRESSED if solved.by_method else Outcome.FALLBACK,
+            tokens_sculpted=span.tokens,
+            entries_held=span.packed_blocks * self.block_size,
+            held_out_error=solved.error,
+        )
         return CommitCommand(
             request_id=request.request_id,
             first_block=segment.packed[0].block_id,
@@ -440,6 +456,13 @@ class SculptSchedulerMixin(SchedulerHooks):
         self._settled.add(request_id)
         self._compressed.add(request_id)
         self._news.append(Settled(request_id, request.num_prompt_tokens, reason.outcome, reason))
+        self._stories[request_id] = Story(
+            reason.outcome,
+            reason,
+            tokens_found=segment.tokens,
+            entries_held=len(segment.packed) * self.block_size,
+            held_out_error=segment.error,
+        )
 
     def _adopters(self, request: Request, span: spans.Span, error: float = 0.0) -> list[Request]:
         """The other running requests that the packed prefix of this one serves as well."""

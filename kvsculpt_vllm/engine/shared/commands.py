@@ -67,6 +67,7 @@ class Solved:
     seconds: float = 0.0  # that it took, on the slowest rank
     error: float = 0.0  # held-out
     by_method: bool = True  # it is what was asked for, and not selection after a failure
+    reason: Reason | None = None  # why it failed
 
 
 @dataclass(frozen=True)

@@ -386,7 +386,18 @@ class Machine(RuleBasedStateMachine):
         assert self.worker.pool == PoolState(self.blocks - 1, 0, 0, 0, 0, segments)
         # Nothing is remembered of a request that has gone.
         known = vars(self.scheduler)
-        names = ("plans", "found", "renamed", "shared", "shortened", "steps_waited", "settled", "compressed", "pending")
+        names = (
+            "plans",
+            "found",
+            "renamed",
+            "shared",
+            "shortened",
+            "steps_waited",
+            "settled",
+            "compressed",
+            "pending",
+            "stories",
+        )
         assert not any(known[f"_{name}"] for name in names)
         assert not any(vars(self.scheduler._stock_blocks)[name] for name in ("_holders", "_counted", "_names"))
         # What is kept for others can be dropped.
