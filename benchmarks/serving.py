@@ -299,6 +299,8 @@ def main(
     prompts = prompts_of(read_text(text), directory, prompt_tokens, max(3 * sequences, *concurrency))
     flags = ["--kv-compression", "sculpt", "--kv-compression-keep-ratio", str(keep_ratio)]
     flags += ["--kv-compression-effort", effort]
+    # On a CPU a compression takes seconds: in slices of the default bound the answers would be over before their turn.
+    flags += ["--kv-compression-max-stall-ms", "60000"]
     results: dict[str, Any] = {
         "model": model,
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
