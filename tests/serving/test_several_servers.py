@@ -48,10 +48,9 @@ def requests_told(server):
 
 def test_every_server_tells_the_engines_numbers(pair):
     client = OpenAI(base_url=f"{pair.address}/v1", api_key="unused", max_retries=0)
-    for length in (200, 20, 210, 220):
-        client.completions.create(
-            model="tiny", prompt=list(range(200, 200 + length)), max_tokens=4, extra_body={"ignore_eos": True}
-        )
+    for length in (200, 20, 210, 220):  # no two begin alike
+        prompt = list(range(10 * length, 11 * length))
+        client.completions.create(model="tiny", prompt=prompt, max_tokens=4, extra_body={"ignore_eos": True})
     # Each scrape is a connection of its own, which either server may take.
     told = [requests_told(pair) for _ in range(8)]
     assert all(samples["compressed", ""] == 3 and samples["skipped", "short"] == 1 for samples in told)

@@ -8,7 +8,7 @@ import pytest
 from jobs import on, request
 from kvsculpt_vllm.kernels.paged_attention import MOST_PARTS, parts_for
 
-ON = on(min_tokens=128, window=32)
+ON = on(min_tokens=128, window=32, max_stall_ms=60_000)
 
 # Float32, so that other kernels' rounding changes no token. The second prompt, too short to be compressed, is computed
 # beside the first one's decoding from packed pages.
