@@ -26,12 +26,12 @@ NEVER_HASH = 1 << 30
 """More cached blocks than a request can have: vLLM then never hashes the approximated tail."""
 
 
-def insert_hash(pool: BlockPool, block_hash: BlockHash, block: KVCacheBlock) -> None:
+def insert_hash(pool: BlockPool, block_hash: BlockHash, block: KVCacheBlock, num_tokens: int | None = None) -> None:
     """Name a block's content, so that `pool.get_cached_block` finds it until the pool needs its memory.
 
     Can go when vLLM's pool lets a block be cached under a hash that is not of a request's tokens.
     """
-    pool._insert_block_hash(make_block_hash_with_group_id(block_hash, GROUP), block, None)
+    pool._insert_block_hash(make_block_hash_with_group_id(block_hash, GROUP), block, num_tokens)
 
 
 def when_reused(pool: BlockPool, block: KVCacheBlock, do: Callable[[KVCacheBlock], None]) -> None:
@@ -94,7 +94,8 @@ class BlockLists:
             block = blocks[index]
             if block.ref_cnt == 1:
                 self.pool.evict_blocks({block.block_id})
-                insert_hash(self.pool, request.block_hashes[index], block)
+                num_tokens = (index + 1) * self._manager.block_size
+                insert_hash(self.pool, request.block_hashes[index], block, num_tokens)
         self._manager.num_cached_block[request.request_id] = max(first, full)
 
 

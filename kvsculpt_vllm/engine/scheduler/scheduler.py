@@ -25,6 +25,7 @@ from kvsculpt_vllm.engine.scheduler.stock_blocks import StockBlocks
 from kvsculpt_vllm.engine.scheduler.story import Story
 from kvsculpt_vllm.engine.shared import spans
 from kvsculpt_vllm.engine.shared.commands import (
+    AdoptCommand,
     CancelCommand,
     CommitCommand,
     Deferred,
@@ -68,6 +69,8 @@ class SculptSchedulerMixin(SchedulerHooks):
         check_kv_cache_config(self.kv_cache_config)
         self.compression = CompressionConfig.from_additional_config(self.vllm_config.additional_config)
         self._plans: dict[str, spans.Span | Reason] = {}
+        self._configs: dict[str, CompressionConfig] = {}
+        self._looked_at: dict[str, int] = {}  # how many segments there had been when a request was last looked up
         self._pending: dict[str, Pending] = {}
         self._attempts = count()
         self._stories: dict[str, Story] = {}
@@ -94,8 +97,13 @@ class SculptSchedulerMixin(SchedulerHooks):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         num_running, num_waiting = self.get_request_counts()
-        self._alone = num_running + num_waiting == 1
-        commands: list[CommitCommand | SolveCommand] = [*self._commit_solved(), *self._start_one()]
+        # One engine of several (data parallel) keeps step with the others, whose requests it does not see.
+        self._alone = num_running + num_waiting == 1 and self.vllm_config.parallel_config.data_parallel_size == 1
+        commands: list[CommitCommand | AdoptCommand | SolveCommand] = [
+            *self._commit_solved(),
+            *self._adopt_later(),
+            *self._start_one(),
+        ]
         output = super().schedule(*args, **kwargs)
         meant = [*self._still_meant(commands), *self._cancel_what_does_not_pay()]
         gone = [ForgetCommand(blocks)] if (blocks := self._segments.gone()) else []
@@ -104,11 +112,13 @@ class SculptSchedulerMixin(SchedulerHooks):
         attach(output, [*meant, *gone, *pace, *news, self._pool_state()])
         return output
 
-    def _still_meant(self, commands: list[CommitCommand | SolveCommand]) -> Iterator[CommitCommand | SolveCommand]:
+    def _still_meant(
+        self, commands: list[CommitCommand | AdoptCommand | SolveCommand]
+    ) -> Iterator[CommitCommand | AdoptCommand | SolveCommand]:
         """Without what is for requests preempted in this very step: they have lost their blocks again."""
         running = {request.request_id for request in self.running} if commands else set()
         for command in commands:
-            if isinstance(command, CommitCommand):
+            if isinstance(command, CommitCommand | AdoptCommand):
                 rows = {request_id: row for request_id, row in command.rows.items() if request_id in running}
                 yield replace(command, rows=rows)
             elif command.request_id in running:
@@ -122,21 +132,19 @@ class SculptSchedulerMixin(SchedulerHooks):
     def find_prefix(self, request: Request) -> tuple[KVCacheBlocks, int] | None:
         """The segment that a prompt begins with, and what follows it in the prefix cache."""
         request_id = request.request_id
-        self._found.pop(request_id, None)  # a waiting request is looked up anew at every step
-        if request_id in self._renamed:
-            self._renamed.discard(request_id)
-            name_by_tokens(request)
-        span = self._span(request)
-        if isinstance(span, Reason):
-            return None
-        if not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
-            return None
-        segment = self._segments.find(request, self._config(request), span.tokens)
-        if segment is None:
-            return None
+        before = self._found.pop(request_id, None)  # a waiting request is looked up anew at every step
+        segment = self._segment_for(request)
+        if segment is None or segment is not before:
+            if request_id in self._renamed:
+                self._renamed.discard(request_id)
+                name_by_tokens(request)
+            if segment is None:
+                return None
+            self._rename(request)
+            name_from(request, segment.blocks, segment.name)
         self._found[request_id] = segment
-        self._rename(request)
-        name_from(request, segment.blocks, segment.name)
+        self._shortened.pop(request_id, None)
+        self._shared.discard(request_id)
         pool = self.kv_cache_manager.block_pool
         row = segment.row(pool.null_block)
         for block_hash in request.block_hashes[segment.blocks : (request.num_tokens - 1) // self.block_size]:
@@ -144,6 +152,12 @@ class SculptSchedulerMixin(SchedulerHooks):
                 break
             row += cached
         return KVCacheBlocks((row,)), len(row) * self.block_size
+
+    def _segment_for(self, request: Request) -> Segment | None:
+        span = self._span(request)
+        if isinstance(span, Reason) or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
+            return None
+        return self._segments.find(request, self._config(request), span.tokens)
 
     def _rename(self, request: Request) -> None:
         """The names of its blocks are about to change."""
@@ -248,6 +262,8 @@ class SculptSchedulerMixin(SchedulerHooks):
         if request.is_finished():
             self._renamed.discard(request_id)
             self._plans.pop(request_id, None)
+            self._configs.pop(request_id, None)
+            self._looked_at.pop(request_id, None)
         self._compressed.discard(request_id)
         self._stock_blocks.forget(request)
         self._steps_waited.pop(request_id, None)
@@ -271,14 +287,18 @@ class SculptSchedulerMixin(SchedulerHooks):
             return Reason.NO_SAMPLING
         config = self._config(request)
         planned = spans.plan_span(config, request.num_prompt_tokens, self.block_size, params.max_tokens)
-        tokens = request.prompt_token_ids  # None for a prompt of embeddings
+        # The tokens of embeddings are placeholders, or not there.
+        tokens = request.prompt_token_ids if request.prompt_embeds is None else None
         if isinstance(planned, spans.Span) and tokens is not None and spans.is_repetition(tokens):
             return Reason.REPETITION
         return planned
 
     def _config(self, request: Request) -> CompressionConfig:
-        assert request.sampling_params is not None  # `_span` lets no other request through
-        return self.compression.for_request(request.sampling_params.extra_args)
+        if request.request_id not in self._configs:
+            params = request.sampling_params
+            extra_args = None if params is None else params.extra_args
+            self._configs[request.request_id] = self.compression.for_request(extra_args)
+        return self._configs[request.request_id]
 
     def _skip(self, request: Request, reason: Reason) -> None:
         self._news.append(Settled(request.request_id, request.num_prompt_tokens, Outcome.SKIPPED, reason))
@@ -307,12 +327,7 @@ class SculptSchedulerMixin(SchedulerHooks):
         self._waiting = 0
         busy = any(not pending.solved for pending in self._pending.values())
         for request in self.running:
-            if (
-                request.request_id in self._settled
-                or request.status != RequestStatus.RUNNING
-                or request.is_prefill_chunk
-                or request.num_computed_tokens < request.num_prompt_tokens
-            ):
+            if request.request_id in self._settled or not self._is_computed(request):
                 continue
             if isinstance(span := self._span(request), Reason):
                 self._settled.add(request.request_id)
@@ -335,16 +350,18 @@ class SculptSchedulerMixin(SchedulerHooks):
         """
         config = self._config(request)
         pool, blocks = self.kv_cache_manager.block_pool, self.block_lists.of(request.request_id)
-        if not span.pays(self._blocks_to_free(request, span)):
-            self._defer(request, Reason.SHARED_BLOCKS, "it would free no more blocks than it takes, others share them")
-            return None
         free = pool.get_num_free_blocks()
         if free < span.packed_blocks:
             self._defer(request, Reason.NO_FREE_BLOCKS, f"{span.packed_blocks} free blocks needed, {free} there")
             return None
         steps = self._speed.steps(config, span.tokens)
         if not self._alone and steps >= request.max_tokens - request.num_output_tokens:
-            self._defer(request, Reason.ENDS_TOO_SOON, f"its answer would end before the {steps} steps it takes")
+            if self._defer(request, Reason.ENDS_TOO_SOON, f"its answer would end before the {steps} steps it takes"):
+                self._speed.doubt(config)
+            return None
+        # The dearest question last: it is asked of every waiting request at every step.
+        if not span.pays(self._blocks_to_free(request, span)):
+            self._defer(request, Reason.SHARED_BLOCKS, "it would free no more blocks than it takes, others share them")
             return None
         pending = Pending(next(self._attempts), config, span, pool.get_new_blocks(span.packed_blocks))
         self._pending[request.request_id] = pending
@@ -357,12 +374,14 @@ class SculptSchedulerMixin(SchedulerHooks):
             packed=[block.block_id for block in pending.packed],
         )
 
-    def _defer(self, request: Request, reason: Reason, cause: str) -> None:
-        """It goes on uncompressed and is looked at again in the next step."""
-        if request.request_id not in self._steps_waited:
+    def _defer(self, request: Request, reason: Reason, cause: str) -> bool:
+        """It goes on uncompressed and is looked at again in the next step. Returns whether that is the first time."""
+        first_time = request.request_id not in self._steps_waited
+        if first_time:
             logger.info("kvsculpt: request %s waits uncompressed: %s", printable(request.request_id), cause)
             self._news.append(Deferred(request.request_id, request.num_prompt_tokens, reason))
         self._steps_waited[request.request_id] += 1
+        return first_time
 
     def _hear(self, solved: Solved) -> None:
         pending = self._pending.get(solved.request_id)
@@ -400,7 +419,6 @@ class SculptSchedulerMixin(SchedulerHooks):
     def _commit(self, request: Request, pending: Pending, solved: Solved) -> CommitCommand:
         """What was solved is a segment now: the request's block list begins with it, and so do those that adopt it."""
         pool, span = self.kv_cache_manager.block_pool, pending.span
-        adopters = self._adopters(request, span, solved.error) if solved.by_method else []
         root = self._segments.root(request, pending.config)
         segment = Segment(
             key=b"" if root is None else self._segments.key(request, root, span.tokens),
@@ -408,16 +426,14 @@ class SculptSchedulerMixin(SchedulerHooks):
             tokens=span.tokens,
             blocks=span.blocks,
             packed=pending.packed,
+            effort=pending.config.effort,
             error=solved.error,
             shared=root is not None and solved.by_method,
         )
         self._segments.add(segment, request.request_id)
         free_before = pool.get_num_free_blocks()
         self._begin_with(segment, request)
-        for adopter in adopters:
-            pool.touch(segment.packed)
-            self._begin_with(segment, adopter)
-            self._hold(adopter, segment, Reason.ADOPTED)
+        readers = [request, *self._adopt()]
         self._compressed.add(request.request_id)
         self._stories[request.request_id] = Story(
             Outcome.COMPRESSED if solved.by_method else Outcome.FALLBACK,
@@ -428,14 +444,45 @@ class SculptSchedulerMixin(SchedulerHooks):
         return CommitCommand(
             request_id=request.request_id,
             first_block=segment.packed[0].block_id,
-            rows={
-                r.request_id: [block.block_id for block in self.block_lists.of(r.request_id)]
-                for r in (request, *adopters)
-            },
+            rows={reader.request_id: self._row(reader) for reader in readers},
             # Counted with the blocks that the packed prefix took.
             blocks_freed=pool.get_num_free_blocks() - free_before - span.packed_blocks,
             steps_waited=self._steps_waited.pop(request.request_id, 0),
         )
+
+    def _adopt_later(self) -> Iterator[AdoptCommand]:
+        """For those that were being computed when the segment was made."""
+        if adopted := self._adopt():
+            yield AdoptCommand({request.request_id: self._row(request) for request in adopted})
+
+    def _adopt(self) -> list[Request]:
+        """Let computed requests begin with a segment that was made since they were looked up."""
+        adopted = []
+        for request in self.running:
+            if (
+                request.request_id in self._settled
+                or self._looked_at.get(request.request_id, 0) == self._segments.version
+                or not self._is_computed(request)
+            ):
+                continue
+            self._looked_at[request.request_id] = self._segments.version
+            if segment := self._segment_for(request):
+                self.kv_cache_manager.block_pool.touch(segment.packed)
+                self._begin_with(segment, request)
+                self._hold(request, segment, Reason.ADOPTED)
+                adopted.append(request)
+        return adopted
+
+    def _is_computed(self, request: Request) -> bool:
+        """Whether all of a running request's prompt has been given to the workers."""
+        return (
+            request.status == RequestStatus.RUNNING
+            and not request.is_prefill_chunk
+            and request.num_computed_tokens >= request.num_prompt_tokens
+        )
+
+    def _row(self, request: Request) -> list[int]:
+        return [block.block_id for block in self.block_lists.of(request.request_id)]
 
     def _begin_with(self, segment: Segment, request: Request) -> None:
         """Rewrite a block list, and free what it began with."""
@@ -464,25 +511,22 @@ class SculptSchedulerMixin(SchedulerHooks):
             held_out_error=segment.error,
         )
 
-    def _adopters(self, request: Request, span: spans.Span, error: float = 0.0) -> list[Request]:
-        """The other running requests that the packed prefix of this one serves as well."""
+    def _adopters(self, request: Request, span: spans.Span) -> list[Request]:
+        """The other running requests that a packed prefix of this one's may serve as well."""
         root = self._segments.root(request, self._config(request))
         if root is None:
             return []
         name = request.block_hashes[span.blocks - 1]
         return [
-            other
-            for other in self.running
-            if other is not request and self._adopts(other, root, name, span.tokens, error)
+            other for other in self.running if other is not request and self._may_adopt(other, root, name, span.tokens)
         ]
 
-    def _adopts(self, request: Request, root: bytes, name: BlockHash, tokens: int, error: float) -> bool:
+    def _may_adopt(self, request: Request, root: bytes, name: BlockHash, tokens: int) -> bool:
         """Whether a request's first `tokens` are those of `name`, computed, and may be replaced by such a segment."""
         last = tokens // self.block_size - 1
         if (
             request.request_id in self._settled
-            or request.status != RequestStatus.RUNNING
-            or request.num_computed_tokens < tokens
+            or not self._is_computed(request)
             or len(request.block_hashes) <= last
             or request.block_hashes[last] != name
             or isinstance(span := self._span(request), Reason)
@@ -491,7 +535,6 @@ class SculptSchedulerMixin(SchedulerHooks):
         config = self._config(request)
         return (
             WORTH * span.tokens <= tokens <= request.num_prompt_tokens - config.window
-            and error <= config.max_error
             and self._segments.root(request, config) == root
         )
 

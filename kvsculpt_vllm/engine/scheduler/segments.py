@@ -13,6 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
@@ -20,6 +21,7 @@ from vllm.v1.request import Request
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.compat.scheduler import insert_hash, when_reused
+from kvsculpt_vllm.sculpt.effort import EFFORTS
 
 FORMAT = 1
 """Changes with whatever makes packed entries of before unreadable or other than they would be now."""
@@ -38,10 +40,17 @@ class Segment:
     tokens: int  # that it stands for, whole blocks
     blocks: int  # that those tokens took
     packed: list[KVCacheBlock]
+    effort: str  # that it took
     error: float  # held-out
     shared: bool  # its blocks are hashed, so that it is found by others and outlives its holders
+    serial: int = field(default_factory=count().__next__)  # tells it from another one of the same key
     holders: set[str] = field(default_factory=set)  # requests whose block lists begin with it
     alive: bool = True
+
+    def serves(self, config: CompressionConfig) -> bool:
+        """Whether it is as good as a request asks for."""
+        efforts = list(EFFORTS)
+        return self.error <= config.max_error and efforts.index(self.effort) >= efforts.index(config.effort)
 
     def row(self, null_block: KVCacheBlock) -> list[KVCacheBlock]:
         """What a block list begins with."""
@@ -49,8 +58,10 @@ class Segment:
 
     @property
     def name(self) -> BlockHash:
-        """The hash that blocks behind it are named after, so that only requests that begin with it find them."""
-        return BlockHash(self.key)
+        """The hash that blocks behind it are named after, so that only requests that begin with it find them: not those
+        that begin with another one, made later for the same tokens.
+        """
+        return BlockHash(hashlib.sha256(self.key + self.serial.to_bytes(8, "little")).digest())
 
 
 class Segments:
@@ -66,6 +77,7 @@ class Segments:
         self._held: dict[str, Segment] = {}
         self._lengths: dict[bytes, Counter[int]] = {}  # of the shared ones, by root
         self._gone: list[int] = []
+        self.version = 0  # how many were made
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -73,9 +85,11 @@ class Segments:
     def root(self, request: Request, config: CompressionConfig) -> bytes | None:
         """What a segment's name begins with: everything but tokens that its entries depend on, and who may share it.
 
-        Not the effort: a segment that took more serves everyone. None for a prompt whose tokens do not tell all of it.
+        Not the effort: a segment that took more serves those who asked for less. None for a prompt whose tokens do not
+        tell all of it.
         """
-        if not self._pool.enable_caching or request.prompt_token_ids is None or request.mm_features:
+        told_by_tokens = request.prompt_token_ids is not None and request.prompt_embeds is None
+        if not self._pool.enable_caching or not told_by_tokens or request.mm_features:
             return None
         lora = request.lora_request
         parts = [
@@ -98,21 +112,25 @@ class Segments:
         lengths = sorted(n for n in self._lengths[root] if WORTH * span_tokens <= n <= window)
         for key in reversed(list(self._keys(request, root, lengths))):
             segment = self._by_key.get(key)
-            if segment is not None and segment.error <= config.max_error:
+            if segment is not None and segment.serves(config):
                 return segment
         return None
 
     def add(self, segment: Segment, first_holder: str) -> None:
         """A segment that was just made."""
-        if segment.key in self._by_key:  # made twice at once: the older one goes on for those that hold it
-            segment.shared = False
+        if segment.shared and (older := self._by_key.get(segment.key)) is not None:
+            if older.holders or older.effort == segment.effort:
+                segment.shared = False  # made twice at once: the older one is found
+            else:  # a better one takes its place
+                self._end(older)
         if segment.shared:
             for i, block in enumerate(segment.packed):
-                name = hashlib.sha256(segment.key + i.to_bytes(4, "little")).digest()
+                name = hashlib.sha256(segment.name + i.to_bytes(4, "little")).digest()
                 insert_hash(self._pool, BlockHash(name), block)
                 when_reused(self._pool, block, lambda _: self._end(segment))
             self._by_key[segment.key] = segment
             self._lengths.setdefault(segment.root, Counter())[segment.tokens] += 1
+        self.version += 1
         self.hold(segment, first_holder)
         for old in list(self._by_key.values()):
             if len(self._by_key) <= self._most:

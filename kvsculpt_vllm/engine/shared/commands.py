@@ -51,6 +51,13 @@ class CommitCommand:
 
 
 @dataclass(frozen=True)
+class AdoptCommand:
+    """These requests' block lists begin with a packed prefix of another one's from now on."""
+
+    rows: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
 class ForgetCommand:
     """These first blocks of packed prefixes hold something else from now on."""
 

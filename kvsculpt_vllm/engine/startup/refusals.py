@@ -129,6 +129,14 @@ _RULES = (
         ),
     ),
     _Rule(
+        lambda c: c.kv_events_config is not None and c.kv_events_config.enable_kv_cache_events,
+        Refusal(
+            "KV cache events",
+            "a block that is packed, or computed from packed ones, has no name that others know",
+            "remove --kv-events-config",
+        ),
+    ),
+    _Rule(
         lambda c: c.attention_config.hisparse_config is not None,
         Refusal("HiSparse", "it keeps the KV cache on the host", "remove hisparse_config from --attention-config"),
     ),

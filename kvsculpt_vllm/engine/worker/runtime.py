@@ -16,6 +16,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from kvsculpt_vllm.engine.compat.worker import BlockRows
 from kvsculpt_vllm.engine.shared.commands import (
+    AdoptCommand,
     CancelCommand,
     CommitCommand,
     ForgetCommand,
@@ -110,6 +111,8 @@ class Runtime:
         for command in commands:
             if isinstance(command, CommitCommand):
                 self._commit(command)
+            elif isinstance(command, AdoptCommand):
+                self._replace_rows(command.rows)
             elif isinstance(command, ForgetCommand):
                 for block in command.first_blocks:
                     self.state.directory.forget(block)
@@ -124,7 +127,7 @@ class Runtime:
                 self.state.unsolve(command.request_id)
             elif isinstance(command, Pace):
                 self._alone = command.alone
-            elif not isinstance(command, CommitCommand | ForgetCommand):
+            elif not isinstance(command, CommitCommand | AdoptCommand | ForgetCommand):
                 self.ledger.hear(command)
         self._go_on_solving()
 
@@ -144,11 +147,15 @@ class Runtime:
     def _commit(self, command: CommitCommand) -> None:
         record = self.compressor.commit(command, self.block_bytes)
         self.state.samples.pop(command.request_id, None)
-        for request_id, row in command.rows.items():
-            self.block_rows.replace(request_id, row)
+        self._replace_rows(command.rows)
         self.ledger.compressed(record)
         if self.ranks.is_first:
             log(record)
+
+    def _replace_rows(self, rows: dict[str, list[int]]) -> None:
+        for request_id, row in rows.items():
+            self.block_rows.replace(request_id, row)
+            self.state.samples.pop(request_id, None)  # it will not be sculpted any more
 
     def _forget(self, request_ids: list[str]) -> None:
         """Put an end to the compression of a request that lost its blocks: those to be written to are others' now."""

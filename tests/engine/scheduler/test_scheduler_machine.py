@@ -28,6 +28,7 @@ from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.scheduler.scheduler import SculptAsyncScheduler, SculptScheduler
 from kvsculpt_vllm.engine.shared import spans
 from kvsculpt_vllm.engine.shared.commands import (
+    AdoptCommand,
     CancelCommand,
     CommitCommand,
     Deferred,
@@ -118,6 +119,14 @@ class Worker:
                     assert self.tokens[request_id][: solved.span_tokens] == solved.tokens
                     row = self.rows[request_id]
                     # Blocks may have come at the end in this very step.
+                    assert commanded[span:] == row[span : len(commanded)]
+                    row[: len(commanded)] = commanded
+            elif isinstance(command, AdoptCommand):
+                for request_id, commanded in command.rows.items():
+                    packed, row = self.directory[commanded[0]], self.rows[request_id]
+                    assert self.tokens[request_id][: packed.span_tokens] == packed.tokens
+                    assert commanded[: len(packed.packed)] == packed.packed
+                    span = packed.span_tokens // BLOCK
                     assert commanded[span:] == row[span : len(commanded)]
                     row[: len(commanded)] = commanded
             elif isinstance(command, ForgetCommand):
@@ -214,8 +223,12 @@ class Machine(RuleBasedStateMachine):
     seen: ClassVar[Counter] = Counter()
 
     # The fewest have no room beside a lone prompt for what it is packed into.
-    @initialize(asynchronous=st.booleans(), blocks=st.sampled_from([22, 23]) | st.integers(22, NUM_BLOCKS))
-    def start(self, asynchronous, blocks):
+    @initialize(
+        asynchronous=st.booleans(),
+        blocks=st.sampled_from([22, 23]) | st.integers(22, NUM_BLOCKS),
+        depth=st.integers(1, 3),
+    )
+    def start(self, asynchronous, blocks, depth=1):
         text_config = self.config.model_config.hf_text_config
         spec = FullAttentionSpec(
             block_size=BLOCK, num_kv_heads=text_config.num_key_value_heads, head_size=64, dtype=torch.bfloat16
@@ -229,7 +242,8 @@ class Machine(RuleBasedStateMachine):
             structured_output_manager=StructuredOutputManager(self.config),
             block_size=BLOCK,
         )
-        self.depth = int(asynchronous)  # steps that are scheduled before the first one's tokens are known
+        # Steps that are scheduled before the first one's tokens are known.
+        self.depth = depth if asynchronous else 0
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.blocks, self.worker, self.count = blocks, Worker(), 0
         self.in_flight, self.hashed = [], {}
@@ -397,6 +411,8 @@ class Machine(RuleBasedStateMachine):
             "compressed",
             "pending",
             "stories",
+            "configs",
+            "looked_at",
         )
         assert not any(known[f"_{name}"] for name in names)
         assert not any(vars(self.scheduler._stock_blocks)[name] for name in ("_holders", "_counted", "_names"))

@@ -14,13 +14,14 @@ SCULPT = CompressionConfig(method="sculpt")
 TOKENS = list(range(SPAN + 200))
 
 
-def request(tokens=TOKENS, cache_salt=None, lora=None, mm_features=()):
+def request(tokens=TOKENS, cache_salt=None, lora=None, mm_features=(), embeds=None):
     return SimpleNamespace(
         prompt_token_ids=list(tokens),
         num_prompt_tokens=len(tokens),
         cache_salt=cache_salt,
         lora_request=lora,
         mm_features=list(mm_features),
+        prompt_embeds=embeds,
     )
 
 
@@ -34,7 +35,8 @@ def made(segments, pool, of=None, config=SCULPT, tokens=SPAN, blocks=4, holder="
     of = of or request()
     root = segments.root(of, config)
     key = segments.key(of, root, tokens)
-    segment = Segment(key, root, tokens, tokens // BLOCK, pool.get_new_blocks(blocks), error, shared=True)
+    packed = pool.get_new_blocks(blocks)
+    segment = Segment(key, root, tokens, tokens // BLOCK, packed, config.effort, error, shared=True)
     segments.add(segment, holder)
     return segment
 
@@ -58,7 +60,8 @@ LORA = LoRARequest("a", 1, "/a")
         (request([*TOKENS[:SPAN], *[7] * 90]), SCULPT, True),  # another question about the same document
         (request([*TOKENS[: SPAN - 1], 9, *[7] * 90]), SCULPT, False),  # another document
         (request([*TOKENS[:SPAN], *[7] * 63]), SCULPT, False),  # its last 64 tokens are to stay exact
-        (request(), SCULPT.model_copy(update={"effort": "thorough"}), True),
+        (request(), SCULPT.model_copy(update={"effort": "fast"}), True),
+        (request(), SCULPT.model_copy(update={"effort": "thorough"}), False),  # it took less
         (request(), SCULPT.model_copy(update={"keep_ratio": 0.5}), False),
         (request(), SCULPT.model_copy(update={"method": "select"}), False),
         (request(), SCULPT.model_copy(update={"budget": "uniform"}), False),
@@ -68,6 +71,7 @@ LORA = LoRARequest("a", 1, "/a")
         (request(cache_salt="tenant"), SCULPT, False),
         (request(lora=LORA), SCULPT, False),
         (request(mm_features=["an image"]), SCULPT, False),
+        (request(embeds="the tokens are placeholders"), SCULPT, False),
     ],
 )
 def test_only_who_would_be_given_the_same_finds_it(pool, other, config, is_found):
@@ -143,12 +147,22 @@ def test_without_prefix_caching_nothing_is_shared_and_a_segment_ends_with_its_ho
     pool = BlockPool(num_gpu_blocks=40, enable_caching=False, hash_block_size=BLOCK)
     segments = make(pool)
     assert segments.root(request(), SCULPT) is None
-    segment = Segment(b"", b"", SPAN, SPAN // BLOCK, pool.get_new_blocks(4), 0.1, shared=False)
+    segment = Segment(b"", b"", SPAN, SPAN // BLOCK, pool.get_new_blocks(4), "fast", 0.1, shared=False)
     segments.add(segment, "maker")
     assert segments.find(request(), SCULPT, SPAN) is None
     assert segments.held_by("maker") is segment and segments.gone() == []
     segments.release("maker")
     assert segments.gone() == [segment.packed[0].block_id]
+
+
+def test_one_that_took_more_takes_the_place_of_one_that_nobody_holds(pool):
+    segments = make(pool)
+    fast = made(segments, pool, config=SCULPT.model_copy(update={"effort": "fast"}))
+    let_go(segments, pool, fast)
+    better = made(segments, pool)
+    assert not fast.alive and segments.find(request(), SCULPT, SPAN) is better
+    # What was computed behind the one is not found behind the other.
+    assert fast.key == better.key and fast.name != better.name
 
 
 def test_made_twice_at_once_the_first_one_is_found_and_the_second_serves_its_own(pool):

@@ -36,6 +36,7 @@ def supported() -> SimpleNamespace:
     return SimpleNamespace(
         speculative_config=None,
         kv_transfer_config=None,
+        kv_events_config=None,
         diffusion_config=None,
         attention_config=SimpleNamespace(hisparse_config=None, use_non_causal=False),
         device_config=SimpleNamespace(device_type="cpu"),
@@ -78,6 +79,7 @@ def put(config: SimpleNamespace, path: str, value: object) -> None:
 CASES = [
     ("speculative_config", object(), "speculative decoding"),
     ("kv_transfer_config", object(), "KV connectors"),
+    ("kv_events_config", SimpleNamespace(enable_kv_cache_events=True), "KV cache events"),
     ("cache_config.kv_offloading_size", 1.0, "KV connectors and KV offloading"),
     ("attention_config.hisparse_config", object(), "HiSparse"),
     ("parallel_config.decode_context_parallel_size", 2, "decode context parallelism"),
