@@ -25,7 +25,7 @@ COMPRESSED_BY = 3  # pieces of the answer; the prompt is compressed after the fi
 QUESTION = (
     "What was the name of the merchant ship from which the bell was bought, and which fish made the village rich?"
 )
-ANOTHER_QUESTION = "In which winter did the storm come out of the north-east, and how many men drowned?"
+ANOTHER_QUESTION = "Why did the town build a lighthouse?"
 
 console = Console()
 
