@@ -324,6 +324,35 @@ def cost() -> str:
     return table(["", "stock vLLM", "every request `none`", "every one sculpted"], rows)
 
 
+def reuse() -> str:
+    """What a prompt gains that begins like one that was sculpted."""
+    found = json.loads((RESULTS / "reuse-smollm2-135m-cpu.json").read_text(encoding="utf-8"))
+    second, turns, together = (found[name] for name in ("second_question", "conversation", "at_once"))
+    rows = [
+        [
+            "another question about a document, first token",
+            f"{second['exact_first_token_s']:.2f} s",
+            f"{second['found_first_token_s']:.3f} s ({second['first_token_ratio']:.3f})",
+        ],
+        [
+            "blocks held by it",
+            str(second["blocks_exact"]),
+            f"{second['blocks_found']} ({second['blocks_ratio']:.2f})",
+        ],
+        [
+            f"{together['requests']} questions at once: blocks held at the end",
+            str(together["blocks_exact"]),
+            f"{together['blocks_sculpted']} ({together['ratio']:.2f})",
+        ],
+        [
+            "four turns of a conversation: prompt tokens found in the cache",
+            ", ".join(map(str, turns["cached_exact"])),
+            f"{', '.join(map(str, turns['cached_sculpted']))} ({turns['ratio']:.2f})",
+        ],
+    ]
+    return table(["", "exact", "sculpted (ratio)"], rows)
+
+
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
 
@@ -412,6 +441,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "paper": paper,
     "cost-small": cost_small,
     "cost": cost,
+    "reuse": reuse,
     "flags": flags,
     "efforts": efforts,
     "refusals": refusals,
