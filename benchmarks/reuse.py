@@ -165,15 +165,7 @@ def main(
     """Measure and print."""
     engine = Engine(effort, keep_ratio)
     tokens = engine.encode(read_text(text)[: 8 * (rounds + 4) * document])
-    questions = [
-        engine.encode(f"\n\n{question}")
-        for question in (
-            "In one sentence, this is about",
-            "The first thing named is",
-            "A title would be",
-            "It ends with",
-        )
-    ]
+    questions = [engine.encode(f"\n\n{question}") for question in QUESTIONS]
     documents = [tokens[i * document : (i + 1) * document] for i in range(rounds)]
     turns = [tokens[i * TURN : (i + 1) * TURN] for i in range(TURNS)]
     engine.ask([tokens[-700:]], "sculpt", 4)  # warm

@@ -87,10 +87,10 @@ class BlockLists:
 
         Those that others hold keep the name that they were found by.
         """
-        blocks, name_first = self.of(request.request_id), first
+        blocks = self.of(request.request_id)
         name_from(request, first, name)
         full = min(len(request.block_hashes), request.num_computed_tokens // self._manager.block_size, len(blocks))
-        for index in range(name_first, full):
+        for index in range(first, full):
             block = blocks[index]
             if block.ref_cnt == 1:
                 self.pool.evict_blocks({block.block_id})

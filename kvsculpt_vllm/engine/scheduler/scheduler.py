@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -16,7 +15,7 @@ from vllm.v1.request import Request
 
 from kvsculpt_vllm.engine.scheduler.known_requests import Pending
 from kvsculpt_vllm.engine.scheduler.prefix_hits import PrefixHits
-from kvsculpt_vllm.engine.scheduler.segments import WORTH, Segment
+from kvsculpt_vllm.engine.scheduler.segments import Segment, is_useful
 from kvsculpt_vllm.engine.scheduler.story import Story
 from kvsculpt_vllm.engine.shared import spans
 from kvsculpt_vllm.engine.shared.commands import (
@@ -31,8 +30,6 @@ from kvsculpt_vllm.engine.shared.commands import (
     attached,
 )
 from kvsculpt_vllm.engine.shared.reasons import Outcome, Reason
-
-logger = init_logger("vllm.kvsculpt")
 
 
 class SculptSchedulerMixin(PrefixHits):
@@ -255,10 +252,7 @@ class SculptSchedulerMixin(PrefixHits):
         ):
             return False
         config = self._config(request)
-        return (
-            WORTH * span.tokens <= tokens <= request.num_prompt_tokens - config.window
-            and self._segments.root(request, config) == root
-        )
+        return is_useful(tokens, request, config, span.tokens) and self._segments.root(request, config) == root
 
     def _blocks_to_free(self, request: Request, span: spans.Span) -> int:
         """How many blocks come free if this request, and those that adopt its packed prefix, let go of the span's."""

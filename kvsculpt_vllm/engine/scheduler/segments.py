@@ -64,6 +64,14 @@ class Segment:
         return BlockHash(hashlib.sha256(self.key + self.serial.to_bytes(8, "little")).digest())
 
 
+def is_useful(tokens: int, request: Request, config: CompressionConfig, span_tokens: int) -> bool:
+    """Whether a segment for so many tokens suits a prompt whose span has `span_tokens`.
+
+    It must be `WORTH` using, and stand for nothing of the window, which stays exact.
+    """
+    return WORTH * span_tokens <= tokens <= request.num_prompt_tokens - config.window
+
+
 class Segments:
     """All of them, by the prompts they serve."""
 
@@ -108,8 +116,7 @@ class Segments:
         root = self.root(request, config)
         if root is None or root not in self._lengths:
             return None
-        window = request.num_prompt_tokens - config.window
-        lengths = sorted(n for n in self._lengths[root] if WORTH * span_tokens <= n <= window)
+        lengths = sorted(n for n in self._lengths[root] if is_useful(n, request, config, span_tokens))
         for key in reversed(list(self._keys(request, root, lengths))):
             segment = self._by_key.get(key)
             if segment is not None and segment.serves(config):
@@ -156,10 +163,6 @@ class Segments:
             segment.holders.discard(request_id)
             if not segment.holders and not segment.shared:
                 self._end(segment)
-
-    def drop(self, segment: Segment) -> None:
-        """It was never published: nobody may find it."""
-        self._end(segment)
 
     def gone(self) -> list[int]:
         """First blocks of the segments that have ended since the last call: what they hold now is something else."""
