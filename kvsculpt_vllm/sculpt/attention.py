@@ -31,9 +31,10 @@ def attend(
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """The attention over the union of two disjoint key sets, from the attention over each.
 
-    Shapes (B, Q, D) and (B, Q). At most one of the two sets may be empty for a query.
+    Shapes (..., Q, D) and (..., Q). A query for which both sets are empty gets output 0 and log-sum-exp -inf.
     """
     lse = torch.logaddexp(lse_a, lse_b)
-    weight_a = (lse_a - lse).exp().unsqueeze(-1)
-    weight_b = (lse_b - lse).exp().unsqueeze(-1)
+    floor = lse.masked_fill(lse == -torch.inf, 0.0)  # -inf - -inf would be NaN
+    weight_a = (lse_a - floor).exp().unsqueeze(-1)
+    weight_b = (lse_b - floor).exp().unsqueeze(-1)
     return weight_a * out_a + weight_b * out_b, lse

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kvsculpt_vllm.sculpt.attention import attend
+from kvsculpt_vllm.sculpt.attention import attend, merge
 from kvsculpt_vllm.sculpt.memory import max_elements
 
 
@@ -16,8 +17,9 @@ class Problems:
     """What the compressed entries of B KV heads must reproduce: one problem is one head.
 
     The softmax of a problem runs over the span's entries *and* the retained ones (sinks, recent window), as in KVSculpt
-    (arXiv 2603.27819). The retained ones never change. So for each query they act as one more entry with logit
-    `retained_lse` and value `retained_out`, and the solver needs to know nothing else of them.
+    (arXiv 2603.27819), and over what earlier segments left. The retained ones never change. So for each query they act
+    as one more entry with logit `retained_lse` and value `retained_out`, and the solver needs to know nothing else of
+    them.
     """
 
     queries: Tensor  # (B, Q, D)
@@ -80,6 +82,18 @@ class Problems:
         )
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """The entries of the segments before, one tensor per problem: each head has kept a number m_b of its own."""
+
+    keys: Sequence[Tensor]  # B tensors (m_b, D), any dtype
+    values: Sequence[Tensor]  # B tensors (m_b, D)
+
+    def part(self, own: slice) -> Earlier:
+        """Keep the problems in `own`."""
+        return Earlier(self.keys[own], self.values[own])
+
+
 def retained_attention(
     queries: Tensor,  # (B, Q, D) fp32
     query_positions: Tensor,  # (Q,) absolute positions, shared by all problems
@@ -89,11 +103,12 @@ def retained_attention(
     recent_values: Tensor,  # (B, w, D)
     recent_positions: Tensor,  # (w,)
     scale: float,
+    earlier: Earlier | None = None,  # of these B problems
 ) -> tuple[Tensor, Tensor]:
-    """Compute the attention over the entries that stay exact: output (B, Q, D) and log-sum-exp (B, Q), float32.
+    """Compute the attention over the entries that stay as they are: output (B, Q, D) and log-sum-exp (B, Q), float32.
 
-    Every query sees the sinks; a recent entry is seen by queries at its position or later (causality). A query that
-    sees nothing has log-sum-exp -inf.
+    Every query sees the sinks and the entries of earlier segments; a recent entry is seen by queries at its position or
+    later (causality). A query that sees nothing has log-sum-exp -inf.
     """
     keys = torch.cat([sink_keys, recent_keys], dim=1).float()
     values = torch.cat([sink_values, recent_values], dim=1).float()
@@ -102,10 +117,21 @@ def retained_attention(
     sees_recent = query_positions[:, None] >= recent_positions[None, :]
     visible = torch.cat([sees_sinks, sees_recent], dim=1)
     # In parts: for a window of 30,000 tokens all the weights together would take gigabytes.
-    step = max(1, max_elements(keys.device) // (len(keys) * keys.shape[1]))
+    limit = max_elements(keys.device)
+    step = max(1, limit // max(1, len(keys) * keys.shape[1]))
     parts = [
         attend(some, keys, values, scale, seen[None])
         for some, seen in zip(queries.split(step, dim=1), visible.split(step), strict=True)
     ]
     outs, lses = zip(*parts, strict=True)
-    return torch.cat(outs, dim=1), torch.cat(lses, dim=1)
+    out, lse = torch.cat(outs, dim=1), torch.cat(lses, dim=1)
+    if earlier is not None:
+        # A head at a time: padded to the longest, heads with few entries would cost as much as it does.
+        for b, kept_keys, kept_values in zip(range(len(out)), earlier.keys, earlier.values, strict=True):
+            head_keys, head_values = kept_keys[None].float(), kept_values[None].float()
+            step = max(1, limit // max(1, head_keys.shape[1]))
+            for begin in range(0, out.shape[1], step):
+                rows = slice(begin, begin + step)
+                more_out, more_lse = attend(queries[b : b + 1, rows], head_keys, head_values, scale)
+                out[b, rows], lse[b, rows] = merge(out[b, rows], lse[b, rows], more_out[0], more_lse[0])
+    return out, lse

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvsculpt_vllm.sculpt.problem import Problems, retained_attention
+from kvsculpt_vllm.sculpt.problem import Earlier, Problems, retained_attention
 from kvsculpt_vllm.sculpt.rotary import Rotary
 from kvsculpt_vllm.sculpt.slices import Slices, at_once
 
@@ -70,32 +70,52 @@ def build_in_slices(
     queries: Tensor,  # (L, P, heads, D) sampled queries, with their rotary embedding, in any dtype
     positions: Tensor,  # (P,) where they were asked, ascending
     recent: int,  # how many of the last ones are asked as they were, too
-    keys: Tensor,  # (L·H, n, D) all keys of the prompt
+    keys: Tensor,  # (L·H, n, D) the keys of the tokens [first, first + n)
     values: Tensor,  # (L·H, n, D)
-    span: int,  # the first so many tokens are compressed, the others are the exact recent window
+    span: int,  # the first so many of these tokens are compressed, the others are the exact recent window
     sinks: int,  # the first so many tokens of the span stay exact
     rotaries: Sequence[Rotary | None],  # per layer, None where queries do not depend on the position
     scale: float,
+    *,
+    first: int = 0,
+    earlier: Earlier | None = None,  # of all L·H problems: what stands for the tokens before `first`
+    layers: range | None = None,  # build only the problems of these layers, one after the other; None means all
 ) -> Slices[Problems]:
-    """Build the problems of a prompt, one per (layer, KV head), layers outermost; the work may pause after each layer.
+    """Build the problems of a segment of a prompt, one per (layer, KV head), layers outermost; the work may pause after
+    each layer. A prompt that is compressed as one span is its only segment.
 
-    A problem has the queries of all heads of its KV head's group. Each sampled query asks from a position behind the
-    prompt (`future_positions`); the last `recent` ones ask from their own position, too. So a problem has (P + recent)
-    · group query rows.
+    A problem has the queries of all heads of its KV head's group. Each sampled query asks from a position behind the n
+    tokens (`future_positions`); the last `recent` ones ask from their own position, too. So a problem has (P + recent)
+    · group query rows. All positions are absolute.
+
+    A caller that goes through the model in groups of `layers` bounds the memory that the problems take. The other
+    arguments stay those of the whole model, and nothing of the other layers is read.
     """
-    num_prompt_tokens = keys.shape[1]
+    end = first + keys.shape[1]
+    # Of the whole model, so that a group of layers has the same positions as all of them at once.
     covered = [rotary.num_positions for rotary in rotaries if rotary is not None]
-    future = future_positions(positions, num_prompt_tokens, min(covered, default=num_prompt_tokens + FUTURE_TOKENS))
+    future = future_positions(positions, end, min(covered, default=end + FUTURE_TOKENS))
     asked = (
-        _ask(queries[layer].float(), recent, positions, future, rotary)  # (P + recent, heads, D)
-        for layer, rotary in enumerate(rotaries)
+        _ask(queries[layer].float(), recent, positions, future, rotaries[layer])  # (P + recent, heads, D)
+        for layer in (range(len(rotaries)) if layers is None else layers)
     )
     held_out = held_out_of(len(positions), keys.device)
     # A query that is asked twice is held out twice or not at all.
     held_out = torch.cat([held_out, held_out[-recent:]])
     asked_at = torch.cat([future, positions[-recent:]])
     problems = yield from asked_in_slices(
-        asked, len(rotaries), asked_at, held_out, keys=keys, values=values, span=span, sinks=sinks, scale=scale
+        asked,
+        len(rotaries),
+        asked_at,
+        held_out,
+        keys=keys,
+        values=values,
+        span=span,
+        sinks=sinks,
+        scale=scale,
+        first=first,
+        earlier=earlier,
+        layers=layers,
     )
     return replace(problems, recent=recent)
 
@@ -106,8 +126,8 @@ def held_out_of(count: int, device: torch.device) -> Tensor:
 
 
 def asked_in_slices(
-    asked: Iterable[Tensor],  # per layer (A, heads, D) fp32
-    num_layers: int,
+    asked: Iterable[Tensor],  # for each of `layers` (A, heads, D) fp32
+    num_layers: int,  # L, of the whole model
     positions: Tensor,  # (A,) where they are asked
     held_out: Tensor,  # (A,) bool
     *,
@@ -116,15 +136,28 @@ def asked_in_slices(
     span: int,
     sinks: int,
     scale: float,
+    first: int = 0,
+    earlier: Earlier | None = None,
+    layers: range | None = None,
 ) -> Slices[Problems]:
     """Build the problems, one per (layer, KV head), whose queries are given; the work may pause after each layer.
 
     `build_in_slices` gives a prompt's own queries, `evaluation.calibrate` those of a second reading.
+
+    Raises:
+        ValueError: `layers` is empty, has gaps or leaves the model; `earlier` is not of all the model's problems.
     """
+    layers = range(num_layers) if layers is None else layers
+    if layers.step != 1 or not 0 <= layers.start < layers.stop <= num_layers:
+        raise ValueError(f"{layers} is not a run of layers of a model that has {num_layers}")
+    if earlier is not None and not len(earlier.keys) == len(earlier.values) == len(keys):
+        raise ValueError(
+            f"earlier entries of {len(earlier.keys)} and {len(earlier.values)} problems were given for {len(keys)}"
+        )
     heads = len(keys) // num_layers
-    recent_positions = torch.arange(span, keys.shape[1], device=keys.device)
+    recent_positions = torch.arange(first + span, first + keys.shape[1], device=keys.device)
     rows, retained = [], []
-    for layer, queries in enumerate(asked):
+    for layer, queries in zip(layers, asked, strict=True):
         group = queries.shape[1] // heads
         rows.append(queries.unflatten(1, (heads, group)).transpose(0, 1).flatten(1, 2))  # (H, A·G, D)
         own = slice(layer * heads, (layer + 1) * heads)
@@ -139,13 +172,15 @@ def asked_in_slices(
                 values[own, span:],
                 recent_positions,
                 scale,
+                None if earlier is None else earlier.part(own),
             )
         )
         yield
+    built = slice(layers.start * heads, layers.stop * heads)
     return Problems(
         queries=torch.cat(rows),
-        keys=keys[:, sinks:span],
-        values=values[:, sinks:span],
+        keys=keys[built, sinks:span],
+        values=values[built, sinks:span],
         retained_out=torch.cat([out for out, _ in retained]),
         retained_lse=torch.cat([lse for _, lse in retained]),
         held_out=held_out.repeat_interleave(group),

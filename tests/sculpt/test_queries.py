@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
 import torch
 
+from kvsculpt_vllm.sculpt import problem
+from kvsculpt_vllm.sculpt.problem import Earlier
 from kvsculpt_vllm.sculpt.queries import FUTURE_TOKENS, HELD_OUT_EVERY, build_problems
 from kvsculpt_vllm.sculpt.rotary import Rotary
 
@@ -84,3 +89,114 @@ def test_queries_without_rotary_embedding_ask_from_the_future_as_they_are_and_no
     held_out = problems.held_out.view(-1, problems.group)[:, 0]
     for head in rows:
         assert torch.cdist(head[held_out], head[~held_out]).min() > 1e-3
+
+
+LAYERS, FIRST = 3, 23
+
+
+def segment(**changed):
+    """A segment's arguments, some of them `changed`, and its problems; some heads have no earlier entries."""
+    torch.manual_seed(0)
+    positions = FIRST + torch.tensor([0, 3, 17, 22, *range(PROMPT - RECENT, PROMPT)])
+    keys, values = torch.randn(2, LAYERS * KV_HEADS, PROMPT, HEAD_SIZE).bfloat16()
+    entries = [torch.randn(2, m, HEAD_SIZE).bfloat16() for m in (7, 0, 1, 30, 0, 12)]
+    given = {
+        "queries": torch.randn(LAYERS, len(positions), HEADS, HEAD_SIZE).bfloat16(),
+        "positions": positions,
+        "recent": RECENT,
+        "keys": keys,
+        "values": values,
+        "span": PROMPT - 3,
+        "sinks": 0,
+        "rotaries": [None] * LAYERS,
+        "scale": 0.7,
+        "first": FIRST,
+        "earlier": Earlier(*zip(*entries, strict=True)),
+    } | changed
+    return given, build_problems(**given)
+
+
+def same(one, other):
+    """Whether two problems agree bitwise in every field."""
+    pairs = [(getattr(one, field.name), getattr(other, field.name)) for field in dataclasses.fields(one)]
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
+@pytest.mark.parametrize("part", [1 << 20, 50])  # all queries at once, and few at a time
+@pytest.mark.parametrize("sinks", [0, SINKS])
+@pytest.mark.parametrize("window", [0, 3])
+def test_every_query_sees_what_earlier_segments_left(window, sinks, part, monkeypatch):
+    monkeypatch.setattr(problem, "max_elements", lambda device: part)
+    given, problems = segment(sinks=sinks, span=PROMPT - window)
+    asked_at = torch.cat([torch.full((len(given["positions"]),), FIRST + PROMPT), given["positions"][-RECENT:]])
+    recent = torch.arange(PROMPT - window, PROMPT)
+    for b, (kept_keys, kept_values) in enumerate(zip(given["earlier"].keys, given["earlier"].values, strict=True)):
+        keys = torch.cat([given["keys"][b, :sinks], kept_keys, given["keys"][b, recent]]).double()
+        values = torch.cat([given["values"][b, :sinks], kept_values, given["values"][b, recent]]).double()
+        causal = asked_at.repeat_interleave(problems.group)[:, None] >= FIRST + recent
+        seen = torch.cat([torch.ones(len(causal), sinks + len(kept_keys), dtype=torch.bool), causal], dim=1)
+        scores = (problems.queries[b].double() @ keys.T * given["scale"]).masked_fill(~seen, -torch.inf)
+        # A softmax over nothing is NaN; the problem says 0.
+        expected = torch.softmax(scores, -1).nan_to_num(0.0) @ values
+        torch.testing.assert_close(problems.retained_out[b].double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(problems.retained_lse[b].double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    blind = problems.retained_lse == -torch.inf
+    assert bool(blind.any()) == (sinks == 0)
+    assert (problems.retained_out[blind] == 0).all()
+
+
+def test_problems_depend_on_distances_not_on_where_a_segment_begins():
+    angles = torch.arange(1024).double()[:, None] * FREQUENCIES
+    rotary = Rotary(torch.cat([angles.cos(), angles.sin()], dim=-1), HEAD_SIZE, is_neox_style=True)
+    found = []
+    for first in (0, FIRST):
+        torch.manual_seed(0)
+        positions = first + torch.tensor([0, 3, 17, 22, *range(PROMPT - RECENT, PROMPT)])
+        content, kept = torch.randn(HEADS, len(positions), HEAD_SIZE), torch.randn(KV_HEADS, PROMPT, HEAD_SIZE)
+        asked = rotate(content, positions).transpose(0, 1)[None].float()
+        keys = rotate(kept, torch.arange(first, first + PROMPT)).float()
+        found.append(build_problems(asked, positions, RECENT, keys, kept, SPAN, SINKS, [rotary], 0.3, first=first))
+    begin, later = found
+    torch.testing.assert_close(later.retained_lse, begin.retained_lse, rtol=0, atol=1e-4)
+    torch.testing.assert_close(later.retained_out, begin.retained_out, rtol=0, atol=1e-4)
+    logits = [problems.queries @ problems.keys.mT * problems.scale for problems in found]
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-4)
+
+
+def test_without_rotary_embedding_a_segment_without_others_before_it_is_a_prompt_of_its_own():
+    given, problems = segment(earlier=None)
+    alone = segment(earlier=None, first=0, positions=given["positions"] - FIRST)[1]
+    assert same(problems, alone)
+    none_kept = Earlier(
+        [torch.empty(0, HEAD_SIZE)] * len(given["keys"]), [torch.empty(0, HEAD_SIZE)] * len(given["keys"])
+    )
+    assert same(problems, segment(earlier=none_kept)[1])
+
+
+@pytest.mark.parametrize("layers", [range(0, 1), range(1, 3), range(0, 3)])
+def test_a_group_of_layers_has_its_part_of_the_problems_and_reads_nothing_else(layers):
+    given, whole = segment()
+    own = torch.arange(layers.start * KV_HEADS, layers.stop * KV_HEADS)
+    for name in ("queries", "keys", "values"):
+        poisoned = torch.full_like(given[name], torch.nan)
+        mine = slice(layers.start, layers.stop) if name == "queries" else own
+        poisoned[mine] = given[name][mine]
+        given[name] = poisoned
+    given["earlier"] = Earlier(
+        *(
+            [x if b in own else x * torch.nan for b, x in enumerate(xs)]
+            for xs in (given["earlier"].keys, given["earlier"].values)
+        )
+    )
+    assert same(build_problems(**given, layers=layers).take(torch.arange(len(own))), whole.take(own))
+
+
+@pytest.mark.parametrize("layers", [range(0), range(0, 3, 2), range(2, 4), range(-1, 1)])
+def test_layers_that_are_no_run_of_the_model_s_are_refused(layers):
+    with pytest.raises(ValueError, match="not a run of layers"):
+        segment(layers=layers)
+
+
+def test_earlier_entries_of_fewer_heads_are_refused():
+    with pytest.raises(ValueError, match="5 and 5 problems"):
+        segment(earlier=segment()[0]["earlier"].part(slice(5)))
