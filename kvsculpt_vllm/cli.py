@@ -89,6 +89,14 @@ def evaluate(
     block_size: Annotated[
         int, typer.Option(min=1, help="Entries in a page, as vLLM's --block-size: spans and budgets are whole pages.")
     ] = 32,
+    segment: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Ours compress a context in segments of so many tokens, as a server does with "
+            "--kv-compression-segment; 0 means all at once, as peers always do.",
+        ),
+    ] = 2048,
     seed: Seed = 0,
     device: Device = "cpu",
     calibration: Annotated[
@@ -107,7 +115,8 @@ def evaluate(
 
     The model reads a context, its KV cache is compressed by each method, and the text that really follows is then fed
     to it token by token. What it expects next is compared with what it expects from the full cache. Models run in
-    transformers in float32, keys and values are rounded to bfloat16 as vLLM stores them; vLLM is not needed.
+    transformers in float32, keys and values are rounded to bfloat16 as vLLM stores them; vLLM is not needed. A long
+    context is compressed in segments, as in vLLM: each is computed from those before it.
 
     kept fraction: entries of the cache after compression over those before, exact sink tokens and recent window
     included; the same for all methods of one keep ratio.
@@ -158,6 +167,7 @@ def evaluate(
         device=device,
         tasks=_names(tasks),
         calibration=calibration,
+        segment=segment,
     )
     if tasks and report is not None:
         raise typer.BadParameter("shows how the text goes on, so it cannot be had with --tasks", param_hint="--report")

@@ -33,50 +33,6 @@ class AttentionModule(Protocol):
     layer_idx: int  # among the model's layers
 
 
-class Recorder:
-    """Plain causal attention that keeps what the engine would: all keys and values, and sampled queries.
-
-    Everything is rounded to `storage`, the cache's dtype; attention sees keys and values rounded, as in the engine.
-    """
-
-    def __init__(self, positions: Tensor, storage: torch.dtype) -> None:
-        self.positions, self.storage = positions, storage
-        self.scale = 0.0
-        self._queries: list[Tensor] = []  # per layer (P, heads, D)
-        self._keys: list[Tensor] = []  # per layer (KV heads, n, D)
-        self._values: list[Tensor] = []
-
-    @property
-    def queries(self) -> Tensor:
-        """Sampled queries (L, P, heads, D), after their rotary embedding."""
-        return torch.stack(self._queries)
-
-    @property
-    def keys(self) -> Tensor:
-        """All keys (L·H, n, D), layers outermost."""
-        return torch.cat(self._keys)
-
-    @property
-    def values(self) -> Tensor:
-        """All values (L·H, n, D)."""
-        return torch.cat(self._values)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """See `Cache`. Layers come in order."""
-        if layer != len(self._keys) or (self.scale and scale != self.scale):
-            raise NotImplementedError(
-                f"layer {layer} does not fit: one full attention a layer and one scale are needed"
-            )
-        self.scale = scale
-        self._queries.append(query[:, self.positions].transpose(0, 1).to(self.storage))
-        self._keys.append(key.to(self.storage))
-        self._values.append(value.to(self.storage))
-        key, value = key.to(self.storage).to(key.dtype), value.to(self.storage).to(value.dtype)
-        return nn.functional.scaled_dot_product_attention(
-            query[None], key[None], value[None], is_causal=True, scale=scale, enable_gqa=True
-        )[0]
-
-
 @dataclass(frozen=True)
 class RaggedCache:
     """What every head kept of a context; new tokens see all of it, and of themselves what causality allows."""
@@ -107,6 +63,56 @@ class RaggedCache:
                 logits[..., : len(kept_keys)] += self.biases[layer * heads + head]
             outputs.append(logits.softmax(-1) @ torch.cat([kept_values, value[head]]))
         return torch.cat(outputs)
+
+
+class Recorder:
+    """Plain causal attention that keeps what the engine would: all keys and values, and sampled queries.
+
+    Everything is rounded to `storage`, the cache's dtype; attention sees keys and values rounded, as in the engine. The
+    first token recorded has position `first`; what `past` holds of those before it is seen, and not recorded.
+    """
+
+    def __init__(
+        self, positions: Tensor, storage: torch.dtype, first: int = 0, past: RaggedCache | None = None
+    ) -> None:
+        self.positions, self.storage = positions, storage
+        self._first, self._past = first, past
+        self.scale = 0.0
+        self._queries: list[Tensor] = []  # per layer (P, heads, D)
+        self._keys: list[Tensor] = []  # per layer (KV heads, n, D)
+        self._values: list[Tensor] = []
+
+    @property
+    def queries(self) -> Tensor:
+        """Sampled queries (L, P, heads, D), after their rotary embedding."""
+        return torch.stack(self._queries)
+
+    @property
+    def keys(self) -> Tensor:
+        """All keys (L·H, n, D), layers outermost."""
+        return torch.cat(self._keys)
+
+    @property
+    def values(self) -> Tensor:
+        """All values (L·H, n, D)."""
+        return torch.cat(self._values)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See `Cache`. Layers come in order."""
+        if layer != len(self._keys) or (self.scale and scale != self.scale):
+            raise NotImplementedError(
+                f"layer {layer} does not fit: one full attention a layer and one scale are needed"
+            )
+        self.scale = scale
+        self._queries.append(query[:, self.positions - self._first].transpose(0, 1).to(self.storage))
+        self._keys.append(key.to(self.storage))
+        self._values.append(value.to(self.storage))
+        if self._past is not None:
+            return self._past.attend(layer, query, key, value, scale)
+        key, value = key.to(self.storage).to(key.dtype), value.to(self.storage).to(value.dtype)
+        return nn.functional.scaled_dot_product_attention(
+            query[None], key[None], value[None], is_causal=True, scale=scale, enable_gqa=True
+        )[0]
 
 
 def _attention(

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from kvsculpt_vllm.evaluation.attention import RaggedCache
-from kvsculpt_vllm.evaluation.harness import Attempt, Context
+from kvsculpt_vllm.evaluation.harness import ONE_SPAN, Attempt, Context
 from kvsculpt_vllm.evaluation.methods.base import Method
 from kvsculpt_vllm.evaluation.metrics import TokenScores, compare, summarise
 from kvsculpt_vllm.evaluation.texts import Passage
@@ -69,9 +69,11 @@ class Trial:
         self.context, self._passage = context, passage
         self._full_logits = self._logits(context.full_cache)
 
-    def measure(self, method: Method, budget: str, keep_ratios: Sequence[float]) -> Iterator[Measurement]:
-        """Compress the context to each keep ratio, continue from it, compare."""
-        return map(self._measurement, self.context.compress(method, budget, keep_ratios))
+    def measure(
+        self, method: Method, budget: str, keep_ratios: Sequence[float], segment: int = ONE_SPAN
+    ) -> Iterator[Measurement]:
+        """Compress the context to each keep ratio, in segments of `segment` tokens, continue from it, compare."""
+        return map(self._measurement, self.context.compress(method, budget, keep_ratios, segment))
 
     def score(self, cache: RaggedCache) -> TokenScores:
         """What the model says after each token of the continuation, from `cache` against from the full one."""

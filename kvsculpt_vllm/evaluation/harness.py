@@ -5,17 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from kvsculpt_vllm.evaluation.attention import RaggedCache
+from kvsculpt_vllm.evaluation.chain import Chain, joined
 from kvsculpt_vllm.evaluation.methods.base import Method
 from kvsculpt_vllm.evaluation.methods.biased import BiasedCompressed
 from kvsculpt_vllm.evaluation.model import EvaluationModel
 from kvsculpt_vllm.sculpt.budgets import PagePlan, span_sizes
+from kvsculpt_vllm.sculpt.chain import Piece, pieces
 from kvsculpt_vllm.sculpt.compress import Compressed
 from kvsculpt_vllm.sculpt.effort import Effort
+from kvsculpt_vllm.sculpt.problem import Problems
 from kvsculpt_vllm.sculpt.queries import build_problems, sample_positions
+
+ONE_SPAN = 0
+"""As the length of a segment: a context is one span, however long it is."""
+
+
+def is_one_span(num_tokens: int, window: int, block_size: int, segment: int) -> bool:
+    """Say whether a context of `num_tokens` is compressed at once where segments have `segment` tokens."""
+    return segment == ONE_SPAN or len(list(pieces(num_tokens, window, block_size, 1.0, segment))) == 1
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,9 @@ class Attempt:
 
 
 class Context:
-    """A context that was computed once: its cache, and the problems of compressing it as the engine would."""
+    """A context that was computed once: its cache, and the problems of compressing it as one span, as the engine would.
+    A chain of segments computes it anew, each from those before it.
+    """
 
     def __init__(
         self,
@@ -56,19 +70,24 @@ class Context:
             )
         if num_tokens + following > model.num_positions:
             raise ValueError(f"{num_tokens} + {following} tokens exceed the model's {model.num_positions} positions")
-        self.model, self.num_tokens = model, num_tokens
+        self.model, self.num_tokens, self._tokens = model, num_tokens, tokens
         self._effort, self._block_size, self._window, self.sinks = effort, block_size, window, sinks
-        positions, recent = sample_positions(0, num_tokens, effort.positions_for(model.position_bytes))
+        self._end = self.span_blocks * block_size + window
+        positions, self._recent = sample_positions(0, self._end, effort.positions_for(model.position_bytes))
         self.recording = model.record(tokens, positions)
-        self.problems = build_problems(
+
+    @cached_property
+    def problems(self) -> Problems:
+        """The problems of one span. The last tokens, less than a block, that are behind its window play no part."""
+        return build_problems(
             queries=self.recording.queries,
             positions=self.recording.positions,
-            recent=recent,
-            keys=self.recording.keys,
-            values=self.recording.values,
-            span=self.span_blocks * block_size,
-            sinks=sinks,
-            rotaries=[model.rotary] * model.num_layers,
+            recent=self._recent,
+            keys=self.recording.keys[:, : self._end],
+            values=self.recording.values[:, : self._end],
+            span=self.span_blocks * self._block_size,
+            sinks=self.sinks,
+            rotaries=[self.model.rotary] * self.model.num_layers,
             scale=self.recording.scale,
         )
 
@@ -84,11 +103,16 @@ class Context:
         return PagePlan(self._block_size, self.span_blocks, blocks * self.problems.num_problems, self.sinks)
 
     @torch.no_grad()
-    def compress(self, method: Method, budget: str, keep_ratios: Sequence[float]) -> Iterator[Attempt]:
-        """One attempt for each keep ratio.
+    def compress(
+        self, method: Method, budget: str, keep_ratios: Sequence[float], segment: int = ONE_SPAN
+    ) -> Iterator[Attempt]:
+        """One attempt for each keep ratio, in segments of `segment` tokens.
 
-        What serves all ratios is done once; its seconds count in each, as a single request would pay them.
+        What serves all ratios of one span is done once; its seconds count in each, as a single request would pay them.
         """
+        if not is_one_span(self.num_tokens, self._window, self._block_size, segment):
+            yield from (self._chained(method, budget, self.pieces(ratio, segment)) for ratio in keep_ratios)
+            return
         begin = time.perf_counter()
         to_pages = method(self.problems, self.plan(1.0), budget, self._effort)
         prepared = time.perf_counter() - begin
@@ -96,9 +120,19 @@ class Context:
             begin = time.perf_counter()
             fitted = to_pages(self.plan(keep_ratio))
             seconds = prepared + time.perf_counter() - begin
-            cache = self.compressed_cache(fitted)
-            kept_fraction = cache.num_entries / (self.problems.num_problems * self.num_tokens)
-            yield Attempt(fitted, cache, kept_fraction, seconds)
+            yield self._attempt(fitted, self.compressed_cache(fitted), seconds)
+
+    def pieces(self, keep_ratio: float, segment: int) -> list[Piece]:
+        """Say where the engine would cut the context."""
+        return list(pieces(self.num_tokens, self._window, self._block_size, keep_ratio, segment))
+
+    def _chained(self, method: Method, budget: str, cuts: Sequence[Piece]) -> Attempt:
+        chain = Chain(self.model, self._tokens, self._effort, self._block_size, self._window, self.sinks)
+        made = chain.make(cuts, method, budget)
+        return self._attempt(joined(made.segments), made.cache, made.seconds)
+
+    def _attempt(self, fitted: Compressed, cache: RaggedCache, seconds: float) -> Attempt:
+        return Attempt(fitted, cache, cache.num_entries / (len(fitted.keys) * self.num_tokens), seconds)
 
     def compressed_cache(self, fitted: Compressed) -> RaggedCache:
         """Build the cache that follows a compression: per head its sinks, its fitted entries and the exact window."""

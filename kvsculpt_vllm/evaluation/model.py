@@ -59,10 +59,14 @@ class EvaluationModel:
         return self._model.device
 
     @torch.no_grad()
-    def record(self, tokens: Sequence[int], positions: Tensor) -> Recorder:
-        """Compute a context (n,) and keep its keys, values and the queries at `positions`."""
-        recorder = Recorder(positions.to(self.device), self.storage)
-        self._forward(tokens, 0, recorder, last_only=True)
+    def record(
+        self, tokens: Sequence[int], positions: Tensor, first_position: int = 0, past: RaggedCache | None = None
+    ) -> Recorder:
+        """Compute a context (n,) and keep its keys, values and the queries at `positions`. It may be the continuation
+        of `past`, at `first_position`.
+        """
+        recorder = Recorder(positions.to(self.device), self.storage, first_position, past)
+        self._forward(tokens, first_position, recorder, last_only=True)
         return recorder
 
     @torch.no_grad()

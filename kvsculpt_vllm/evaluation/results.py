@@ -11,8 +11,10 @@ from typing import Any, Protocol, Self
 
 import kvsculpt_vllm
 from kvsculpt_vllm.calibration_file import NONE
+from kvsculpt_vllm.evaluation.harness import ONE_SPAN
+from kvsculpt_vllm.sculpt.options import METHODS as OURS
 
-HARNESS = ("attention", "continuation", "harness", "metrics", "model", "retrieval", "tasks", "texts")
+HARNESS = ("attention", "chain", "continuation", "harness", "metrics", "model", "retrieval", "tasks", "texts")
 """The modules of this package that decide numbers; the others show them."""
 
 CALIBRATED = ("sculpt", "adaptive")
@@ -46,7 +48,8 @@ class Results:
     Single measurements wait in `<file>.parts` until a row has all its contexts, so that a killed run goes on where
     it stopped. A row counts as done only if its `settings` are the ones asked for; they name the code that measured
     it (`code_version`), so that a changed method is measured anew. Rows of other settings stay in the file; rows of
-    the same settings but other code are replaced. Only `CALIBRATED` rows name a calibration.
+    the same settings but other code are replaced. Only `CALIBRATED` rows name a calibration, and only rows of our own
+    methods the length of a segment: the peers compress a context at once.
     """
 
     def __init__(self, path: Path | None, settings: dict[str, Any], num_contexts: int, kind: type[Measured]) -> None:
@@ -95,7 +98,8 @@ class Results:
             _parts(self._path).unlink(missing_ok=True)
 
     def _settings_of(self, key: Key) -> dict[str, Any]:
-        return self._settings if key[:2] == CALIBRATED else self._settings | {"calibration": NONE}
+        calibration = {} if key[:2] == CALIBRATED else {"calibration": NONE}
+        return self._settings | calibration | {"segment": segment_of(key[0], self._settings.get("segment", ONE_SPAN))}
 
     def _finish(self, key: Key, numbers: Row) -> None:
         settings = self._settings_of(key)
@@ -118,6 +122,13 @@ class Results:
             if part["settings"] == self._settings_of(key):
                 measured = self._measured.setdefault(key, {})
                 measured[part["context"]] = self._kind.from_json(part["measurement"])
+
+
+def segment_of(method: str, asked: int) -> int:
+    """Say in segments of how many tokens a method compresses a context: those `asked` for if it is one of ours. Peers
+    take a context at once, as published.
+    """
+    return asked if method in OURS else ONE_SPAN
 
 
 def code_version() -> str:
@@ -150,5 +161,7 @@ def _key(row: Row) -> Key:
 
 
 def _but_code(settings: dict[str, Any]) -> dict[str, Any]:
-    # Rows of before there were calibrations do not name theirs.
-    return {"calibration": NONE} | {name: value for name, value in settings.items() if name != "code"}
+    # Rows of before there were calibrations or segments do not name theirs.
+    return {"calibration": NONE, "segment": ONE_SPAN} | {
+        name: value for name, value in settings.items() if name != "code"
+    }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvsculpt_vllm.evaluation.attention import RaggedCache
-from kvsculpt_vllm.evaluation.harness import Context
+from kvsculpt_vllm.evaluation.harness import ONE_SPAN, Context
 from kvsculpt_vllm.evaluation.methods.base import Method
 from kvsculpt_vllm.evaluation.tasks import Sample, score
 
@@ -49,9 +49,13 @@ class Retrieval:
         self.context, self._sample, self._tokenizer = context, sample, tokenizer
         self._full = self._answer(context.full_cache, ())
 
-    def measure(self, method: Method, budget: str, keep_ratios: Sequence[float]) -> Iterator[Found]:
-        """Compress the context to each keep ratio, ask, compare the answer with what was hidden."""
-        for attempt in self.context.compress(method, budget, keep_ratios):
+    def measure(
+        self, method: Method, budget: str, keep_ratios: Sequence[float], segment: int = ONE_SPAN
+    ) -> Iterator[Found]:
+        """Compress the context to each keep ratio, in segments of `segment` tokens, ask, compare the answer with what
+        was hidden.
+        """
+        for attempt in self.context.compress(method, budget, keep_ratios, segment):
             answer = self._answer(attempt.cache, self._full)
             text, text_full = (self._tokenizer.decode(tokens) for tokens in (answer, self._full))
             yield Found(

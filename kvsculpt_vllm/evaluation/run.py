@@ -18,13 +18,13 @@ from transformers.utils import logging as transformers_logging
 from kvsculpt_vllm.calibration_file import AUTO, NONE, CalibrationFile, find, read
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.evaluation.continuation import Measurement, Trial
-from kvsculpt_vllm.evaluation.harness import Context
+from kvsculpt_vllm.evaluation.harness import ONE_SPAN, Context, is_one_span
 from kvsculpt_vllm.evaluation.methods import METHODS
 from kvsculpt_vllm.evaluation.methods.base import surveyed
 from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer, model_directory
 from kvsculpt_vllm.evaluation.progress import progress_bar
 from kvsculpt_vllm.evaluation.report import write_report
-from kvsculpt_vllm.evaluation.results import Key, Measured, Results, Row, code_version
+from kvsculpt_vllm.evaluation.results import Key, Measured, Results, Row, code_version, segment_of
 from kvsculpt_vllm.evaluation.retrieval import Found, Retrieval
 from kvsculpt_vllm.evaluation.tasks import TASKS, Sample, samples
 from kvsculpt_vllm.evaluation.texts import Passage, passages, read_text
@@ -75,6 +75,7 @@ class Request:
     device: str
     tasks: Sequence[str] = ()
     calibration: str = AUTO
+    segment: int = 2048
 
     def check(self) -> None:
         """Check what the command line asked for.
@@ -157,7 +158,9 @@ def run(request: Request, json_path: Path | None, console: Console, report: Path
                 for method, budget in dict.fromkeys(key[:2] for key in keys):
                     ratios = [key[2] for key in keys if key[:2] == (method, budget)]
                     progress.update(bar, description=f"{place}: {method}, {budget}")
-                    measurements: Iterator[Measured] = trial.measure(methods[method], budget, ratios)
+                    measurements: Iterator[Measured] = trial.measure(
+                        methods[method], budget, ratios, segment_of(method, request.segment)
+                    )
                     for ratio, measured in zip(ratios, measurements, strict=True):
                         results.add((method, budget, ratio), i, measured)
                         progress.advance(bar)
@@ -179,6 +182,7 @@ def _series(
     calibration: CalibrationFile | None,
 ) -> Iterator[Series]:
     text = read_text(request.text)
+    one_span = is_one_span(request.context, exact.window, request.block_size, request.segment)
     settings = {
         "model": model,
         "text": Path(request.text).name,
@@ -187,6 +191,7 @@ def _series(
         "num_contexts": request.num_contexts,
         "effort": request.effort,
         "block_size": request.block_size,
+        "segment": ONE_SPAN if one_span else request.segment,
         "window": exact.window,
         "sink": exact.sink,
         "seed": request.seed,
