@@ -1,14 +1,18 @@
-"""Attention over a packed prefix and the tail behind it: one page list for each (row, KV head), read in place.
+"""Attention over a chain of packed prefixes and the tail behind it: a page list for each (row, KV head), read in place.
 
-Page j of row r and KV head h of layer l is, with ``start``, ``length`` (pages) and ``span`` (blocks that the prefix
-stands for) from the directory entry of the row's first block (docs: the package's engine/worker/directory.py)::
+A row of the block table is walked piece by piece, from column 0 on. Where the row still has tokens and the column's
+block begins a segment (it has a slot in the directory: the package's engine/worker/directory.py), that segment is a
+piece, and the next one begins ``span_blocks[slot]`` columns further. What is left is the tail, which is a piece as
+well. Page j of a piece, for KV head h of layer l, is ``cell = start + j · step``, counted from the piece's column on::
 
-    j < length:  cell = start + j;  block_table[r, cell // cells], cell page of cell % cells
-    else:        block_table[r, span + j - length], cell page of (l, h)
+    segment: start = starts[slot, l, h],  step = 1
+    tail:    start = l · heads + h,       step = cells
+    block = block_table[r, column + cell // cells]
+    page  = block · block_stride + cell_pages[cell % cells]
 
-and page index = block · block_stride + cell page. Every new token sees the whole prefix, and of the tail what is at
-its position or before. A row that has no prefix has length = span = 0: the same kernel, plain paged attention. Nothing
-of it is computed on the host, so that it can be recorded in a CUDA graph.
+with ``cells`` = layers · heads, those of a block. Every new token sees all segments, and of the tail what is at its
+position or before. A row without segments is a tail only: the same kernel, plain paged attention. Nothing of it is
+computed on the host, so that it can be recorded in a CUDA graph.
 
 A program takes some tokens of one row together with all query heads of one KV head, and one part of the entries; parts
 are merged by their log-sum-exp (flash decoding).
@@ -16,6 +20,7 @@ are merged by their log-sum-exp (flash decoding).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -34,7 +39,7 @@ ROWS = 16
 
 
 class Prefixes(NamedTuple):
-    """The directory's tensors: slot 0 stands for rows without a packed prefix and holds zeros."""
+    """The directory's tensors: slot 0 stands for blocks that begin no segment, the null block too, and holds zeros."""
 
     slot_of_block: Tensor  # (blocks,) int64
     starts: Tensor  # (slots, L, H) int64, in cells
@@ -53,25 +58,19 @@ def paged_attention_twin(
     num_kv_heads: int,
     scale: float,
 ) -> Tensor:
-    """Row by row, head by head, entry by entry; see `paged_attention`."""
+    """Row by row, head by head, page by page; see `paged_attention`."""
     _, heads, head_size = query.shape
     out, group, size = torch.zeros_like(query), heads // num_kv_heads, pages.block_size
-    cells = len(pages.cell_pages)
     for r, length in enumerate(seq_lens.tolist()):
         first, last = query_start_loc[r : r + 2].tolist()
-        slot = int(prefixes.slot_of_block[block_table[r, 0]])
-        span = int(prefixes.span_blocks[slot])
         for h in range(num_kv_heads):
-            start, packed = int(prefixes.starts[slot, layer, h]), int(prefixes.lengths[slot, layer, h])
-            key_rows, value_rows, positions = [], [], []
-            for e in range(packed * size + length - span * size):
-                j, own = e // size, layer * num_kv_heads + h
-                column, cell = divmod(start + j, cells) if j < packed else (span + j - packed, own)
-                page = int(block_table[r, column]) * pages.block_stride + int(pages.cell_pages[cell])
-                at = e % size * pages.entry_stride
-                key_rows.append(pages.buffer[page, at : at + head_size])
-                value_rows.append(pages.buffer[page, at + pages.value_offset : at + pages.value_offset + head_size])
-                positions.append(-1 if j < packed else e + (span - packed) * size)
+            key_rows, value_rows, positions = [], [], list[int]()
+            for page, position, count in _row_pages(pages, prefixes, block_table[r], length, layer, h, num_kv_heads):
+                content = pages.buffer[page]
+                for at in range(0, count * pages.entry_stride, pages.entry_stride):
+                    key_rows.append(content[at : at + head_size])
+                    value_rows.append(content[at + pages.value_offset : at + pages.value_offset + head_size])
+                positions += [-1] * size if position < 0 else range(position, position + count)
             keys, values = torch.stack(key_rows).double(), torch.stack(value_rows).double()
             for t in range(first, last):
                 hidden = torch.tensor(positions) > length - (last - t)
@@ -82,6 +81,22 @@ def paged_attention_twin(
     return out
 
 
+def _row_pages(
+    pages: Pages, prefixes: Prefixes, row: Tensor, length: int, layer: int, head: int, num_kv_heads: int
+) -> Iterator[tuple[int, int, int]]:
+    """A row's pages for one KV head: index in the buffer, first token's position or -1 if packed, entries."""
+    size, cells, column = pages.block_size, len(pages.cell_pages), 0
+    while column * size < length and (slot := int(prefixes.slot_of_block[row[column]])):
+        start = int(prefixes.starts[slot, layer, head])
+        for number in range(start, start + int(prefixes.lengths[slot, layer, head])):
+            block = int(row[column + number // cells])
+            yield block * pages.block_stride + int(pages.cell_pages[number % cells]), -1, size
+        column += int(prefixes.span_blocks[slot])
+    own_page = int(pages.cell_pages[layer * num_kv_heads + head])
+    for position in range(column * size, length, size):
+        yield int(row[position // size]) * pages.block_stride + own_page, position, min(size, length - position)
+
+
 def paged_attention(
     query: Tensor,  # (T, heads, D) of all rows, one after the other
     out: Tensor,  # (T, heads, D), written
@@ -89,7 +104,7 @@ def paged_attention(
     prefixes: Prefixes,
     block_table: Tensor,  # (R, W) int32
     query_start_loc: Tensor,  # (R + 1,) int32
-    seq_lens: Tensor,  # (R,) int32, tokens as vLLM counts them: what the prefix stands for included
+    seq_lens: Tensor,  # (R,) int32, tokens as vLLM counts them: what segments stand for included
     layer: int,
     num_kv_heads: int,
     scale: float,
@@ -140,10 +155,10 @@ def paged_attention(
         seq_lens,
         rows,
         layer,
-        prefixes.starts.shape[1],
         tokens,
         heads,
         scale,
+        num_layers=prefixes.starts.shape[1],
         num_kv_heads=num_kv_heads,
         group=group,
         head_size=head_size,
@@ -202,9 +217,9 @@ def _attend_pages(
     buffer, page_stride, cell_pages, block_stride, entry_stride, value_offset,
     slot_of_block, starts, lengths, span_blocks,
     block_table, table_stride, query_start_loc, seq_lens,
-    rows, layer, num_layers, tokens, heads, scale,
-    num_kv_heads: tl.constexpr, group: tl.constexpr, head_size: tl.constexpr, block_size: tl.constexpr,
-    in_parts: tl.constexpr, widen: tl.constexpr,
+    rows, layer, tokens, heads, scale,
+    num_layers: tl.constexpr, num_kv_heads: tl.constexpr, group: tl.constexpr, head_size: tl.constexpr,
+    block_size: tl.constexpr, in_parts: tl.constexpr, widen: tl.constexpr,
     block_t: tl.constexpr, block_rows: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
     tile, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -214,12 +229,17 @@ def _attend_pages(
     if begin < end_token:
         length = tl.load(seq_lens + r)
         table = block_table + r.to(tl.int64) * table_stride
-        slot = tl.load(slot_of_block + tl.load(table))
-        entry = (slot * num_layers + layer) * num_kv_heads + h
-        start, packed = tl.load(starts + entry), tl.load(lengths + entry)
-        span = tl.load(span_blocks + slot)
         cells = num_layers * num_kv_heads
-        own_page = tl.load(cell_pages + layer * num_kv_heads + h)
+        own_cell = layer * num_kv_heads + h
+        # The chain is walked for its entries, which the parts share, and once more to read them. A column beyond the
+        # row holds anything: the null block stands for it, which begins no segment.
+        segments, packed, tail = 0, 0, 0
+        slot = tl.load(slot_of_block + tl.load(table))
+        while slot > 0:
+            segments += 1
+            packed += tl.load(lengths + slot * cells + own_cell).to(tl.int32)
+            tail += tl.load(span_blocks + slot).to(tl.int32)
+            slot = tl.load(slot_of_block + tl.load(table + tail, mask=tail * block_size < length, other=0))
 
         row, d = tl.arange(0, block_rows), tl.arange(0, block_d)
         token, head = begin + row // group, h * group + row % group
@@ -229,41 +249,48 @@ def _attend_pages(
         q = tl.load(query + at, mask=asks[:, None] & wide, other=0.0)
         if widen:
             q = q.to(tl.float32)
-        # A token's position among the entries: the prefix counts with as many as it has.
-        position = packed * block_size + length - span * block_size - end_token + token
 
-        total = packed * block_size + length - span * block_size
+        total = packed * block_size + length - tail * block_size
         share = (total + tl.num_programs(2) - 1) // tl.num_programs(2)
         share = (share + block_n - 1) // block_n * block_n
-        last = tl.minimum(total, (part + 1) * share)
         peak = tl.full((block_rows,), float("-inf"), tl.float32)
         mass = tl.zeros((block_rows,), tl.float32)
         summed = tl.zeros((block_rows, block_d), tl.float32)
-        for first in range(part * share, last, block_n):
-            e = first + tl.arange(0, block_n)
-            there = e < last
-            j = e // block_size
-            in_prefix = j < packed
-            cell = start + j
-            column = tl.where(in_prefix, cell // cells, span + j - packed)
-            block = tl.load(table + column, mask=there, other=0).to(tl.int64)
-            cell_page = tl.load(cell_pages + cell % cells, mask=there & in_prefix, other=0)
-            page = block * block_stride + tl.where(in_prefix, cell_page, own_page)
-            where = (page * page_stride + e % block_size * entry_stride)[:, None] + d[None, :]
-            k = tl.load(buffer + where, mask=there[:, None] & wide, other=0.0)
-            v = tl.load(buffer + where + value_offset, mask=there[:, None] & wide, other=0.0)
-            if widen:
-                k, v = k.to(tl.float32), v.to(tl.float32)
-            logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
-            visible = there[None, :] & (in_prefix[None, :] | (e[None, :] <= position[:, None]))
-            logits = tl.where(visible, logits, float("-inf"))
-            higher = tl.maximum(peak, tl.max(logits, 1))
-            # A row that has seen nothing yet has no peak to subtract.
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            shrink, w = tl.exp(peak - base), tl.exp(logits - base[:, None])
-            mass = mass * shrink + tl.sum(w, 1)
-            summed = summed * shrink[:, None] + tl.dot(w.to(v.dtype), v, input_precision="tf32x3")
-            peak = higher
+        # Where a piece begins, and this part's entries, counted from the piece's first one on.
+        column, first_entry, end_entry = 0, part * share, tl.minimum(total, (part + 1) * share)
+        for piece in range(segments + 1):
+            in_tail = piece == segments
+            slot = tl.load(slot_of_block + tl.load(table + column, mask=piece < segments, other=0))  # tail: 0
+            place = slot * cells + own_cell
+            start = tl.where(in_tail, own_cell, tl.load(starts + place).to(tl.int32))
+            step = tl.where(in_tail, cells, 1)
+            entries = tl.where(in_tail, length - tail * block_size, tl.load(lengths + place).to(tl.int32) * block_size)
+            seen = tl.where(in_tail, entries - end_token + token, entries)  # the last entry that each token sees
+            end = tl.minimum(end_entry, entries)
+            for first in range(tl.maximum(first_entry, 0), end, block_n):
+                e = first + tl.arange(0, block_n)
+                there = e < end
+                cell = start + e // block_size * step
+                block = tl.load(table + column + cell // cells, mask=there, other=0).to(tl.int64)
+                page = block * block_stride + tl.load(cell_pages + cell % cells, mask=there, other=0)
+                where = (page * page_stride + e % block_size * entry_stride)[:, None] + d[None, :]
+                k = tl.load(buffer + where, mask=there[:, None] & wide, other=0.0)
+                v = tl.load(buffer + where + value_offset, mask=there[:, None] & wide, other=0.0)
+                if widen:
+                    k, v = k.to(tl.float32), v.to(tl.float32)
+                logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
+                visible = there[None, :] & (e[None, :] <= seen[:, None])
+                logits = tl.where(visible, logits, float("-inf"))
+                higher = tl.maximum(peak, tl.max(logits, 1))
+                # A row that has seen nothing yet has no peak to subtract.
+                base = tl.where(higher == float("-inf"), 0.0, higher)
+                shrink, w = tl.exp(peak - base), tl.exp(logits - base[:, None])
+                mass = mass * shrink + tl.sum(w, 1)
+                summed = summed * shrink[:, None] + tl.dot(w.to(v.dtype), v, input_precision="tf32x3")
+                peak = higher
+            column += tl.load(span_blocks + slot).to(tl.int32)
+            first_entry -= entries
+            end_entry -= entries
         result = summed / tl.where(mass > 0.0, mass, 1.0)[:, None]
         at = token.to(tl.int64)[:, None] * parts_t + head[:, None] * parts_h + d[None, :] + part.to(tl.int64) * parts_s
         tl.store(parts + at, result.to(parts.dtype.element_ty), mask=asks[:, None] & wide)

@@ -1,4 +1,4 @@
-"""Attention over page lists: against the twin that walks them entry by entry, in a buffer poisoned everywhere else."""
+"""Attention over chains of packed prefixes: against the twin, in a buffer poisoned wherever no entry was written."""
 
 import pytest
 import torch
@@ -11,47 +11,59 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 def make_case(rows, kv_heads, group, head_size, dtype, device, layout="LBHNC", seed=0):
-    """`rows`: (new tokens, tokens in all, span blocks or 0). Packed prefixes have their own number of pages a head."""
+    """`rows`: (new tokens, tokens in all, span blocks of each segment). Every head of a segment has pages of its own.
+
+    Returns what `paged_attention` takes, and the entries of each (row, cell): positions, -1 if packed, and content.
+    """
     generator = torch.Generator().manual_seed(seed)
-    cells, num_blocks = LAYERS * kv_heads, 2 + sum(-(-tokens // BLOCK) + 3 for _, tokens, _ in rows)
+    cells, num_blocks = LAYERS * kv_heads, 2 + sum(-(-tokens // BLOCK) for _, tokens, _ in rows)
     cell = torch.arange(cells)
     stride, cell_pages = (
         (cells, cell) if layout == "BLHNC" else (kv_heads, cell // kv_heads * num_blocks * kv_heads + cell % kv_heads)
     )
     buffer = torch.full((num_blocks * cells, BLOCK * 2 * head_size), torch.nan)
     free = (torch.randperm(num_blocks - 1, generator=generator) + 1).tolist()  # block 0 is the null block
-    width = max(-(-tokens // BLOCK) for _, tokens, _ in rows) + 1
+    width = max(-(-tokens // BLOCK) for _, tokens, _ in rows) + 2
     table = torch.zeros(len(rows), width, dtype=torch.int32)
+    num_slots = 1 + sum(len(spans) for _, _, spans in rows)
     slots = torch.zeros(num_blocks, dtype=torch.int64)
-    starts, lengths = (torch.zeros(len(rows) + 1, LAYERS, kv_heads, dtype=torch.int64) for _ in range(2))
-    spans = torch.zeros(len(rows) + 1, dtype=torch.int64)
+    starts, lengths = (torch.zeros(num_slots, LAYERS, kv_heads, dtype=torch.int64) for _ in range(2))
+    span_blocks = torch.zeros(num_slots, dtype=torch.int64)
+    unused_slots = (torch.randperm(num_slots - 1, generator=generator) + 1).tolist()
+    written = {}
 
-    def fill(page, entries):
-        content = torch.randn(entries, 2 * head_size, generator=generator)
-        buffer[page].view(BLOCK, -1)[:entries] = content
+    def fill(r, own_cell, block, at_cell, positions):
+        content = torch.randn(len(positions), 2 * head_size, generator=generator)
+        buffer[int(block) * stride + int(cell_pages[at_cell])].view(BLOCK, -1)[: len(positions)] = content
+        written.setdefault((r, own_cell), []).extend(zip(positions, content, strict=True))
 
-    for r, (_, tokens, span) in enumerate(rows):
-        if span:
+    for r, (_, tokens, spans) in enumerate(rows):
+        column = 0
+        for span in spans:
             budgets = torch.randint(1, span + 1, (cells,), generator=generator)
-            packed_blocks = -(-int(budgets.sum()) // cells)
-            for column in range(packed_blocks):
-                table[r, column] = free.pop()
-            slots[table[r, 0]], spans[r + 1] = r + 1, span
-            lengths[r + 1] = budgets.view(LAYERS, kv_heads)
-            starts[r + 1] = (budgets.cumsum(0) - budgets).view(LAYERS, kv_heads)
-            for number in range(int(budgets.sum())):
-                fill(int(table[r, number // cells]) * stride + int(cell_pages[number % cells]), BLOCK)
-        for column in range(span, -(-tokens // BLOCK)):
+            owners = torch.arange(cells).repeat_interleave(budgets)
+            for i in range(0, len(owners), cells):
+                table[r, column + i // cells] = free.pop()
+            slot = slots[table[r, column]] = unused_slots.pop()
+            span_blocks[slot], lengths[slot] = span, budgets.view(LAYERS, kv_heads)
+            starts[slot] = (budgets.cumsum(0) - budgets).view(LAYERS, kv_heads)
+            for number, owner in enumerate(owners.tolist()):
+                fill(r, owner, table[r, column + number // cells], number % cells, [-1] * BLOCK)
+            column += span
+        for column in range(sum(spans), -(-tokens // BLOCK)):
             table[r, column] = free.pop()
-            for number in range(cells):
-                fill(int(table[r, column]) * stride + int(cell_pages[number]), min(BLOCK, tokens - column * BLOCK))
+            for own_cell in range(cells):
+                positions = range(column * BLOCK, min(tokens, (column + 1) * BLOCK))
+                fill(r, own_cell, table[r, column], own_cell, positions)
+    for r, (_, tokens, _) in enumerate(rows):  # stale columns: as if a segment began there
+        table[r, -(-tokens // BLOCK) :] = int(slots.argmax())
     starts_of_rows = torch.tensor([0, *torch.tensor([new for new, _, _ in rows]).cumsum(0).tolist()], dtype=torch.int32)
     query = torch.randn(int(starts_of_rows[-1]), kv_heads * group, head_size, generator=generator)
     pages = Pages(buffer.to(dtype).to(device), cell_pages.to(device), stride, BLOCK, 2 * head_size, head_size)
-    prefixes = Prefixes(*(tensor.to(device) for tensor in (slots, starts, lengths, spans)))
+    prefixes = Prefixes(*(tensor.to(device) for tensor in (slots, starts, lengths, span_blocks)))
     lens = torch.tensor([tokens for _, tokens, _ in rows], dtype=torch.int32)
     tensors = [tensor.to(device) for tensor in (table, starts_of_rows, lens)]
-    return query.to(dtype).to(device), pages, prefixes, tensors, max(new for new, _, _ in rows)
+    return (query.to(dtype).to(device), pages, prefixes, tensors, max(new for new, _, _ in rows)), written
 
 
 def check(query, pages, prefixes, tensors, longest, kv_heads, parts=1):
@@ -69,28 +81,45 @@ def check(query, pages, prefixes, tensors, longest, kv_heads, parts=1):
         assert torch.equal(out, before)
 
 
-DECODE = [(1, 70, 3), (1, 33, 0), (1, 1, 0), (1, 49, 3), (1, 111, 6)]
-MIXED = [(5, 63, 2), (1, 40, 0), (23, 23, 0), (1, 65, 4)]
+DECODE = [(1, 70, (3,)), (1, 33, ()), (1, 1, ()), (1, 49, (1, 2)), (1, 193, (5, 1, 4, 2)), (1, 111, (2, 3, 1))]
+MIXED = [(5, 63, (2,)), (1, 40, ()), (23, 23, ()), (9, 175, (4, 1, 3, 2)), (1, 65, (1, 3))]
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("layout", ["LBHNC", "BLHNC"])
+@pytest.mark.parametrize(("layout", "parts"), [("LBHNC", 1), ("BLHNC", 3)])
 @pytest.mark.parametrize("rows", [DECODE, MIXED], ids=["decode", "mixed"])
-def test_rows_with_and_without_a_prefix(rows, layout, parts, device):
-    query, pages, prefixes, tensors, longest = make_case(rows, 2, 3, 64, torch.float32, device, layout)
-    check(query, pages, prefixes, tensors, longest, 2, parts)
+def test_chains_of_no_segment_one_and_more(rows, layout, parts, device):
+    case, _ = make_case(rows, 2, 3, 64, torch.float32, device, layout)
+    check(*case, 2, parts)
+
+
+@pytest.mark.parametrize("rows", [DECODE, MIXED], ids=["decode", "mixed"])
+def test_the_twin_attends_to_what_was_written_for_each_head(rows, device):
+    heads, group, head_size = 2, 2, 16
+    (query, pages, prefixes, tensors, _), written = make_case(rows, heads, group, head_size, torch.float32, device)
+    counts = [new for new, _, _ in rows]
+    asked = query.cpu().split(counts)
+    for layer in range(LAYERS):
+        answers = paged_attention_twin(query, pages, prefixes, *tensors, layer, heads, 1.0).cpu().split(counts)
+        for r, (new, tokens, _) in enumerate(rows):
+            for head in range(heads * group):
+                entries = written[r, layer * heads + head // group]
+                positions, content = torch.tensor([at for at, _ in entries]), torch.stack([row for _, row in entries])
+                logits = asked[r][:, head] @ content[:, :head_size].T
+                logits[positions > torch.arange(tokens - new, tokens)[:, None]] = -torch.inf
+                wanted = logits.softmax(-1) @ content[:, head_size:]
+                torch.testing.assert_close(answers[r][:, head], wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("group", "head_size"), [(1, 128), (6, 96), (8, 64), (2, 256)])
 def test_groups_head_sizes_and_dtypes(group, head_size, dtype, device):
-    rows = [(1, 70, 3), (4, 33, 0)]
-    query, pages, prefixes, tensors, longest = make_case(rows, 1, group, head_size, dtype, device)
-    check(query, pages, prefixes, tensors, longest, 1, parts=2)
+    rows = [(1, 70, (1, 2)), (4, 33, ())]
+    case, _ = make_case(rows, 1, group, head_size, dtype, device)
+    check(*case, 1, parts=2)
 
 
 def test_what_does_not_fit_is_named(device):
-    query, pages, prefixes, tensors, longest = make_case(DECODE, 2, 3, 64, torch.float32, device)
+    (query, pages, prefixes, tensors, longest), _ = make_case(DECODE, 2, 3, 64, torch.float32, device)
 
     def attend(query=query, pages=pages, kv_heads=2):
         paged_attention(query, torch.empty_like(query), pages, prefixes, *tensors, 0, kv_heads, 1.0, longest)

@@ -1,6 +1,6 @@
 """The GPU attention backend: one kernel for all rows, which finds packed prefixes in the directory on the device.
 
-A row without a packed prefix is the same kernel with an empty one, in every batch. vLLM's own kernels are not used
+A row without a packed prefix is the same kernel with an empty chain, in every batch. vLLM's own kernels are not used
 beside it: a decode batch is replayed from a CUDA graph that must serve compressed rows too, a batch with a prefill has
 them as well on a busy server, and so a row's result never depends on whether its neighbours are compressed.
 """
