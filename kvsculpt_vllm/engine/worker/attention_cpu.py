@@ -104,16 +104,15 @@ class SculptCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     def _pack(self, state: CompressionState, batch: SculptCPUMetadata) -> PackedBatch | None:
         if batch.block_table.shape[0] == 0:
             return None
-        slots = state.directory.slots(batch.block_table[:, 0])
-        if slots is None:
+        row_blocks = (batch.seq_lens + state.geometry.block_size - 1) // state.geometry.block_size
+        chains = state.directory.chains(batch.block_table, row_blocks)
+        if chains is None:
             return None
         row_lengths = batch.query_start_loc.diff()
-        is_packed = slots > 0
+        is_packed = chains.span_blocks[:, 0] > 0
         token_is_packed = is_packed.repeat_interleave(row_lengths)
         rows, plain_rows = is_packed.nonzero()[:, 0], (~is_packed).nonzero()[:, 0]
-        pages, lengths = page_lists(
-            state.geometry, batch.block_table[rows], batch.seq_lens[rows], *state.directory.entries(slots[rows])
-        )
+        pages, lengths = page_lists(state.geometry, batch.block_table[rows], batch.seq_lens[rows], chains.of(rows))
         num_layers, num_heads, num_rows = lengths.shape
         query_start_loc = _starts(row_lengths[rows].repeat(num_heads))
         lengths = lengths.view(num_layers, num_heads * num_rows)

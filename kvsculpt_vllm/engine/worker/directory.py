@@ -1,4 +1,4 @@
-"""Which block lists start with a packed prefix, and where each (layer, KV head)'s pages are in it."""
+"""Which blocks begin a packed prefix, a segment of a block list, and where each (layer, KV head)'s pages are in it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,26 @@ from torch import Tensor
 from kvsculpt_vllm.kernels.paged_attention import Prefixes
 
 
-class Packed(NamedTuple):
-    """What `page_lists` needs to know of each row of a batch."""
+class Chains(NamedTuple):
+    """The segments that each row of a batch begins with, in their order; rows with fewer than S end with zeros."""
 
-    starts: Tensor  # (R, L, H)
-    lengths: Tensor  # (R, L, H)
-    span_blocks: Tensor  # (R,)
+    starts: Tensor  # (R, S, L, H) int64, in cells
+    lengths: Tensor  # (R, S, L, H) int64, in pages
+    span_blocks: Tensor  # (R, S) int64, columns up to the next segment
+
+    def of(self, rows: Tensor) -> Chains:
+        """Those of some rows (n,)."""
+        return Chains(*(tensor[rows] for tensor in self))
 
 
 class Directory:
-    """A table on the device of the packed prefixes that rows of a batch may begin with.
+    """A table on the device of the packed prefixes that a batch's block lists hold.
 
-    It is indexed by the first block of a request's block list, so that a step needs no work of the host for each row.
-    Whoever's list begins with a packed prefix's first block reads it: several requests may. The scheduler says when
-    that block holds something else. The entry of block 0 stays empty, because padded rows point at the null block. A
-    prefix takes a slot; slot 0 says "none".
+    It is indexed by a packed prefix's first block, so that a step needs no work of the host for each row. Whoever's
+    list has that block in the place of a segment reads it: several requests may. A list begins with a chain of
+    segments, each with as many columns as the blocks that it stands for. The scheduler says when a first block holds
+    something else. The entry of block 0 stays empty, because padded rows point at the null block. A prefix takes a
+    slot; slot 0 says "none".
     """
 
     def __init__(self, num_blocks: int, num_slots: int, num_layers: int, num_heads: int, device: torch.device) -> None:
@@ -55,7 +60,7 @@ class Directory:
         table.starts[slot], table.lengths[slot], table.span_blocks[slot] = starts, lengths, span_blocks
 
     def publish(self, request_id: str, first_block: int) -> None:
-        """From now on, rows that begin with `first_block` read what was prepared."""
+        """From now on, rows with a segment that begins with `first_block` read what was prepared."""
         self.forget(first_block)
         slot = self._published[first_block] = self._prepared.pop(request_id)
         self.prefixes.slot_of_block[first_block] = slot
@@ -71,17 +76,22 @@ class Directory:
             self.prefixes.slot_of_block[first_block] = 0
             self._free_slots.append(slot)
 
-    def slots(self, first_blocks: Tensor) -> Tensor | None:
-        """Each row's slot, 0 for rows without a packed prefix; None if no row has one.
+    def chains(self, block_table: Tensor, row_blocks: Tensor) -> Chains | None:
+        """Each row's chain, S being the longest one's length; None if no row begins with a segment.
 
-        `first_blocks` (R,) is a block table's column 0.
+        `block_table` is (R, W), and `row_blocks` (R,) says how many columns of it a row has: others may hold anything.
         """
         if not self._published:
             return None
-        slots = self.prefixes.slot_of_block[first_blocks.long()]
-        return slots if slots.any() else None
-
-    def entries(self, slots: Tensor) -> Packed:
-        """The packed prefixes in `slots` (R,)."""
-        table = self.prefixes
-        return Packed(table.starts[slots], table.lengths[slots], table.span_blocks[slots])
+        column, slots, last = torch.zeros_like(row_blocks, dtype=torch.int64), [], block_table.shape[1] - 1
+        while True:
+            block = block_table.gather(1, column.clamp_max(last)[:, None])[:, 0].long()
+            slot = self.prefixes.slot_of_block[block.masked_fill(column >= row_blocks, 0)]
+            if not slot.any():
+                break
+            slots.append(slot)
+            column = column + self.prefixes.span_blocks[slot]  # slot 0 has none: that chain has ended
+        if not slots:
+            return None
+        in_order, table = torch.stack(slots, 1), self.prefixes
+        return Chains(table.starts[in_order], table.lengths[in_order], table.span_blocks[in_order])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvsculpt_vllm.kernels import pages as kernel
 from kvsculpt_vllm.kernels.dispatch import use_triton
+
+if TYPE_CHECKING:
+    from kvsculpt_vllm.engine.worker.directory import Chains
 
 
 @dataclass(frozen=True)
@@ -88,35 +92,35 @@ def page_lists(
     geometry: PageGeometry,
     block_table: Tensor,  # (R, W) int, rows padded with anything valid
     seq_lens: Tensor,  # (R,) tokens of each row, as vLLM counts them
-    starts: Tensor,  # (R, L, H) first cell of the packed pages
-    lengths: Tensor,  # (R, L, H) packed pages, 0 for a row without a packed prefix
-    span_blocks: Tensor,  # (R,) blocks of the row that the packed prefix stands for, 0 likewise
+    chains: Chains,
 ) -> tuple[Tensor, Tensor]:
-    """One page list and length for every (layer, KV head, row): packed pages, then the tail's.
+    """One page list and length for every (layer, KV head, row): the packed pages of all segments, then the tail's.
 
-    Page j of the packed prefix of (l, h) is cell ``(starts + j) % (L·H)`` of block
-    ``block_table[row, (starts + j) // (L·H)]``. Prefixes fill whole pages, so prefix and tail are one list.
+    A segment's page j is cell ``start + j``, counted in cells of (L·H) a block from its own column on. The tail is one
+    piece more: its pages are ``L·H`` cells apart. Segments fill whole pages, so that all pieces are one list.
 
     Returns:
         pages (L, H, R, P) int32, padded with page 0 of the null block's kind (never read), and entry counts
         (L, H, R) int32.
     """
     size, cells = geometry.block_size, geometry.num_cells
-    tail_tokens = seq_lens.long() - span_blocks * size
-    tail_pages = (tail_tokens + size - 1) // size
-    total = lengths + tail_pages[:, None, None]
-    column = torch.arange(int(total.max()), device=block_table.device)
-    table = block_table.long()
-    last = table.shape[1] - 1
-    cell = starts.unsqueeze(-1) + column  # (R, L, H, P)
-    row = torch.arange(len(table), device=table.device)[:, None, None, None]
-    packed = table[row, (cell // cells).clamp_max(last)] * geometry.block_stride + geometry.cell_pages[cell % cells]
-    tail_column = (span_blocks[:, None, None, None] + column - lengths.unsqueeze(-1)).clamp(0, last)
-    own_cell = geometry.cell_pages.view(1, geometry.num_layers, geometry.num_heads, 1)
-    tail = table[row, tail_column] * geometry.block_stride + own_cell
-    pages = torch.where(column < lengths.unsqueeze(-1), packed, tail)
-    pages = pages.masked_fill(column >= total.unsqueeze(-1), 0)
-    counts = lengths * size + tail_tokens[:, None, None]
+    device, shape = block_table.device, (len(seq_lens), geometry.num_layers, geometry.num_heads)
+    pad = torch.nn.functional.pad
+    columns = pad(chains.span_blocks.cumsum(1), (1, 0))  # (R, S + 1): where the pieces begin
+    first = pad(chains.lengths.cumsum(1).permute(0, 2, 3, 1), (1, 0))  # (R, L, H, S + 1): their first pages
+    packed, tail_tokens = first[..., -1], (seq_lens.long() - columns[:, -1] * size)[:, None, None]
+    total = packed + (tail_tokens + size - 1) // size
+    number = torch.arange(int(total.max()), device=device).expand(*shape, -1).contiguous()  # (R, L, H, P)
+    piece = torch.searchsorted(first[..., 1:].contiguous(), number, right=True)
+    own_cell = torch.arange(cells, device=device).view(1, *shape[1:], 1).expand(*shape, 1)
+    starts = torch.cat([chains.starts.permute(0, 2, 3, 1), own_cell], -1) + columns[:, None, None] * cells
+    step = torch.tensor([1] * (columns.shape[1] - 1) + [cells], device=device)
+    cell = (starts - first * step).gather(-1, piece) + number * step[piece]  # counted from the row's first column on
+    row = torch.arange(len(seq_lens), device=device)[:, None, None, None]
+    column = (cell // cells).clamp_max(block_table.shape[1] - 1)
+    pages = block_table[row, column].long() * geometry.block_stride + geometry.cell_pages[cell % cells]
+    pages = pages.masked_fill(number >= total.unsqueeze(-1), 0)
+    counts = packed * size + tail_tokens
     return pages.permute(1, 2, 0, 3).to(torch.int32).contiguous(), counts.permute(1, 2, 0).to(torch.int32).contiguous()
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvsculpt_vllm.engine.worker.directory import Chains
 from kvsculpt_vllm.engine.worker.pages import PageGeometry, TokenPages, VectorPages, page_lists, place
 
 LAYOUTS = ["BLHNC", "LBHNC", "BLHNC, padded blocks"]
@@ -30,41 +31,37 @@ def layer_views(
 
 @dataclass
 class Row:
-    """One request of a batch, compressed if `budgets` is there."""
+    """One request of a batch, which begins with any number of segments."""
 
     blocks: list[int]  # its block table
     seq_len: int
-    span_blocks: int
-    budgets: list[int] | None  # pages of each (layer, head)
+    segments: list[tuple[int, list[int]]]  # blocks that it stands for, pages of each (layer, head)
 
 
 @st.composite
 def batches(draw):
-    """Layout, sizes and rows; no block belongs to two rows, and null blocks (0) fill up a compressed span."""
+    """Layout, sizes and rows; no block belongs to two rows, and null blocks (0) fill up a segment's span."""
     layers, heads, size = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([2, 4]))
-    cells, rows, used = layers * heads, [], 0
-    for compressed in draw(st.lists(st.booleans(), min_size=1, max_size=4)):
-        packed = draw(st.integers(1, 3)) if compressed else 0
-        span = packed + draw(st.integers(1, 3)) if compressed else 0
-        tail_tokens = draw(st.integers(1, 3 * size))
-        tail = -(-tail_tokens // size)
-        budgets = None
-        if compressed:
+    cells, rows, used = layers * heads, [], count(1)
+    for num_segments in draw(st.lists(st.integers(0, 3), min_size=1, max_size=4)):
+        table, segments = [], []
+        for _ in range(num_segments):
+            packed, nulls = draw(st.integers(1, 3)), draw(st.integers(0, 3))
             # Every head gets a page; where the others go is drawn.
-            owners = draw(
+            others = draw(
                 st.lists(st.integers(0, cells - 1), min_size=(packed - 1) * cells, max_size=(packed - 1) * cells)
             )
-            budgets = [1 + owners.count(c) for c in range(cells)]
-        own = list(range(used + 1, used + 1 + packed + tail))
-        used += len(own)
-        rows.append((own, packed, span, tail_tokens, budgets))
-    ids = draw(st.permutations(range(1, used + 1)))
-    built = []
-    for own, packed, span, tail_tokens, budgets in rows:
-        own = [ids[i - 1] for i in own]
-        table = own[:packed] + [0] * (span - packed) + own[packed:]
-        built.append(Row(table, span * size + tail_tokens, span, budgets))
-    return draw(st.sampled_from(LAYOUTS)), layers, heads, size, used + 1, built
+            table += [next(used) for _ in range(packed)] + [0] * nulls
+            segments.append((packed + nulls, [1 + others.count(c) for c in range(cells)]))
+        tail_tokens = draw(st.integers(1, 3 * size))
+        seq_len = len(table) * size + tail_tokens
+        table += [next(used) for _ in range(-(-tail_tokens // size))]
+        rows.append(Row(table, seq_len, segments))
+    num_blocks = next(used)
+    ids = [0, *draw(st.permutations(range(1, num_blocks)))]
+    for row in rows:
+        row.blocks = [ids[block] for block in row.blocks]
+    return draw(st.sampled_from(LAYOUTS)), layers, heads, size, num_blocks, rows
 
 
 @settings(max_examples=100, deadline=None)
@@ -76,38 +73,42 @@ def test_page_lists_name_the_pages_of_every_entry_and_no_others(batch):
     cells = layers * heads
     # Write a tag into the page of every entry, where docs/architecture.md#the-way-of-a-request says that it is.
     tags, expected = count(1), {}
+    longest = max(len(row.segments) for row in rows)
+    starts, lengths = torch.zeros(2, len(rows), longest, layers, heads, dtype=torch.int64)
+    spans = torch.zeros(len(rows), longest, dtype=torch.int64)
     for r, row in enumerate(rows):
-        starts = place(row.budgets) if row.budgets else None
         for cell in range(cells):
             layer, head = divmod(cell, heads)
-            found = expected[layer, head, r] = []
-            for j in range(row.budgets[cell] if row.budgets else 0):
-                at = starts[cell] + j
-                other_layer, other_head = divmod(at % cells, heads)
-                views[other_layer][row.blocks[at // cells], other_head] = tag = next(tags)
-                found.append(tag)
-            for block in row.blocks[row.span_blocks :]:
+            found, column, packed_entries = [], 0, 0
+            for i, (span, budgets) in enumerate(row.segments):
+                starts[r, i, layer, head], lengths[r, i, layer, head] = sum(budgets[:cell]), budgets[cell]
+                spans[r, i] = span
+                for number in range(sum(budgets[:cell]), sum(budgets[: cell + 1])):
+                    other_layer, other_head = divmod(number % cells, heads)
+                    views[other_layer][row.blocks[column + number // cells], other_head] = tag = next(tags)
+                    found.append(tag)
+                column += span
+                packed_entries += budgets[cell] * size
+            for block in row.blocks[column:]:
                 views[layer][block, head] = tag = next(tags)
                 found.append(tag)
+            expected[layer, head, r] = found, packed_entries + row.seq_len - column * size
 
-    zeros = torch.zeros(layers, heads, dtype=torch.int64)
     width = max(len(row.blocks) for row in rows) + 1
     pages, counts = page_lists(
         geometry,
         torch.tensor([row.blocks + [num_blocks - 1] * (width - len(row.blocks)) for row in rows], dtype=torch.int32),
         torch.tensor([row.seq_len for row in rows], dtype=torch.int32),
-        torch.stack([torch.tensor(place(r.budgets)).view(layers, heads) if r.budgets else zeros for r in rows]),
-        torch.stack([torch.tensor(r.budgets).view(layers, heads) if r.budgets else zeros for r in rows]),
-        torch.tensor([row.span_blocks for row in rows]),
+        Chains(starts, lengths, spans),
     )
     assert pages.dtype == counts.dtype == torch.int32
-    for (layer, head, r), tagged in expected.items():
+    assert pages.shape[-1] == max(len(tagged) for tagged, _ in expected.values())
+    for (layer, head, r), (tagged, entries) in expected.items():
         listed = pages[layer, head, r].tolist()
         # A page that two entries share would carry the later one's tag only.
         assert buffer[listed[: len(tagged)]].unique(dim=1).flatten().tolist() == tagged
         assert not any(listed[len(tagged) :])
-        packed_entries = rows[r].budgets[layer * heads + head] * size if rows[r].budgets else 0
-        assert counts[layer, head, r] == packed_entries + rows[r].seq_len - rows[r].span_blocks * size
+        assert counts[layer, head, r] == entries
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
