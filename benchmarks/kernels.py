@@ -58,7 +58,7 @@ class Shape:
 
 @dataclass
 class Case:
-    """A decoding batch whose rows have a packed prefix each; heads with unequal budgets, as adaptive ones are."""
+    """A decoding batch whose rows begin with a chain of segments; heads with unequal budgets, as adaptive ones are."""
 
     query: Tensor  # (rows, heads, D)
     pages: Pages
@@ -69,32 +69,38 @@ class Case:
     entries: int  # of a row and KV head, mean
 
     @classmethod
-    def make(cls, shape: Shape, tokens: int, rows: int, keep_ratio: float) -> Case:
-        """Keep ratio 1 is a batch that nothing was compressed of: empty prefixes."""
+    def make(cls, shape: Shape, tokens: int, rows: int, keep_ratio: float, segments: int) -> Case:
+        """Keep ratio 1 is a batch that nothing was compressed of: empty chains."""
         size, heads = shape.block_size, shape.kv_heads
         blocks = math.ceil(tokens / size)
         span = 0 if keep_ratio == 1 else (tokens - WINDOW) // size
-        packed = math.ceil(keep_ratio * span)
-        own = packed + blocks - span
-        ids = torch.randperm(rows * own) + 1  # block 0 is the null block
+        spans = [span // segments + (i < span % segments) for i in range(segments)] if span else []
+        packed = [math.ceil(keep_ratio * blocks) for blocks in spans]
+        own = sum(packed) + blocks - span
+        ids = (torch.randperm(rows * own) + 1).view(rows, own).int()  # block 0 is the null block
         table = torch.zeros(rows, blocks, dtype=torch.int32)
-        ids = ids.view(rows, own).int()
-        table[:, :packed], table[:, span:] = ids[:, :packed], ids[:, packed:]
-        # Of each pair of heads one gets half as much more, the other half less.
-        lengths = torch.full((heads,), packed)
-        more = packed // 2 if heads > 1 else 0
-        more = min(more, span - packed)
-        lengths[0 : heads // 2 * 2 : 2] += more
-        lengths[1 : heads // 2 * 2 : 2] -= more
+        lengths = torch.tensor(packed, dtype=torch.int64)[:, None].repeat(1, heads)
         slots = torch.zeros(rows * own + 1, dtype=torch.int64)
-        if span:
-            slots[table[:, 0].long()] = torch.arange(rows) + 1
-        used = slots.new_ones(rows + 1, 1, 1) * (torch.arange(rows + 1) > 0)[:, None, None]
+        column = taken = 0
+        for i, (stands_for, pages) in enumerate(zip(spans, packed, strict=True)):
+            table[:, column : column + pages] = ids[:, taken : taken + pages]
+            slots[table[:, column].long()] = torch.arange(rows) * len(spans) + i + 1
+            # Of each pair of heads one gets half as much more, the other half less.
+            more = min(pages // 2 if heads > 1 else 0, stands_for - pages)
+            lengths[i, 0 : heads // 2 * 2 : 2] += more
+            lengths[i, 1 : heads // 2 * 2 : 2] -= more
+            column, taken = column + stands_for, taken + pages
+        table[:, span:] = ids[:, taken:]
+
+        def by_slot(of_segments: Tensor) -> Tensor:
+            """Every row's segments have the same; slot 0 has zeros."""
+            return torch.cat([of_segments.new_zeros(1, *of_segments.shape[1:]), *[of_segments] * rows])
+
         prefixes = Prefixes(
             slots,
-            (used * (lengths.cumsum(0) - lengths)).contiguous(),
-            (used * lengths).contiguous(),
-            used[:, 0, 0] * span,
+            by_slot((lengths.cumsum(1) - lengths)[:, None]),
+            by_slot(lengths[:, None]),
+            by_slot(torch.tensor(spans, dtype=torch.int64)),
         )
         generator = torch.Generator(shape.device).manual_seed(0)
         options = {"generator": generator, "device": shape.device, "dtype": shape.dtype}
@@ -107,7 +113,7 @@ class Case:
             table.to(device),
             torch.arange(rows + 1, dtype=torch.int32, device=device),
             torch.full((rows,), tokens, dtype=torch.int32, device=device),
-            tokens - (span - packed) * size,
+            tokens - (span - sum(packed)) * size,
         )
 
     def attend(self, shape: Shape) -> Tensor:
@@ -125,17 +131,20 @@ class Case:
 
     def written_out(self, shape: Shape, row: int) -> Tensor:
         """The row's answer (heads, D) from the entries taken one page list at a time, in float32."""
-        size, group = shape.block_size, shape.query_heads // shape.kv_heads
-        slot = int(self.prefixes.slot_of_block[self.block_table[row, 0]])
-        span, answers = int(self.prefixes.span_blocks[slot]), []
-        tail = self.block_table[row, span:].long()
+        size, group, answers = shape.block_size, shape.query_heads // shape.kv_heads, []
+        table, length = self.block_table[row].long(), int(self.lens[row])
         for head in range(shape.kv_heads):
-            start, length = (int(t[slot, 0, head]) for t in (self.prefixes.starts, self.prefixes.lengths))
-            cells = start + torch.arange(length, device=tail.device)
-            columns = self.block_table[row].long()[cells // shape.kv_heads]
-            index = torch.cat([columns * shape.kv_heads + cells % shape.kv_heads, tail * shape.kv_heads + head])
+            column, pages = 0, []
+            while slot := int(self.prefixes.slot_of_block[table[column]]):
+                start, count = (int(t[slot, 0, head]) for t in (self.prefixes.starts, self.prefixes.lengths))
+                cells = start + torch.arange(count, device=table.device)
+                blocks = table[column + cells // shape.kv_heads]
+                pages.append(blocks * shape.kv_heads + cells % shape.kv_heads)
+                column += int(self.prefixes.span_blocks[slot])
+            packed = sum(map(len, pages))
+            index = torch.cat([*pages, table[column:] * shape.kv_heads + head])
             entries = self.pages.buffer[index].view(len(index) * size, 2, shape.head_size)
-            entries = entries[: length * size + int(self.lens[row]) - span * size].float()
+            entries = entries[: packed * size + length - column * size].float()
             asked = self.query[row, head * group : (head + 1) * group].float()
             weights = (asked @ entries[:, 0].T * shape.head_size**-0.5).softmax(-1)
             answers.append(weights @ entries[:, 1])
@@ -197,22 +206,26 @@ def dense_peers(shape: Shape, tokens: int, rows: int) -> dict[str, Callable[[], 
     return peers
 
 
-def attention_rows(shape: Shape, tokens: int, rows: int, ratios: list[float], copy: float) -> list[dict[str, Any]]:
-    """Every keep ratio beside the peers, which read everything."""
+def attention_rows(
+    shape: Shape, tokens: int, rows: int, ratios: list[float], segments: list[int], copy: float
+) -> list[dict[str, Any]]:
+    """Every keep ratio and number of segments beside the peers, which read everything."""
     results = []
-    for ratio in ratios:
-        case = Case.make(shape, tokens, rows, ratio)
+    for ratio, chain in [(r, s) for r in ratios for s in (segments if r < 1 else [0])]:
+        case, name = Case.make(shape, tokens, rows, ratio, chain), f"paged_attention, keep {ratio:g}"
+        name += f", {chain} segments" if chain > 1 else ""
         answer = case.attend(shape)
         for row in {0, rows - 1}:
             difference = float((answer[row].float() - case.written_out(shape, row)).abs().max())
             if not difference <= TOLERANCE[shape.dtype]:
-                raise SystemExit(f"wrong at {tokens} tokens, {rows} rows, keep {ratio:g}: off by {difference}")
+                raise SystemExit(f"{name}: wrong at {tokens} tokens, {rows} rows: off by {difference}")
         seconds = milliseconds(lambda case=case: case.attend(shape), shape.device) / 1e3
         read = rows * case.entries * shape.entry_bytes
         results.append(
             {
-                "system": f"paged_attention, keep {ratio:g}",
+                "system": name,
                 "keep_ratio": ratio,
+                "segments": chain,
                 "seconds": seconds,
                 "of_copy": read / seconds / copy,
             }
@@ -221,7 +234,7 @@ def attention_rows(shape: Shape, tokens: int, rows: int, ratios: list[float], co
     for name, run in dense_peers(shape, tokens, rows).items():
         seconds = milliseconds(run, shape.device) / 1e3
         of_copy = rows * tokens * shape.entry_bytes / seconds / copy
-        results.append({"system": name, "keep_ratio": None, "seconds": seconds, "of_copy": of_copy})
+        results.append({"system": name, "keep_ratio": None, "segments": None, "seconds": seconds, "of_copy": of_copy})
     return [{"tokens": tokens, "batch": rows} | result for result in results]
 
 
@@ -285,6 +298,7 @@ def main(
     tokens: Annotated[list[int] | None, typer.Option(help="May be given several times.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="May be given several times.")] = None,
     keep_ratio: Annotated[list[float], typer.Option(help="May be given several times.")] = [1.0, 0.5, 0.3, 0.1],  # noqa: B006
+    segments: Annotated[list[int], typer.Option(help="In a row. May be given several times.")] = [1, 8],  # noqa: B006
     query_heads: int = 32,
     kv_heads: int = 8,
     head_size: int = 128,
@@ -306,7 +320,7 @@ def main(
         if gpu and 3.5 * count * size * shape.entry_bytes > torch.cuda.mem_get_info()[0]:
             console.print(f"{count} tokens, {size} rows: not enough memory")
             continue
-        rows += attention_rows(shape, count, size, keep_ratio, copy)
+        rows += attention_rows(shape, count, size, keep_ratio, segments, copy)
     losses = [
         loss_row(device, *sizes, head_size)
         for sizes in ([(56, 1500, 600), (256, 1500, 600), (256, 3000, 2400)] if gpu else [(2, 96, 40)])
