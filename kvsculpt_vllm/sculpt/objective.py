@@ -61,10 +61,12 @@ class Target:
             shift = lse[:, rows].unsqueeze(-1)
             mass = (problems.retained_lse[:, rows].unsqueeze(-1) - shift).exp()
             return cls(
-                probes=torch.cat([problems.queries[:, rows] * problems.scale, -shift, torch.ones_like(shift)], dim=-1),
+                probes=torch.cat(
+                    [problems.queries[:, rows].mul_(problems.scale), -shift, torch.ones_like(shift)], dim=-1
+                ),
                 out=out[:, rows],
                 retained_mass=mass,
-                retained_sum=mass * problems.retained_out[:, rows],
+                retained_sum=problems.retained_out[:, rows].mul_(mass),
                 out_norm=out_norm,
                 key_spread=key_spread,
             )

@@ -59,15 +59,7 @@ class Problems:
         """Choose about `count` query rows (LongTensor): whole positions, spread evenly over the training ones and over
         the held-out ones.
         """
-        held_out = self.held_out.view(-1, self.group)[:, 0]
-        share = min(1.0, count / len(self.held_out))
-        kept = []
-        for part in (~held_out, held_out):
-            positions = part.nonzero()[:, 0]
-            number = max(1, round(share * len(positions)))
-            spread = torch.linspace(0, len(positions) - 1, number, dtype=torch.float64, device=positions.device)
-            kept.append(positions[spread.round().long()])
-        rows = torch.cat(kept).sort().values[:, None] * self.group
+        rows = thin_positions(self.held_out.view(-1, self.group)[:, 0], count / self.group)[:, None] * self.group
         return (rows + torch.arange(self.group, device=rows.device)).flatten()
 
     def with_rows(self, rows: Tensor) -> Problems:
@@ -82,9 +74,27 @@ class Problems:
         )
 
 
+def thin_positions(held_out: Tensor, count: float) -> Tensor:
+    """Choose about `count` of the positions (LongTensor, ascending) that `held_out` (A,) bool is of, spread evenly over
+    the training ones and over the held-out ones.
+    """
+    share = min(1.0, count / len(held_out))
+    kept = []
+    for part in (~held_out, held_out):
+        positions = part.nonzero()[:, 0]
+        number = max(1, round(share * len(positions)))
+        spread = torch.linspace(0, len(positions) - 1, number, dtype=torch.float64, device=positions.device)
+        kept.append(positions[spread.round().long()])
+    return torch.cat(kept).sort().values
+
+
 @dataclass(frozen=True)
 class Earlier:
-    """The entries of the segments before, one tensor per problem: each head has kept a number m_b of its own."""
+    """The entries of the segments before, one tensor per problem: each head has kept a number m_b of its own.
+
+    Of a long context they are gigabytes. A sequence that reads each head's entries when it is asked for them, and has
+    slices that do the same, is as good as a list: one head's entries are used at a time.
+    """
 
     keys: Sequence[Tensor]  # B tensors (m_b, D), any dtype
     values: Sequence[Tensor]  # B tensors (m_b, D)
@@ -127,11 +137,27 @@ def retained_attention(
     out, lse = torch.cat(outs, dim=1), torch.cat(lses, dim=1)
     if earlier is not None:
         # A head at a time: padded to the longest, heads with few entries would cost as much as it does.
-        for b, kept_keys, kept_values in zip(range(len(out)), earlier.keys, earlier.values, strict=True):
-            head_keys, head_values = kept_keys[None].float(), kept_values[None].float()
-            step = max(1, limit // max(1, head_keys.shape[1]))
-            for begin in range(0, out.shape[1], step):
-                rows = slice(begin, begin + step)
-                more_out, more_lse = attend(queries[b : b + 1, rows], head_keys, head_values, scale)
-                out[b, rows], lse[b, rows] = merge(out[b, rows], lse[b, rows], more_out[0], more_lse[0])
+        for b, head_keys, head_values in zip(range(len(out)), earlier.keys, earlier.values, strict=True):
+            _merge_head(out[b], lse[b], queries[b], head_keys, head_values, scale, limit)
     return out, lse
+
+
+def _merge_head(
+    out: Tensor,  # (Q, D) fp32, changed in place
+    lse: Tensor,  # (Q,) fp32, changed in place
+    queries: Tensor,  # (Q, D) fp32
+    keys: Tensor,  # (m, D) any dtype
+    values: Tensor,  # (m, D)
+    scale: float,
+    limit: int,  # floats that a temporary may have
+) -> None:
+    """Add to one head's attention that over more entries."""
+    # In float32 the entries of a long context would be hundreds of megabytes.
+    entries = max(1, limit // (2 * keys.shape[1]))
+    for some_keys, some_values in zip(keys.split(entries), values.split(entries), strict=True):
+        some_keys, some_values = some_keys[None].float(), some_values[None].float()
+        step = max(1, limit // max(1, some_keys.shape[1]))
+        for begin in range(0, len(out), step):
+            rows = slice(begin, begin + step)
+            more_out, more_lse = attend(queries[None, rows], some_keys, some_values, scale)
+            out[rows], lse[rows] = merge(out[rows], lse[rows], more_out[0], more_lse[0])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kvsculpt_vllm.sculpt.problem import Earlier, Problems, retained_attention
+from kvsculpt_vllm.sculpt.problem import Earlier, Problems, retained_attention, thin_positions
 from kvsculpt_vllm.sculpt.rotary import Rotary
 from kvsculpt_vllm.sculpt.slices import Slices, at_once
 
@@ -66,8 +67,14 @@ def future_positions(origin: Tensor, num_prompt_tokens: int, num_positions: int)
     return (num_prompt_tokens + offsets).clamp_max(num_positions - 1)
 
 
+class PerLayer(Protocol):
+    """What gives a tensor for the number of a layer: a tensor of all layers, or what puts one layer's together."""
+
+    def __getitem__(self, layer: int, /) -> Tensor: ...
+
+
 def build_in_slices(
-    queries: Tensor,  # (L, P, heads, D) sampled queries, with their rotary embedding, in any dtype
+    queries: PerLayer,  # (P, heads, D) of each layer: sampled queries, with their rotary embedding, in any dtype
     positions: Tensor,  # (P,) where they were asked, ascending
     recent: int,  # how many of the last ones are asked as they were, too
     keys: Tensor,  # (L·H, n, D) the keys of the tokens [first, first + n)
@@ -80,13 +87,15 @@ def build_in_slices(
     first: int = 0,
     earlier: Earlier | None = None,  # of all L·H problems: what stands for the tokens before `first`
     layers: range | None = None,  # build only the problems of these layers, one after the other; None means all
+    count: int | None = None,  # build only about so many of the queries of each head; None means all
 ) -> Slices[Problems]:
     """Build the problems of a segment of a prompt, one per (layer, KV head), layers outermost; the work may pause after
     each layer. A prompt that is compressed as one span is its only segment.
 
     A problem has the queries of all heads of its KV head's group. Each sampled query asks from a position behind the n
     tokens (`future_positions`); the last `recent` ones ask from their own position, too. So a problem has (P + recent)
-    · group query rows. All positions are absolute.
+    · group query rows, or with a `count` those of them that `Problems.thin_rows` would choose. All positions are
+    absolute.
 
     A caller that goes through the model in groups of `layers` bounds the memory that the problems take. The other
     arguments stay those of the whole model, and nothing of the other layers is read.
@@ -95,14 +104,17 @@ def build_in_slices(
     # Of the whole model, so that a group of layers has the same positions as all of them at once.
     covered = [rotary.num_positions for rotary in rotaries if rotary is not None]
     future = future_positions(positions, end, min(covered, default=end + FUTURE_TOKENS))
-    asked = (
-        _ask(queries[layer].float(), recent, positions, future, rotaries[layer])  # (P + recent, heads, D)
-        for layer in (range(len(rotaries)) if layers is None else layers)
-    )
     held_out = held_out_of(len(positions), keys.device)
     # A query that is asked twice is held out twice or not at all.
     held_out = torch.cat([held_out, held_out[-recent:]])
     asked_at = torch.cat([future, positions[-recent:]])
+    asked = (
+        _ask(queries[layer].float(), recent, positions, future, rotaries[layer])  # (P + recent, heads, D)
+        for layer in (range(len(rotaries)) if layers is None else layers)
+    )
+    if count is not None:
+        kept = thin_positions(held_out, count)
+        held_out, asked_at, asked = held_out[kept], asked_at[kept], (rows[kept] for rows in asked)
     problems = yield from asked_in_slices(
         asked,
         len(rotaries),
@@ -117,7 +129,7 @@ def build_in_slices(
         earlier=earlier,
         layers=layers,
     )
-    return replace(problems, recent=recent)
+    return replace(problems, recent=recent if count is None else 0)
 
 
 def held_out_of(count: int, device: torch.device) -> Tensor:
@@ -156,37 +168,41 @@ def asked_in_slices(
         )
     heads = len(keys) // num_layers
     recent_positions = torch.arange(first + span, first + keys.shape[1], device=keys.device)
-    rows, retained = [], []
-    for layer, queries in zip(layers, asked, strict=True):
+    built: Problems | None = None
+    for i, (layer, queries) in enumerate(zip(layers, asked, strict=True)):
         group = queries.shape[1] // heads
-        rows.append(queries.unflatten(1, (heads, group)).transpose(0, 1).flatten(1, 2))  # (H, A·G, D)
-        own = slice(layer * heads, (layer + 1) * heads)
-        # A layer at a time: for the whole model at once the scores of a wide window would take gigabytes.
-        retained.append(
-            retained_attention(
-                rows[-1],
-                positions.repeat_interleave(group),
-                keys[own, :sinks],
-                values[own, :sinks],
-                keys[own, span:],
-                values[own, span:],
-                recent_positions,
-                scale,
-                None if earlier is None else earlier.part(own),
+        if built is None:
+            # Filled layer by layer: parts that are joined at the end would all be there twice.
+            shape = (len(layers) * heads, len(positions) * group, queries.shape[2])
+            which = slice(layers.start * heads, layers.stop * heads)
+            built = Problems(
+                queries=queries.new_empty(shape),
+                keys=keys[which, sinks:span],
+                values=values[which, sinks:span],
+                retained_out=queries.new_empty(shape),
+                retained_lse=queries.new_empty(shape[:2]),
+                held_out=held_out.repeat_interleave(group),
+                scale=scale,
+                group=group,
             )
+        own, target = slice(layer * heads, (layer + 1) * heads), slice(i * heads, (i + 1) * heads)
+        rows = built.queries[target]  # (H, A·G, D)
+        rows.view(heads, -1, group, shape[2]).copy_(queries.unflatten(1, (heads, group)).transpose(0, 1))
+        # A layer at a time: for the whole model at once the scores of a wide window would take gigabytes.
+        built.retained_out[target], built.retained_lse[target] = retained_attention(
+            rows,
+            positions.repeat_interleave(group),
+            keys[own, :sinks],
+            values[own, :sinks],
+            keys[own, span:],
+            values[own, span:],
+            recent_positions,
+            scale,
+            None if earlier is None else earlier.part(own),
         )
         yield
-    built = slice(layers.start * heads, layers.stop * heads)
-    return Problems(
-        queries=torch.cat(rows),
-        keys=keys[built, sinks:span],
-        values=values[built, sinks:span],
-        retained_out=torch.cat([out for out, _ in retained]),
-        retained_lse=torch.cat([lse for _, lse in retained]),
-        held_out=held_out.repeat_interleave(group),
-        scale=scale,
-        group=group,
-    )
+    assert built is not None  # `layers` is not empty
+    return built
 
 
 asked_problems = at_once(asked_in_slices)

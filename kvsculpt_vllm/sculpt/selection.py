@@ -34,11 +34,6 @@ class Ranking:
     teacher_out: Tensor  # (B, Q, D)
     teacher_lse: Tensor  # (B, Q)
 
-    @classmethod
-    def join(cls, parts: list[Ranking]) -> Ranking:
-        """The rankings of consecutive problems as one."""
-        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
-
     def take(self, index: Tensor) -> Ranking:
         """The rankings of the problems in `index`."""
         return Ranking(**{name: tensor[index] for name, tensor in vars(self).items()})
@@ -66,13 +61,22 @@ def rank_in_slices(
     unprotected, which costs more than what an unseen query gains for the judgement of later fits
     (benchmarks/LOG.md). Works on at most `max_elements` weights at once, so that memory does not grow with the span.
     """
-    parts = []
+    shape, device = problems.queries.shape, problems.keys.device
+    # Filled in place: parts that are joined at the end would all be there twice.
+    ranking = Ranking(
+        order=torch.empty(problems.keys.shape[:2], dtype=torch.long, device=device),
+        teacher_out=torch.empty(shape, device=device),
+        teacher_lse=torch.empty(shape[:2], device=device),
+    )
+    first = 0
     for batch in batches(problems, max_elements):
+        own = slice(first, first + batch.num_problems)
         teacher = teach(batch, max_elements, power)
-        order = score(batch, teacher).argsort(dim=1, descending=True)
-        parts.append(Ranking(order, teacher.out, teacher.lse))
+        ranking.order[own] = score(batch, teacher).argsort(dim=1, descending=True)
+        ranking.teacher_out[own], ranking.teacher_lse[own] = teacher.out, teacher.lse
+        first = own.stop
         yield
-    return Ranking.join(parts)
+    return ranking
 
 
 rank = at_once(rank_in_slices)

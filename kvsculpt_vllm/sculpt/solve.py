@@ -89,6 +89,7 @@ def solve(
     chosen = ranking.order[:, :largest].unsqueeze(-1).expand(-1, -1, problems.keys.shape[-1])
     selected, originals = problems.keys.gather(1, chosen), problems.values.gather(1, chosen)
     train, held_out = Target.split(problems, ranking.teacher_out, ranking.teacher_lse)
+    del problems, ranking  # as large as the two targets, and not needed any more
     best = _Best(selected.clone(), originals.clone(), held_out, valid, storage)
     if method == "select_fit":
         yield from _fit_start(best, train, selected, originals, valid)
@@ -167,6 +168,7 @@ def _sculpt_keys(
         refit = ValueFit(train, current, originals, valid)
         values = refit.solve(ridge)
         best.failed_solves[index] += refit.failed
+        del refit  # it holds weights, and the steps to come make their own
         improved, error = best.offer(current, values, step, index)
         optimizer.restart_at(*evaluate(optimizer.x))
         losses = trace[-1].clone()
