@@ -1,4 +1,4 @@
-"""From all problems of a request to the entries that replace its span."""
+"""From problems to the entries that replace their span."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from kvsculpt_vllm.sculpt.loss_curves import LossCurves
 from kvsculpt_vllm.sculpt.matmul import fast_matmul
 from kvsculpt_vllm.sculpt.memory import max_elements
 from kvsculpt_vllm.sculpt.problem import Problems
+from kvsculpt_vllm.sculpt.selection import Ranking
 from kvsculpt_vllm.sculpt.slices import Slices, at_once, within
 from kvsculpt_vllm.sculpt.solve import judged_after, solve
-from kvsculpt_vllm.sculpt.survey import Survey, survey_in_slices
+from kvsculpt_vllm.sculpt.survey import Budgets, Survey, survey_in_slices
 
 
 @dataclass
@@ -43,7 +44,8 @@ def compress_in_slices(
     limit: int | None = None,
     calibration: LossCurves | None = None,
 ) -> Slices[Compressed]:
-    """Compress all problems of a request: give out the pages by the rule `budget`, and fit every problem by `method`.
+    """Compress problems that are all in memory: give out the pages by the rule `budget`, and fit every problem by
+    `method`. For a model whose problems do not fit there is `layerwise.compress_segment_in_slices`.
 
     Args:
         limit: the largest temporary, in floats; None means the device's (`memory.max_elements`).
@@ -65,31 +67,55 @@ def fit_in_slices(
     """Fit every problem to the queries of about `effort.fit_positions`, with the budgets that the survey `found` gives
     it.
 
-    All problems go through the solver in as few batches as `limit` (the largest temporary, in floats) allows, sorted by
-    size so that little padding is computed.
-
     Raises:
         ValueError: the plan's total cannot be given out.
     """
+    budgets = found.budgets(plan)
+    fitted_on, ranking = thinned(problems, found.ranking, effort)
+    return (yield from fit_thinned_in_slices(fitted_on, plan, ranking, budgets, method, effort, limit))
+
+
+fit = at_once(fit_in_slices)
+
+
+def thinned(problems: Problems, ranking: Ranking, effort: Effort) -> tuple[Problems, Ranking]:
+    """Keep only the query rows of about `effort.fit_positions`."""
+    rows = problems.thin_rows(effort.fit_positions * problems.group)
+    if len(rows) == len(problems.held_out):  # all of them: a copy would only take memory
+        return problems, ranking
+    return problems.with_rows(rows), ranking.with_rows(rows)
+
+
+def fit_thinned_in_slices(
+    problems: Problems,
+    plan: PagePlan,
+    ranking: Ranking,
+    budgets: Budgets,
+    method: str,
+    effort: Effort,
+    limit: int | None = None,
+) -> Slices[Compressed]:
+    """Fit every problem to all queries that are given, and to as many pages as `budgets` gives it.
+
+    All problems go through the solver in as few batches as `limit` (the largest temporary, in floats) allows, sorted by
+    size so that little padding is computed.
+    """
     num_problems, device = problems.num_problems, problems.keys.device
     limit = limit or max_elements(device)
-    pages, difficulty = found.budgets(plan)
     key_steps = effort.key_steps if method == "sculpt" else 0
     result = Compressed(
-        pages=pages,
+        pages=budgets.pages,
         keys=[problems.keys[0]] * num_problems,
         values=[problems.values[0]] * num_problems,
         start_error=torch.zeros(num_problems, device=device),
         error=torch.zeros(num_problems, device=device),
         steps=torch.zeros(num_problems, dtype=torch.long, device=device),
         failed_solves=torch.zeros(num_problems, dtype=torch.long, device=device),
-        difficulty=difficulty.to(device),
+        difficulty=budgets.difficulty.to(device),
         trace=torch.zeros(len(judged_after(key_steps)) if key_steps else 0, 2, num_problems, device=device),
     )
-    kept = [plan.entries(count) for count in pages]
-    rows = problems.thin_rows(effort.fit_positions * problems.group)
-    fitted_on, ranking = problems.with_rows(rows), found.ranking.with_rows(rows)
-    for group in _groups(kept, problems.num_entries, limit // len(rows)):
+    kept = [plan.entries(count) for count in budgets.pages]
+    for group in _groups(kept, problems.num_entries, limit // len(problems.held_out)):
         if kept[group[0]] == problems.num_entries:  # everything fits: copied, nothing to fit
             for b in group:
                 result.keys[b], result.values[b] = problems.keys[b], problems.values[b]
@@ -97,7 +123,7 @@ def fit_in_slices(
         index = torch.tensor(group, device=device)
         group_sizes = torch.tensor([kept[b] for b in group], device=device)
         fitting = solve(
-            fitted_on.take(index),
+            problems.take(index),
             ranking.take(index),
             group_sizes,
             method,
@@ -114,9 +140,6 @@ def fit_in_slices(
         result.trace[..., index] = done.trace
         yield
     return result
-
-
-fit = at_once(fit_in_slices)
 
 
 def _groups(sizes: list[int], whole: int, max_entries: int) -> Iterator[list[int]]:

@@ -22,6 +22,10 @@ class LossCurves:
     fractions: tuple[float, ...]  # (G,) of a span's pages, ascending, the last one 1
     losses: np.ndarray  # (B, G) what each head loses with them, heads in the order of the problems
 
+    def part(self, own: slice) -> LossCurves:
+        """Keep the heads in `own`."""
+        return LossCurves(self.fractions, self.losses[own])
+
     def grid(self, plan: PagePlan) -> list[int]:
         """Count the pages of the plan's span, ascending, that the fractions come to."""
         return grid_of(plan, self.fractions)

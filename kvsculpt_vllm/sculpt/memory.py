@@ -1,12 +1,24 @@
-"""How large one temporary tensor may be: the byte budget by which problems and queries are taken in groups."""
+"""How large one temporary tensor may be, and how many layers' problems are in memory at once."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-BYTES = {"cpu": 1 << 23, "cuda": 1 << 30}
-"""On a CPU 8 MiB: larger ones leave the caches, and from 16 MiB glibc maps and unmaps each time, when page faults cost
-more than the arithmetic (measured: benchmarks/LOG.md). On a GPU 1 GiB: enough to fill it."""
+BYTES = {"cpu": 1 << 23, "cuda": 1 << 27}
+"""What a temporary may take. On a CPU 8 MiB: larger ones leave the caches, and from 16 MiB glibc maps and unmaps each
+time, when page faults cost more than the arithmetic (measured: benchmarks/LOG.md). On a GPU 128 MiB: weights of 10,000
+queries on 3,300 entries, which are 150 blocks of 64 queries and more, one for every multiprocessor (reckoned, not run
+there)."""
+
+GROUP_BYTES = {"cpu": 4 << 30, "cuda": 1 << 29}
+"""What the problems of a group of layers may take, with what is made of them. On a CPU 4 GiB: a segment of a model up
+to 0.5B is one group, and nothing of it is built twice. On a GPU 512 MiB, which one layer of an 8B model takes."""
+
+COPIES = 10
+"""Tensors as large as a group's queries in float32 that live at once: the queries, what retained entries answer and
+what the teacher answers; these again for the batch that is fitted, and the target that is made of it."""
 
 
 def max_elements(device: torch.device) -> int:
@@ -14,3 +26,13 @@ def max_elements(device: torch.device) -> int:
     its size.
     """
     return BYTES[device.type] // 4
+
+
+def layer_groups(num_layers: int, layer_bytes: int, group_bytes: int) -> Iterator[range]:
+    """Divide the layers into as few groups of about the same length as `group_bytes` allows, a layer at least, if the
+    queries of a layer take `layer_bytes` in float32.
+    """
+    most = max(1, group_bytes // (COPIES * layer_bytes))
+    number = -(-num_layers // most)
+    for group in range(number):
+        yield range(group * num_layers // number, (group + 1) * num_layers // number)

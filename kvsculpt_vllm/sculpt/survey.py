@@ -46,21 +46,39 @@ class Survey:
     grid: Sequence[int]  # (G,) page counts
     curves: np.ndarray | None  # (B, G) what a head loses at them, or lost elsewhere; None for uniform budgets
 
-    def budgets(self, plan: PagePlan) -> tuple[list[int], Tensor]:
-        """Give out the plan's pages: the number of pages of every head, and each head's difficulty.
-
-        The difficulty (B,) float32 is what a report shows: the loss of a head at the uniform budget, 0 if budgets are
-        uniform.
+    def budgets(self, plan: PagePlan) -> Budgets:
+        """Give out the plan's pages.
 
         Raises:
             ValueError: the total cannot be given out.
         """
-        num_problems = len(self.ranking.order)
-        pages = uniform_budgets(num_problems, plan.total, plan.least, plan.span_pages)
-        if self.curves is None:
-            return pages, torch.zeros(num_problems)
-        difficulty = [np.interp(count, self.grid, curve) for count, curve in zip(pages, self.curves, strict=True)]
-        return adaptive_budgets(self.curves, self.grid, plan.total), torch.tensor(difficulty, dtype=torch.float32)
+        return give_out(plan, len(self.ranking.order), self.grid, self.curves)
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What each of B heads gets."""
+
+    pages: list[int]
+    difficulty: Tensor  # (B,) fp32, for a report: the loss of a head at the uniform budget, 0 if budgets are uniform
+
+    def part(self, own: slice) -> Budgets:
+        """Keep the heads in `own`."""
+        return Budgets(self.pages[own], self.difficulty[own])
+
+
+def give_out(plan: PagePlan, num_problems: int, grid: Sequence[int], curves: np.ndarray | None) -> Budgets:
+    """Give out the plan's pages to heads that lose `curves` (B, G) at the page counts in `grid`: the same number to
+    each if there are no curves.
+
+    Raises:
+        ValueError: the total cannot be given out.
+    """
+    uniform = uniform_budgets(num_problems, plan.total, plan.least, plan.span_pages)
+    if curves is None:
+        return Budgets(uniform, torch.zeros(num_problems))
+    difficulty = [np.interp(count, grid, curve) for count, curve in zip(uniform, curves, strict=True)]
+    return Budgets(adaptive_budgets(curves, grid, plan.total), torch.tensor(difficulty, dtype=torch.float32))
 
 
 def survey_in_slices(
