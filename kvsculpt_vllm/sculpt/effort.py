@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SAMPLE_BYTES = 1 << 29
-"""Bytes that the sampled queries of a prompt may take. An effort's least number of positions is sampled even if its
-queries take more. A fit's other tensors take six times as much at most, in float32."""
+SAMPLE_BYTES = 784 << 20
+"""Bytes that the sampled queries of a segment may take: those of 3,136 positions (the longest segment of 2,048 tokens
+and its window of 64) of a model with 256 KiB a position (8B, in bfloat16). An effort's least number of positions is
+sampled even if its queries take more."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,13 @@ class Effort:
     meaning: str = ""
 
     def positions_for(self, position_bytes: int) -> int:
-        """Say how many positions of a prompt to sample at most, if the queries of all layers take `position_bytes` at
+        """Say how many positions of a segment to sample at most, if the queries of all layers take `position_bytes` at
         each.
 
         All of them, as far as `SAMPLE_BYTES` goes, and never fewer than `positions`: the fit does not keep what follows
-        a position that is not sampled (`queries.future_positions`).
+        a position that is not sampled (`queries.future_positions`). So up to 256 KiB a position, which is an 8B model
+        on one GPU, a segment of the default length is sampled as a whole. Beyond that a longest segment is sampled at
+        `positions` of its 3,136 positions, and loses what follows the others; tensor parallelism divides the bytes.
         """
         return max(self.positions, SAMPLE_BYTES // position_bytes)
 

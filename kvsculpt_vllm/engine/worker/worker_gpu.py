@@ -10,11 +10,10 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.worker.pages import TokenPages
-from kvsculpt_vllm.engine.worker.state import SAMPLES_BYTES
 from kvsculpt_vllm.engine.worker.worker import SculptWorkerMixin
-from kvsculpt_vllm.engine.worker.working_memory import solve_bytes
+from kvsculpt_vllm.engine.worker.working_memory import longest_segment, samples_bytes, solve_bytes
 from kvsculpt_vllm.sculpt.effort import EFFORTS
-from kvsculpt_vllm.sculpt.memory import BYTES
+from kvsculpt_vllm.sculpt.memory import BYTES, GROUP_BYTES
 from kvsculpt_vllm.sculpt.queries import RECENT_POSITIONS
 
 logger = init_logger("vllm.kvsculpt")
@@ -36,38 +35,47 @@ class SculptGPUWorker(SculptWorkerMixin, Worker):
         torch.cuda.current_stream().synchronize()
 
     def determine_available_memory(self) -> int:
-        """Bytes for the KV cache: what vLLM finds, less what the solve of the longest prompt and all samples take.
+        """Bytes for the KV cache: what vLLM finds, less what the solve of the longest segment and all samples take.
 
         A size that the user gave (`--kv-cache-memory-bytes`) is theirs.
         """
         available = super().determine_available_memory()
         if self.cache_config.kv_cache_memory_bytes:
             return available
-        reserved = self._solve_bytes() + SAMPLES_BYTES
+        reserved = self._reserved_bytes()
         if reserved >= available:
             raise ValueError(
-                f"--kv-compression: compressing the longest prompt (--max-model-len {self.model_config.max_model_len}) "
-                f"takes {reserved / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB are there for it and the KV cache: "
-                "lower --max-model-len, or say by --kv-cache-memory-bytes how much the KV cache gets"
+                f"--kv-compression: compressing takes {reserved / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB are "
+                "there for it and the KV cache: lower --kv-compression-segment or --max-model-len, or say by "
+                "--kv-cache-memory-bytes how much the KV cache gets"
             )
         logger.info("kvsculpt: %.2f GiB of the KV cache's memory kept free for compression", reserved / 2**30)
         return available - reserved
 
-    def _solve_bytes(self) -> int:
+    def _reserved_bytes(self) -> int:
+        """Bytes that the samples of all prompts take at most, and the solve of the longest segment."""
         model, parallel = self.model_config, self.parallel_config
-        num_kv_heads = model.get_num_kv_heads(parallel)
-        num_layers, num_heads = model.get_num_layers(parallel), model.get_num_attention_heads(parallel)
         assert isinstance(model.dtype, torch.dtype)  # and no name any more: vLLM has resolved it
-        element_bytes = get_dtype_size(model.dtype)
-        position_bytes = num_layers * num_heads * model.get_head_size() * element_bytes
-        # Whatever the server's effort is, a request may ask for more.
+        element_bytes, head_size = get_dtype_size(model.dtype), model.get_head_size()
+        num_layers, num_heads = model.get_num_layers(parallel), model.get_num_attention_heads(parallel)
+        position_bytes = num_layers * num_heads * head_size * element_bytes
         config = CompressionConfig.from_additional_config(self.vllm_config.additional_config)
-        sampled = max(EFFORTS[name].positions_for(position_bytes) for name in config.efforts)
-        return solve_bytes(
-            num_problems=num_layers * num_kv_heads,
-            query_rows=(min(sampled, model.max_model_len) + RECENT_POSITIONS) * num_heads // num_kv_heads,
-            head_size=model.get_head_size(),
-            prompt_tokens=model.max_model_len,
+        # Whatever the server's effort is, a request may ask for another.
+        efforts = [EFFORTS[name] for name in config.efforts]
+        # The window begins at a block's border.
+        tokens = longest_segment(config.segment, config.window) + self.cache_config.block_size
+        tokens = min(tokens, model.max_model_len)
+        sampled = min(tokens, max(effort.positions_for(position_bytes) for effort in efforts))
+        return samples_bytes(position_bytes, config.segment, config.window) + solve_bytes(
+            num_layers=num_layers,
+            num_kv_heads=model.get_num_kv_heads(parallel),
+            num_query_heads=num_heads,
+            head_size=head_size,
+            asked=sampled + RECENT_POSITIONS,
+            fitted_on=min((effort.fit_positions for effort in efforts if effort.key_steps), default=sampled),
+            segment_tokens=tokens,
+            context_tokens=model.max_model_len,
             cache_bytes=element_bytes,
             largest_temporary=BYTES["cuda"],
+            group_bytes=GROUP_BYTES["cuda"],
         )

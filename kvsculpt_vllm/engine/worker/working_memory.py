@@ -1,26 +1,67 @@
-"""How much memory a solve takes beside the model and its cache: what a GPU worker keeps free."""
+"""How much memory compression takes beside the model and its cache: what a GPU worker keeps free."""
 
 from __future__ import annotations
 
-FIT_COPIES = 10
-"""Tensors as large as all queries in float32 that live at once: queries, what the teacher answers, what retained
-entries answer, the thinned copies that fits use, and what is being joined from parts."""
+from kvsculpt_vllm.sculpt.memory import COPIES, layer_groups
 
-TEMPORARIES = 4
+SAMPLED_SEGMENTS = 2
+"""The samples of all prompts have room for so many of the longest segments: one is solved, the next is computed."""
+
+BUILD_COPIES = 2
+"""Tensors as large as a group's queries in float32 that live while they are built: the queries themselves, and what
+retained entries answer."""
+
+LAYER_COPIES = 5
+"""Tensors as large as a layer's queries in float32 that live besides while that layer's are built."""
+
+TEMPORARIES = 3
 """Temporaries of the largest size that live at once."""
+
+STEP_COPIES = 30
+"""Tensors as large as the keys of a batch that key steps hold: ten pairs of curvature, and what one step makes."""
+
+
+def longest_segment(segment: int, window: int) -> int:
+    """Count the tokens that the solve of a segment looks at, at most: a prompt's last one may be half as long again
+    (`sculpt.chain.next_piece`).
+    """
+    return segment + segment // 2 + window
+
+
+def samples_bytes(position_bytes: int, segment: int, window: int) -> int:
+    """Count the bytes that the sampled queries of all prompts may take, if those of all layers take `position_bytes` at
+    a position.
+    """
+    return SAMPLED_SEGMENTS * longest_segment(segment, window) * position_bytes
 
 
 def solve_bytes(
-    num_problems: int,  # layers times KV heads
-    query_rows: int,  # of one problem: sampled positions, the recent ones twice, times query heads of its group
+    *,
+    num_layers: int,
+    num_kv_heads: int,
+    num_query_heads: int,
     head_size: int,
-    prompt_tokens: int,
+    asked: int,  # queries of a query head: sampled positions, the recent ones twice
+    fitted_on: int,  # of those, the fewest that key steps are fitted to
+    segment_tokens: int,  # with its window
+    context_tokens: int,  # of all segments before it, too
     cache_bytes: int,  # of one element of the cache
     largest_temporary: int,  # bytes
+    group_bytes: int,  # that a group of layers may take
 ) -> int:
-    """Estimate from above the bytes that the solve of one prompt takes. A test holds it to what a solve takes on the
-    CPU.
+    """Estimate from above the bytes that the solve of one segment takes (`sculpt.layerwise`), its sample aside. A test
+    holds it to what a solve takes on the CPU.
     """
-    queries = num_problems * query_rows * head_size * 4
-    span = 2 * num_problems * prompt_tokens * head_size * cache_bytes
-    return FIT_COPIES * queries + 2 * span + TEMPORARIES * largest_temporary
+    layer = asked * num_query_heads * head_size * 4
+    group = max(map(len, layer_groups(num_layers, layer, group_bytes)))
+    pair = 2 * head_size * cache_bytes  # of one entry
+    rows = num_query_heads // num_kv_heads
+    # A batch may be one problem of any size.
+    largest_temporary = max(largest_temporary, asked * rows * segment_tokens * 4)
+    # Of one head at a time, which may have kept everything: its keys are there while both are read once more.
+    building = (BUILD_COPIES * group + LAYER_COPIES) * layer + 2 * context_tokens * pair
+    entries = min(largest_temporary // (4 * min(fitted_on, asked) * rows), group * num_kv_heads * segment_tokens)
+    fitting = COPIES * group * layer + STEP_COPIES * entries * head_size * 4
+    made = group * num_kv_heads * segment_tokens * pair
+    whole = num_layers * num_kv_heads * segment_tokens * pair
+    return whole + made + max(building, fitting) + TEMPORARIES * largest_temporary
