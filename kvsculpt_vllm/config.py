@@ -23,7 +23,13 @@ ON_FAILURE = {
 }
 """What a prompt keeps whose compression fails."""
 
-SERVER_ONLY = {"calibration", "max_effort", "max_stall_ms"}
+DECODE = {
+    "on": "long answers hold little memory, too",
+    "off": "answers stay exact",
+}
+"""What becomes of the tokens that a model writes."""
+
+SERVER_ONLY = {"calibration", "decode", "max_effort", "max_stall_ms", "segment"}
 """Settings that no request can change."""
 
 
@@ -90,6 +96,18 @@ class CompressionConfig(BaseModel):
         gt=0,
         description="A prompt whose compression has a larger error on held-out queries (relative squared output error "
         "plus squared log-sum-exp error, mean over layers and heads) stays exact. 1 is an output as far off as none.",
+    )
+    segment: int = Field(
+        default=2048,
+        ge=64,
+        description="A prompt is compressed in segments of so many tokens, while it is computed: each behind those "
+        "before it, whose exact cache is given back at once. Longer ones lose less, and take more memory and time to "
+        "make. The server's only.",
+    )
+    decode: Annotated[str, OneOf(DECODE)] = Field(
+        default="on",
+        description="Whether what follows the prompt's segments becomes a segment, too, once it has grown by "
+        f"--kv-compression-segment. The request pauses for it. {described(DECODE)} The server's only.",
     )
     on_failure: Annotated[str, OneOf(ON_FAILURE)] = Field(
         default="exact",

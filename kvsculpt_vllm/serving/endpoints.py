@@ -45,6 +45,9 @@ class Stats(BaseModel):
     blocks_freed: int
     bytes_freed: int
     solver_steps: int
+    segments: int  # made
+    remade: int
+    found: dict[str, int]
     seconds: dict[str, Any]
     held_out_error: dict[str, Any]
     pool: dict[str, int]

@@ -20,6 +20,15 @@ COUNTERS = {
     "blocks_freed": "KV cache blocks that compressions gave back to vLLM's pool.",
     "bytes_freed": "Bytes of those blocks.",
     "solver_steps": "L-BFGS steps on keys, summed over layers and KV heads.",
+    "segments": "Segments that were made.",
+    "remade": "Of these, solves that were done again with more entries, because they lost more than max_error.",
+}
+FOUND = {
+    "hits": ("segment_hits", "Requests that found a chain of segments for the beginning of their prompt."),
+    "misses": ("segment_misses", "Requests that could have found one, and did not."),
+    "adopted": ("segments_adopted", "Segments that took the place of tokens that a request had computed itself."),
+    "evicted": ("segments_evicted", "Segments that could be found and cannot any more: their memory was needed."),
+    "tokens_found": ("tokens_found", "Prompt tokens that were not computed, or not compressed, thanks to segments."),
 }
 POOL = {
     "total": ("pool_blocks", "KV cache blocks there are for requests."),
@@ -30,7 +39,7 @@ POOL = {
     ),
     "bytes_saved": ("bytes_saved", "Bytes of those blocks."),
     "compressed": ("compressed_requests", "Requests running now from a compressed prompt."),
-    "segments": ("segments", "Packed prefixes that are kept in the prefix cache, for later requests to find."),
+    "segments": ("segments_cached", "Segments that are kept in the prefix cache, for later requests to find."),
     "pending": ("pending_requests", "Requests whose prompt is computed and waits for its compression, or is in it."),
 }
 
@@ -70,13 +79,16 @@ def families(stats: list[dict[str, Any]]) -> Iterable[Metric]:
     counters = {
         name: CounterMetricFamily(f"kvsculpt:{name}", text, labels=["engine"]) for name, text in COUNTERS.items()
     }
+    found = {
+        key: CounterMetricFamily(f"kvsculpt:{name}", text, labels=["engine"]) for key, (name, text) in FOUND.items()
+    }
     gauges = {key: GaugeMetricFamily(f"kvsculpt:{name}", text, labels=["engine"]) for key, (name, text) in POOL.items()}
     seconds = HistogramMetricFamily(
-        "kvsculpt:compression_seconds", "Time to compress one prompt, in seconds.", labels=["engine"]
+        "kvsculpt:compression_seconds", "Time to make one segment, in seconds.", labels=["engine"]
     )
     error = HistogramMetricFamily(
         "kvsculpt:held_out_error",
-        "Error of one prompt on queries that no fit has used (relative squared output error plus squared log-sum-exp "
+        "Error of one segment on queries that no fit has used (relative squared output error plus squared log-sum-exp "
         "error, mean over layers and heads). stage before: of selection alone; after: of what is in use.",
         labels=["engine", "stage"],
     )
@@ -89,12 +101,14 @@ def families(stats: list[dict[str, Any]]) -> Iterable[Metric]:
             deferred.add_metric([engine, reason], count)
         for name, counter in counters.items():
             counter.add_metric([engine], totals[name])
+        for key, counter in found.items():
+            counter.add_metric([engine], totals["found"][key])
         for key, gauge in gauges.items():
             gauge.add_metric([engine], totals["pool"][key])
         seconds.add_metric([engine], *_buckets(totals["seconds"]))
         for stage, histogram in totals["held_out_error"].items():
             error.add_metric([engine, stage], *_buckets(histogram))
-    yield from (requests, deferred, *counters.values(), *gauges.values(), seconds, error)
+    yield from (requests, deferred, *counters.values(), *found.values(), *gauges.values(), seconds, error)
 
 
 def _buckets(histogram: dict[str, Any]) -> tuple[list[tuple[str, float]], float]:

@@ -33,40 +33,56 @@ POISON = 3.0e4
 
 def install_identity(poison: bool) -> None:
     """Replace the method by one that keeps every entry, in page runs of shuffled order, and spoils the old blocks."""
+    from dataclasses import replace
+
     import torch
 
     from kvsculpt_vllm.engine.shared import spans
-    from kvsculpt_vllm.engine.shared.reasons import Reason
     from kvsculpt_vllm.engine.worker import compressor, pages
     from kvsculpt_vllm.sculpt.compress import Compressed
 
-    stock_plan, shuffle = spans.plan_span, random.Random(0)
+    stock_next, stock_why = spans.next_span, spans.why_exact
     stock_solve, stock_commit, spans_of = compressor.Compressor.solve, compressor.Compressor.commit, {}
+
+    def next_span(*args):
+        span = stock_next(*args)
+        return None if span is None else Whole(**vars(replace(span, packed_blocks=span.blocks)))
+
+    def why_exact(*args):
+        spans.next_span = stock_next  # else there would be nothing to free
+        try:
+            return stock_why(*args)
+        finally:
+            spans.next_span = next_span
 
     class Whole(spans.Span):
         def pays(self, own_blocks):
             return own_blocks >= self.packed_blocks
 
-    def plan_span(*args):
-        span = stock_plan(*args)
-        return span if isinstance(span, Reason) else Whole(span.tokens, span.blocks, span.blocks)
-
-    def keep_all(problems, plan, *args, **kwargs):
-        zeros = torch.zeros(problems.num_problems)
+    def keep_all(source, plan, method, budget, effort, write, *args, **kwargs):
+        count = source.num_problems
         yield
-        pages_each = [plan.span_pages] * problems.num_problems
-        return Compressed(pages_each, list(problems.keys), list(problems.values), *[zeros] * 6)
+        kept = slice(source.sinks, source.span)
+        fitted = Compressed(
+            [plan.span_pages] * count,
+            list(source.keys[:, kept]),
+            list(source.values[:, kept]),
+            *[torch.zeros(count)] * 6,
+        )
+        write(fitted, 0, fitted.pages)
+        return fitted
 
     def place(page_counts):
         starts, cell = [0] * len(page_counts), 0
-        for b in shuffle.sample(range(len(page_counts)), len(page_counts)):
+        # The same order whenever it is asked for.
+        for b in random.Random(0).sample(range(len(page_counts)), len(page_counts)):
             starts[b], cell = cell, cell + page_counts[b]
         return starts
 
     def solve(self, command, *args):
         record = yield from stock_solve(self, command, *args)
         span_blocks = command.span_tokens // self.state.geometry.block_size
-        spans_of[command.request_id] = torch.tensor(command.prompt_blocks[:span_blocks])
+        spans_of[command.request_id] = torch.tensor(command.exact[:span_blocks])
         return record
 
     def commit(self, command, *args):
@@ -75,7 +91,8 @@ def install_identity(poison: bool) -> None:
             self.state.pages.buffer[self.state.geometry.block_pages(spans_of[command.request_id])] = POISON
         return record
 
-    spans.plan_span, compressor.compress_in_slices, pages.place = plan_span, keep_all, place
+    spans.next_span, spans.why_exact = next_span, why_exact
+    compressor.compress_segment_in_slices, pages.place = keep_all, place
     compressor.Compressor.solve, compressor.Compressor.commit = solve, commit
 
 
@@ -106,35 +123,42 @@ def install_faults(faults: dict[str, str], rank: int = 0) -> None:
         if now["fault"] == "once" and fallback:
             now["fault"] = None
         if now["fault"] == "queries not finite":
-            self.state.samples[command.request_id].queries[3, 5] = torch.nan
+            self.state.samples[command.request_id]._pieces[0].queries[3, 5] = torch.nan
         try:
             return (yield from stock_solve(self, command, fallback))
         finally:
             now["fault"] = None
 
-    def compress(*args, **kwargs):
-        result = yield from stock_compress(*args, **kwargs)
-        if now["fault"] == "values not finite":
-            result.values[3][5, 0] = torch.nan
-        return result
+    def compress(source, plan, method, budget, effort, write, **kwargs):
+        def spoiling(fitted, first, pages):
+            if now["fault"] == "values not finite":
+                fitted.values[3][5, 0] = torch.nan
+            write(fitted, first, pages)
+
+        return (yield from stock_compress(source, plan, method, budget, effort, spoiling, **kwargs))
 
     class Unwritable:
-        nbytes = 0
+        shape = (1, 1 << 30)
 
         def __setitem__(self, *args):
             raise RuntimeError("injected")
 
-    def track(self, request_id, *args):
-        stock_track(self, request_id, *args)
-        if fault_of(request_id) == "capture":
-            self.samples[request_id].queries = Unwritable()
+    def sample(self, command):
+        stock_sample(self, command)
+        if fault_of(command.request_id) == "capture":
+            for piece in self.samples[command.request_id]._pieces:
+                piece.queries = Unwritable()
 
-    stock_solve, stock_compress, stock_track = (
+    stock_solve, stock_compress, stock_sample = (
         compressor.Compressor.solve,
-        failing(compressor.compress_in_slices, "solve", "out of memory", "once", "always"),
-        CompressionState._track,
+        failing(compressor.compress_segment_in_slices, "solve", "out of memory", "once", "always"),
+        CompressionState.sample,
     )
-    compressor.Compressor.solve, compressor.compress_in_slices, CompressionState._track = solve, compress, track
+    compressor.Compressor.solve, compressor.compress_segment_in_slices, CompressionState.sample = (
+        solve,
+        compress,
+        sample,
+    )
     pages.VectorPages.read = failing(pages.VectorPages.read, "gather")
     pages.VectorPages.write = failing(pages.VectorPages.write, "scatter")
     directory.Directory.prepare = failing(directory.Directory.prepare, "directory")
@@ -206,9 +230,9 @@ def start(job: dict):
         # vLLM starts workers anew on a CPU; they would lack what is replaced here, and import for half a minute.
         multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
     if "samples_bytes" in job:
-        from kvsculpt_vllm.engine.worker import state
+        from kvsculpt_vllm.engine.shared import sample_room
 
-        state.SAMPLES_BYTES = job["samples_bytes"]
+        sample_room.CPU_BYTES = job["samples_bytes"]
     if job.get("identity"):
         # No solver runs, so that the copies of pages can be kernels too.
         os.environ["KVSCULPT_KERNELS"] = "triton" if job.get("gpu_path") else ""

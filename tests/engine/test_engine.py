@@ -9,6 +9,8 @@ pytestmark = pytest.mark.engine
 # A bound that no compression reaches, so that each is done before one step; what the bound does has tests of its own.
 AT_ONCE = {"max_stall_ms": 60_000}
 ON = on(**AT_ONCE)
+# Prompts become chains.
+CHAINS = on(**AT_ONCE, segment=256, min_tokens=128)
 
 # A long and a short prompt together, then the long one again beside another long one.
 MIXED = [[request(0, 1200), request(5000, 300)], [request(0, 1200), request(2000, 900)]]
@@ -46,7 +48,10 @@ IDENTITY_CASES = {
 def test_the_v2_model_runner_gives_the_same_tokens(run_engine):
     batches, engine = [[request(0, 600, 5), request(5000, 64, 5)]], {"enable_prefix_caching": False}
     stock = run_engine(engine=engine, batches=batches)
-    ours = run_engine(engine={**engine, "additional_config": ON}, batches=batches, v2=True, identity=True, poison=True)
+    ours = run_engine(
+        engine={**engine, "additional_config": CHAINS}, batches=batches, v2=True, identity=True, poison=True
+    )
+    assert [told and told["segments"] for told in ours["told"][0]] == [2, 0]
     assert ours["tokens"] == stock["tokens"]
     assert ours["stats"]["requests"]["compressed"] == {"": 1}
     assert ours["free"][0][-1] == ours["free_at_start"]
@@ -108,6 +113,69 @@ def test_a_segment_that_is_found_or_adopted_gives_the_tokens_of_stock_vllm(run_e
     assert (ours["told"][0][0]["tokens_sculpted"], ours["told"][1][0]["tokens_found"]) == (span, span)
     assert ours["told"][0][0]["entries_held"] == ours["told"][1][0]["entries_held"] == span  # the identity keeps all
     assert ours["free"][-1][-1] == ours["free_at_start"]
+
+
+def test_chains_that_are_made_while_prompts_are_computed_give_the_tokens_of_stock_vllm(run_engine):
+    """Several prompts in chunks smaller than a segment, in one batch; what their blocks held before is spoilt."""
+    batches = [[request(0, 1200), request(5000, 300), request(2000, 900)], [request(0, 1300)]]
+    engine = {"max_num_batched_tokens": 200, "enable_prefix_caching": False}
+    stock = run_engine(engine=engine, batches=batches)
+    ours = run_engine(engine={**engine, "additional_config": CHAINS}, batches=batches, identity=True, poison=True)
+    assert ours["tokens"] == stock["tokens"]
+    assert [[told["segments"] for told in batch] for batch in ours["told"]] == [[4, 1, 3], [5]]
+    assert ours["stats"]["requests"]["compressed"] == {"": 4} and ours["stats"]["segments"] == 13
+    assert ours["free"][-1][-1] == ours["free_at_start"] and ours["published"] == 0
+
+
+def test_chains_that_are_found_adopted_or_grow_give_the_tokens_of_stock_vllm(run_engine):
+    """Questions about one document, turns of a conversation, twins, and answers that become segments themselves."""
+    batches = [
+        [request(0, 1200)],
+        [request(0, 1250)],  # another question
+        [request(0, 1400)],  # a later turn
+        [request(0, 700)],  # the beginning of the document: the first two segments are found
+        [request(3000, 880, 40), request(3000, 900, 30), request(3000, 900, 30)],  # at once
+        [request(7000, 100, 700)],  # a long answer to a short prompt
+        [request(7000, 400, 300)],
+    ]
+    engine = {"enable_prefix_caching": True, "max_num_batched_tokens": 512}
+    stock = run_engine(engine=engine, batches=batches)
+    ours = run_engine(engine={**engine, "additional_config": CHAINS}, batches=batches, identity=True)
+    assert ours["tokens"] == stock["tokens"]
+    # What lies behind the second segment in the beginning of the document has become the third one, and a prompt that is
+    # to be sculpted computes all of it.
+    assert ours["cached"] == [*stock["cached"][:3], [512], *stock["cached"][4:6], [0]]
+    told = [batch[0] for batch in ours["told"]]
+    assert [(t["outcome"], t["tokens_found"], t["tokens_sculpted"], t["segments"]) for t in told[:4]] == [
+        ("compressed", 0, 1120, 4),
+        ("found", 1120, 0, 4),
+        ("found", 1120, 0, 4),
+        ("found", 512, 0, 2),
+    ]
+    made, *adopted = ours["told"][4]
+    assert made["tokens_sculpted"] == 800
+    assert [(t["outcome"], t["reason"], t["tokens_found"]) for t in adopted] == [("found", "adopted", 800)] * 2
+    # 800 tokens at the end, of which at most a segment, the window and what is computed beside stay exact.
+    assert told[5]["outcome"] == "compressed" and told[5]["tokens_sculpted"] >= 800 - 256 - 64 - 32
+    assert ours["preemptions"] >= 2  # that is how it was computed anew
+    assert ours["free"][-1][-1] == ours["free_at_start"]
+
+
+def test_a_prompt_longer_than_the_memory_is_served_and_gives_the_tokens_of_stock_vllm(run_engine):
+    """Memory for 1,088 tokens, prompts of 1,900 and 1,500 that are to share it, and an answer that goes on."""
+    batches = [[request(0, 1900, 60), request(3000, 1500, 20)], [request(0, 300, 700)]]
+    settings = on(keep_ratio=0.3, **AT_ONCE, segment=256, min_tokens=128)
+    engine = {"enable_prefix_caching": True, "max_num_batched_tokens": 256}
+    with_memory = run_engine(engine={**engine, "additional_config": settings}, batches=batches)
+    little = {**engine, "additional_config": settings, "num_gpu_blocks_override": 35}
+    ours = run_engine(engine=little, batches=batches)
+    assert [len(tokens) for tokens in ours["tokens"][0]] == [60, 20]
+    assert [told["segments"] for told in ours["told"][0]] == [told["segments"] for told in with_memory["told"][0]]
+    assert ours["free"][-1][-1] == ours["free_at_start"] == 34
+    assert len(ours["tokens"][1][0]) == 700
+    # Stock vLLM does not even start.
+    with pytest.raises(pytest.fail.Exception, match="larger than the available KV cache memory"):
+        run_engine(engine={**engine, "num_gpu_blocks_override": 35}, batches=batches)
 
 
 def test_between_the_slices_of_a_compression_everybody_decodes(run_engine):

@@ -8,14 +8,23 @@ import pytest
 import torch
 
 from kvsculpt_vllm.calibration_file import SHIPPED, read
+from kvsculpt_vllm.evaluation.chain import Chain
 from kvsculpt_vllm.evaluation.harness import Context
 from kvsculpt_vllm.evaluation.methods.base import surveyed
 from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer
+from kvsculpt_vllm.sculpt.chain import pieces
 from kvsculpt_vllm.sculpt.effort import EFFORTS
 
 pytestmark = pytest.mark.engine
 
 LENGTH, ANSWER = 800, 8
+
+
+def prompt_of(model_path, length):
+    """The tokens that `engine_job.py` takes for a prompt that begins at 0."""
+    topics = pydoc_data.topics.topics
+    tokenizer, _ = load_tokenizer(model_path)
+    return tokenizer(" ".join(topics[name] for name in sorted(topics))[:60000], verbose=False).input_ids[:length]
 
 
 def test_the_engine_fits_what_the_harness_fits_and_answers_the_same(run_engine, model_path):
@@ -27,9 +36,7 @@ def test_the_engine_fits_what_the_harness_fits_and_answers_the_same(run_engine, 
     served = run_engine(engine=engine, batches=[[request]])
     (record,) = served["compressions"]
 
-    topics = pydoc_data.topics.topics
-    tokenizer, _ = load_tokenizer(model_path)
-    prompt = tokenizer(" ".join(topics[name] for name in sorted(topics))[:60000], verbose=False).input_ids[:LENGTH]
+    prompt = prompt_of(model_path, LENGTH)
     answer = served["tokens"][0][0]
     # The engine compresses before the step that follows the prefill: its first token comes from the full cache.
     model = EvaluationModel.load(model_path, "cpu")
@@ -49,3 +56,29 @@ def test_the_engine_fits_what_the_harness_fits_and_answers_the_same(run_engine, 
     best = logits.max(-1).values
     # Greedy up to rounding: where two tokens are that close, bfloat16 may prefer the other.
     assert (best - logits.gather(1, chosen[:, None])[:, 0] < 0.2).all()
+
+
+def test_the_engine_makes_the_chain_that_the_harness_makes(run_engine, model_path):
+    length, segment = 1500, 512
+    config = {"method": "sculpt", "keep_ratio": 0.3, "effort": "fast", "segment": segment, "max_stall_ms": 60_000}
+    engine = {"enable_prefix_caching": False, "additional_config": {"kv_compression": config}}
+    request = {"start": 0, "length": length, "max_tokens": ANSWER, "extra_args": None}
+    served = run_engine(engine=engine, batches=[[request]])
+    (record,) = served["compressions"]
+
+    model = EvaluationModel.load(model_path, "cpu")
+    chain = Chain(model, prompt_of(model_path, length), EFFORTS["fast"], block_size=32, window=64, sinks=4)
+    planned = list(pieces(length, 64, 32, 0.3, segment))
+    method = surveyed("sculpt", calibration=read(SHIPPED / f"{model_path.name}.json").whole)
+    made = chain.make(planned, method, "adaptive")
+    assert record["segments"] == len(made.segments) == 3
+    assert record["span_tokens"] == 32 * sum(piece.blocks for piece in planned)
+    assert record["entries_kept"] == 32 * sum(piece.packed_blocks for piece in planned)
+    weights = [piece.blocks / planned[-1].end for piece in planned]
+    for name, of in (("error_before", "start_error"), ("error_after", "error")):
+        mean = sum(w * float(getattr(one, of).mean()) for w, one in zip(weights, made.segments, strict=True))
+        assert record[name] == pytest.approx(mean, rel=0.1)
+    answer = served["tokens"][0][0]
+    logits = model.continue_from(made.cache, answer[:-1], length)
+    best, chosen = logits.max(-1).values, logits.gather(1, torch.tensor(answer[1:])[:, None])[:, 0]
+    assert (best - chosen < 0.2).all()

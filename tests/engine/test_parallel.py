@@ -6,7 +6,7 @@ from jobs import on, request
 
 pytestmark = pytest.mark.engine
 
-ON = on("select_fit", 0.5, budget="uniform", effort="fast", max_stall_ms=60_000)
+ON = on("select_fit", 0.5, budget="uniform", effort="fast", max_stall_ms=60_000, segment=256, min_tokens=128)
 LENGTH, MAX_TOKENS = 600, 16
 
 
@@ -30,6 +30,7 @@ def test_ranks_compress_as_one_and_fail_as_one(run_engine, first_layers_path, sp
     ranks = run_engine(engine=several, batches=[batch], fault_rank=num_ranks - 1, v2=v2)
 
     (alone,) = one["compressions"]
+    assert alone["segments"] == 2
     whole, selected = ranks["compressions"]
     assert ranks["tokens"][0][0] == one["tokens"][0][0]
     assert whole["request_id"].startswith("0-0") and selected["request_id"].startswith("0-2")

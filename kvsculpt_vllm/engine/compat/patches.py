@@ -15,6 +15,12 @@ CREATE_ENGINE_CONFIG = Patch(
     "vLLM lets a plugin change and refuse an engine's configuration",
 )
 
+MAX_MEMORY_USAGE = Patch(
+    "vllm.v1.core.kv_cache_utils:_max_memory_usage_bytes_from_groups",
+    ("vllm_config", "kv_cache_groups"),
+    "vLLM asks the scheduler's class how much memory the longest request takes",
+)
+
 _CHECKS = "vLLM lets a plugin check a request's extra arguments before it answers"
 PROCESS_INPUTS = Patch(
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
@@ -89,6 +95,11 @@ LOCAL_PREFIX_CACHE_HIT = Patch(
     "vllm.v1.core.sched.scheduler:Scheduler._get_local_prefix_cache_hit",
     ("self", "request"),
     "vLLM's scheduler has a public hook for prefix-cache hits",
+)
+ADD_REQUEST = Patch(
+    "vllm.v1.core.sched.scheduler:Scheduler.add_request",
+    ("self", "request"),
+    "vLLM's scheduler has a public hook for admission",
 )
 RESERVE_PREFILL_LOOKAHEAD = Patch(
     "vllm.v1.core.sched.scheduler:Scheduler._reserve_prefill_lookahead",

@@ -72,25 +72,25 @@ class BlockLists:
         """The request's blocks, in the order of its tokens; empty for one that has none."""
         return self._manager.req_to_blocks.get(request_id, [])
 
-    def replace_first(self, request_id: str, row: list[KVCacheBlock]) -> list[KVCacheBlock]:
-        """Put `row` in the place of as many blocks; returns those that were there, which are the caller's to free. vLLM
-        hashes no block of this request from now on.
+    def replace(self, request_id: str, first: int, row: list[KVCacheBlock]) -> list[KVCacheBlock]:
+        """Put `row` in the place of as many blocks from index `first` on; returns those that were there, which are the
+        caller's to free. vLLM hashes no block of this request from now on.
         """
-        blocks = self.of(request_id)
-        replaced = blocks[: len(row)]
-        blocks[: len(row)] = row
+        blocks, place = self.of(request_id), slice(first, first + len(row))
+        replaced = blocks[place]
+        blocks[place] = row
         self._manager.num_cached_block[request_id] = NEVER_HASH
         return replaced
 
-    def rename_tail(self, request: Request, first: int, name: BlockHash) -> None:
+    def rename_tail(self, request: Request, first: int, name: BlockHash, kept: int) -> None:
         """Name the request's full blocks from index `first` on after the prefix `name`; vLLM goes on from there.
 
-        Those that others hold keep the name that they were found by.
+        Those that others hold keep the name that they were found by, and so do those before index `kept`.
         """
         blocks = self.of(request.request_id)
         name_from(request, first, name)
         full = min(len(request.block_hashes), request.num_computed_tokens // self._manager.block_size, len(blocks))
-        for index in range(first, full):
+        for index in range(max(first, kept), full):
             block = blocks[index]
             if block.ref_cnt == 1:
                 self.pool.evict_blocks({block.block_id})
@@ -112,6 +112,8 @@ class SchedulerHooks(Scheduler):
             def wrapped(request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
                 if not self.admits(request, kwargs.get("new_computed_blocks")):
                     return None  # what vLLM knows as: no room yet
+                if self.fits_as_it_is_computed(request):
+                    kwargs["full_sequence_must_fit"] = False
                 blocks = allocate_slots(request, *args, **kwargs)
                 if blocks is not None:
                     self.got_blocks(request)
@@ -121,8 +123,19 @@ class SchedulerHooks(Scheduler):
 
         apply(ALLOCATE_SLOTS, if_admitted, instance=self.kv_cache_manager)
 
+    def end_with_error(self, request: Request) -> None:
+        """End a request with an error after this step.
+
+        Can go when vLLM's scheduler has a public way to.
+        """
+        self.grammar_compile_error_reqs.add(request.request_id)
+
     def admits(self, request: Request, hit: KVCacheBlocks | None) -> bool:
         """Whether a request may get blocks now; `hit` are those that one not yet running found in the prefix cache."""
+        raise NotImplementedError
+
+    def fits_as_it_is_computed(self, request: Request) -> bool:
+        """Whether a request may be begun without room for all of its known tokens."""
         raise NotImplementedError
 
     def got_blocks(self, request: Request) -> None:
@@ -137,8 +150,8 @@ class SchedulerHooks(Scheduler):
         """The part of a local prefix-cache hit to use."""
         raise NotImplementedError
 
-    def limit_chunk(self, request: Request, num_left: int, num_tokens: int) -> int:
-        """Tokens to compute now, of `num_tokens` after which `num_left` known ones would be left."""
+    def limit_chunk(self, request: Request, first: int, num_tokens: int) -> int:
+        """Tokens to compute now, of `num_tokens` from position `first` on."""
         raise NotImplementedError
 
     def tell(self, request: Request) -> dict[str, Any] | None:
@@ -158,8 +171,7 @@ class SchedulerHooks(Scheduler):
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        num_left = request.num_tokens - num_computed_tokens - num_new_tokens
-        return self.limit_chunk(request, num_left, num_new_tokens)
+        return self.limit_chunk(request, num_computed_tokens, num_new_tokens)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         self.forget(request)

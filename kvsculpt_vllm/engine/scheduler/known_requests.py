@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -13,13 +13,14 @@ from vllm.v1.request import Request, RequestStatus
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.compat.scheduler import SchedulerHooks
+from kvsculpt_vllm.engine.scheduler.samples import Samples
 from kvsculpt_vllm.engine.scheduler.segments import Segment, Segments
 from kvsculpt_vllm.engine.scheduler.speed import Speed
 from kvsculpt_vllm.engine.scheduler.stock_blocks import StockBlocks
 from kvsculpt_vllm.engine.scheduler.story import Story
-from kvsculpt_vllm.engine.shared import spans
-from kvsculpt_vllm.engine.shared.commands import Deferred, PoolState, Settled, Solved
-from kvsculpt_vllm.engine.shared.reasons import Outcome, Reason
+from kvsculpt_vllm.engine.shared import capacity, sample_room, spans
+from kvsculpt_vllm.engine.shared.commands import Deferred, PoolState, SegmentCounts, Settled, Solved
+from kvsculpt_vllm.engine.shared.reasons import Reason
 from kvsculpt_vllm.engine.shared.record import printable
 from kvsculpt_vllm.engine.startup.refusals import check_kv_cache_config
 
@@ -33,6 +34,7 @@ class Pending:
     attempt: int
     config: CompressionConfig
     span: spans.Span
+    key: bytes | None  # of the segment that it is to become
     packed: list[KVCacheBlock]  # taken from the pool, in no block list yet
     solved: Solved | None = None
 
@@ -47,16 +49,23 @@ class KnownRequests(SchedulerHooks):
         super().__init__(*args, **kwargs)
         check_kv_cache_config(self.kv_cache_config)
         self.compression = CompressionConfig.from_additional_config(self.vllm_config.additional_config)
-        self._plans: dict[str, spans.Span | Reason] = {}
         self._configs: dict[str, CompressionConfig] = {}
+        self._whys: dict[str, Reason | None] = {}  # nothing of it is compressed
+        self._known: dict[str, int] = {}  # tokens of a request that were known when it got its first blocks
+        self._spans: dict[str, spans.Span | None] = {}  # the next segment of a running request
         self._looked_at: dict[str, int] = {}  # how many segments there had been when a request was last looked up
         self._pending: dict[str, Pending] = {}
         self._attempts = count()
+        self._times_made: Counter[str] = Counter()  # solves of a request's next segment that lost too much
         self._stories: dict[str, Story] = {}
-        self._settled: set[str] = set()  # being compressed, compressed, or to stay exact
+        self._told: set[str] = set()  # the books have heard what became of it
+        self._failed: set[str] = set()  # nothing more of it will be compressed
         self._steps_waited: Counter[str] = Counter()
         self._shared: set[str] = set()  # found in the prefix cache as a whole, and not worth a compression
         self._shortened: dict[str, set[int]] = {}  # blocks of a hit that a prompt computes anew
+        self._rewound: set[str] = set()  # gave up the blocks behind its chain, so that their queries are seen
+        self._rewound_at: dict[str, int] = {}  # tokens that were known then
+        self._refused: set[str] = set()  # there was no room for its queries
         model = self.vllm_config.model_config
         self._segments = Segments(
             self.kv_cache_manager.block_pool,
@@ -65,14 +74,24 @@ class KnownRequests(SchedulerHooks):
             self.block_size,
             spans.MOST_SEGMENTS,
         )
-        self._found: dict[str, Segment] = {}  # by waiting requests
-        self._renamed: set[str] = set()  # requests whose blocks are named after the segment that they begin with
-        self._compressed: set[str] = set()
+        self._samples = Samples(sample_room.positions(self.vllm_config, self.compression))
+        self._found: dict[str, list[Segment]] = {}  # by waiting requests
+        self._renamed: set[str] = set()  # requests whose blocks are named after the chain that they begin with
         self._stock_blocks = StockBlocks(self.block_size)
         self._speed = Speed()
         self._alone = False  # one request is all there is
         self._waiting = 0  # requests that could be compressed but for room or their turn
-        self._news: list[Settled | Deferred] = []  # for the books of the workers
+        self._news: list[Settled | Deferred | SegmentCounts] = []  # for the books of the workers
+        self._counts = self._counts_told = SegmentCounts()
+
+    def add_request(self, request: Request) -> None:
+        """See vLLM's; an answer ends where the memory does, as it ends at --max-model-len."""
+        most = capacity.most_tokens(
+            self.vllm_config, self._config(request), self.kv_cache_manager.block_pool.num_gpu_blocks - 1
+        )
+        if request.sampling_params is not None and not request.resumable:
+            request.max_tokens = max(1, min(request.max_tokens, most - request.num_prompt_tokens))
+        super().add_request(request)
 
     def tell(self, request: Request) -> dict[str, Any] | None:
         """What became of a prompt whose request has ended; None for one that was never begun."""
@@ -84,42 +103,88 @@ class KnownRequests(SchedulerHooks):
         request_id = request.request_id
         if request_id in self._pending:
             self._drop(request_id)
-            self._settled.discard(request_id)  # so that the books hear of it
-        if request.is_finished() and request_id not in self._settled:
-            span = self._span(request)
-            ended = Reason.SHARED_BLOCKS if request_id in self._shared else Reason.ENDED_FIRST
-            self._skip(request, span if isinstance(span, Reason) else ended)
-        self._settled.discard(request_id)
-        self._segments.release(request_id)
-        self._found.pop(request_id, None)
         if request.is_finished():
-            self._renamed.discard(request_id)
-            self._plans.pop(request_id, None)
-            self._configs.pop(request_id, None)
-            self._looked_at.pop(request_id, None)
-        self._compressed.discard(request_id)
+            self._end_story(request)
+        self._segments.release(request_id)
+        self._samples.release(request_id)
         self._stock_blocks.forget(request)
-        self._steps_waited.pop(request_id, None)
+        for kept in (self._found, self._known, self._spans, self._whys, self._shortened, self._steps_waited):
+            kept.pop(request_id, None)
+        self._told.discard(request_id)
         self._shared.discard(request_id)
-        self._shortened.pop(request_id, None)
+        self._refused.discard(request_id)
+        self._times_made.pop(request_id, None)
+        if request.is_finished():
+            for settings in (self._configs, self._looked_at, self._rewound_at):
+                settings.pop(request_id, None)
+            for requests in (self._renamed, self._failed, self._rewound):
+                requests.discard(request_id)
 
-    def _span(self, request: Request) -> spans.Span | Reason:
-        """What is to be compressed of a request, or why nothing is."""
-        if request.request_id not in self._plans:
-            self._plans[request.request_id] = self._plan(request)
-        return self._plans[request.request_id]
+    def _end_story(self, request: Request) -> None:
+        request_id, chain = request.request_id, self._segments.chain_of(request.request_id)
+        if request_id not in self._told:
+            ended = Reason.SHARED_BLOCKS if request_id in self._shared else Reason.ENDED_FIRST
+            self._skip(request, self._why_exact(request) or ended)
+        if chain:
+            self._stories[request_id] = replace(
+                self._stories[request_id],
+                segments=len(chain),
+                entries_held=sum(len(segment.packed) for segment in chain) * self.block_size,
+                held_out_error=max(segment.error for segment in chain),
+            )
 
-    def _plan(self, request: Request) -> spans.Span | Reason:
+    def _why_exact(self, request: Request) -> Reason | None:
+        """Why nothing of a request is compressed, as far as is known of it now; None where something is."""
+        request_id = request.request_id
+        if request_id in self._known and request_id in self._whys:
+            return self._whys[request_id]
+        why = self._whys[request_id] = self._reason(request)
+        return why
+
+    def _reason(self, request: Request) -> Reason | None:
         params = request.sampling_params
         if params is None or request.resumable:
             return Reason.NO_SAMPLING
         config = self._config(request)
-        planned = spans.plan_span(config, request.num_prompt_tokens, self.block_size, params.max_tokens)
+        why = spans.why_exact(config, self._num_known(request), self.block_size, params.max_tokens)
+        if why == Reason.FEW_OUTPUT_TOKENS and self._cannot_be_exact(request):
+            why = None
         # The tokens of embeddings are placeholders, or not there.
-        tokens = request.prompt_token_ids if request.prompt_embeds is None else None
-        if isinstance(planned, spans.Span) and tokens is not None and spans.is_repetition(tokens):
+        tokens = request.all_token_ids if request.prompt_embeds is None else None
+        if why is None and tokens is not None and spans.is_repetition(tokens):
             return Reason.REPETITION
-        return planned
+        return why
+
+    def _num_known(self, request: Request) -> int:
+        """Tokens that are computed before the next one is sampled."""
+        return self._known.get(request.request_id, request.num_tokens)
+
+    def _cannot_be_exact(self, request: Request) -> bool:
+        """Whether its known tokens are more than the whole pool holds."""
+        blocks = -(-(self._num_known(request) + 1) // self.block_size)
+        return blocks > self.kv_cache_manager.block_pool.num_gpu_blocks - 1
+
+    def _next_span(self, request: Request) -> spans.Span | None:
+        """The next segment to be made of a running request."""
+        request_id = request.request_id
+        if request_id not in self._spans:
+            self._spans[request_id] = self._span_behind(request, self._segments.chain_of(request_id))
+        return self._spans[request_id]
+
+    def _span_behind(self, request: Request, chain: list[Segment]) -> spans.Span | None:
+        if self._why_exact(request) is not None:
+            return None
+        return spans.next_span(
+            self._config(request),
+            self._num_known(request),
+            self.block_size,
+            chain[-1].end if chain else 0,
+            sum(len(segment.packed) for segment in chain),
+        )
+
+    def _needed_for(self, request: Request, span: spans.Span) -> int:
+        """The position up to which a request has to be computed before the segment can be made."""
+        return span.end_token + self._config(request).window
 
     def _config(self, request: Request) -> CompressionConfig:
         if request.request_id not in self._configs:
@@ -129,8 +194,10 @@ class KnownRequests(SchedulerHooks):
         return self._configs[request.request_id]
 
     def _skip(self, request: Request, reason: Reason) -> None:
-        self._news.append(Settled(request.request_id, request.num_prompt_tokens, Outcome.SKIPPED, reason))
-        self._stories[request.request_id] = Story(Outcome.SKIPPED, reason)
+        self._told.add(request.request_id)
+        self._news.append(Settled(request.request_id, request.num_prompt_tokens, reason.outcome, reason))
+        if request.request_id not in self._stories:
+            self._stories[request.request_id] = Story(reason.outcome, reason)
 
     def _defer(self, request: Request, reason: Reason, cause: str) -> bool:
         """It goes on uncompressed and is looked at again in the next step. Returns whether that is the first time."""
@@ -141,6 +208,19 @@ class KnownRequests(SchedulerHooks):
         self._steps_waited[request.request_id] += 1
         return first_time
 
+    def _count(self, **more: int) -> None:
+        """Add to the counts of segments."""
+        self._counts = replace(self._counts, **{name: getattr(self._counts, name) + n for name, n in more.items()})
+
+    def _take_news(self) -> list[Settled | Deferred | SegmentCounts]:
+        """What the books of the workers have not heard yet."""
+        news, self._news = self._news, []
+        self._counts = replace(self._counts, evicted=self._segments.evicted)
+        if self._counts != self._counts_told:
+            self._counts_told = self._counts
+            news.append(self._counts)
+        return news
+
     def _pool_state(self) -> PoolState:
         pool = self.kv_cache_manager.block_pool
         total = pool.num_gpu_blocks - 1  # the null block serves nobody
@@ -150,19 +230,15 @@ class KnownRequests(SchedulerHooks):
             total=total,
             used=used,
             saved=stock - used,
-            compressed=len(self._compressed),
+            compressed=sum(bool(self._segments.chain_of(r.request_id)) for r in self.running),
             segments=len(self._segments),
             pending=len(self._pending) + self._waiting,
         )
 
     def _is_computed(self, request: Request) -> bool:
-        """Whether all of a running request's prompt has been given to the workers."""
-        return (
-            request.status == RequestStatus.RUNNING
-            and not request.is_prefill_chunk
-            and request.num_computed_tokens >= request.num_prompt_tokens
-        )
+        """Whether all that was known of a running request has been given to the workers."""
+        return request.status == RequestStatus.RUNNING and request.num_computed_tokens >= self._num_known(request)
 
     def _drop(self, request_id: str) -> None:
-        """Give back what was taken for a packed prefix that will not be used."""
+        """Give back what was taken for a segment that will not be used."""
         self.kv_cache_manager.block_pool.free_blocks(reversed(self._pending.pop(request_id).packed))

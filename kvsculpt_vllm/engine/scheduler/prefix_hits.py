@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.request import Request, RequestStatus
@@ -22,34 +24,54 @@ class PrefixHits(KnownRequests):
     """The answers to what vLLM's scheduler asks of a prompt before it is computed."""
 
     def find_prefix(self, request: Request) -> tuple[KVCacheBlocks, int] | None:
-        """The segment that a prompt begins with, and what follows it in the prefix cache."""
+        """The chain that a prompt begins with, and what follows it in the prefix cache."""
         request_id = request.request_id
-        before = self._found.pop(request_id, None)  # a waiting request is looked up anew at every step
-        segment = self._segment_for(request)
-        if segment is None or segment is not before:
+        before = self._found.pop(request_id, [])  # a waiting request is looked up anew at every step
+        chain = self._chain_for(request)
+        if not chain or not before or chain[-1] is not before[-1]:
             if request_id in self._renamed:
                 self._renamed.discard(request_id)
                 name_by_tokens(request)
-            if segment is None:
+            if not chain:
                 return None
             self._rename(request)
-            name_from(request, segment.blocks, segment.name)
-        self._found[request_id] = segment
+            name_from(request, chain[-1].end, chain[-1].name)
+        self._found[request_id] = chain
         self._shortened.pop(request_id, None)
         self._shared.discard(request_id)
         pool = self.kv_cache_manager.block_pool
-        row = segment.row(pool.null_block)
-        for block_hash in request.block_hashes[segment.blocks : (request.num_tokens - 1) // self.block_size]:
+        row = [block for segment in chain for block in segment.row(pool.null_block)]
+        tail = []
+        for block_hash in request.block_hashes[len(row) : (request.num_tokens - 1) // self.block_size]:
             if (cached := pool.get_cached_block(block_hash, [GROUP])) is None:
                 break
-            row += cached
+            tail += cached
+        row += tail if self._uses(request, chain, len(tail)) else []
         return KVCacheBlocks((row,)), len(row) * self.block_size
 
-    def _segment_for(self, request: Request) -> Segment | None:
-        span = self._span(request)
-        if isinstance(span, Reason) or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
-            return None
-        return self._segments.find(request, self._config(request), span.tokens)
+    def _uses(self, request: Request, chain: list[Segment], tail: int) -> bool:
+        """Whether a prompt uses so many blocks behind its chain that are found in the cache.
+
+        Their queries are not seen, so that no segment can be made of them before they are computed again. That is done
+        now where it must be done anyway, and does not cost more than computing what is new once more.
+        """
+        if request.request_id in self._rewound or self._cannot_be_exact(request):
+            return False
+        new = request.num_tokens - (chain[-1].end + tail) * self.block_size
+        return not self._is_long_enough(request, chain) or tail * self.block_size > new
+
+    def _is_long_enough(self, request: Request, chain: list[Segment]) -> bool:
+        """Whether what lies behind a chain has come to a whole segment."""
+        config, end = self._config(request), chain[-1].end * self.block_size if chain else 0
+        return request.num_tokens - config.window - end >= config.segment
+
+    def _chain_for(self, request: Request) -> list[Segment]:
+        # An answer that is too short to have its prompt compressed is not too short to find it.
+        wanted = self._why_exact(request) in (None, Reason.FEW_OUTPUT_TOKENS)
+        if not wanted or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
+            return []
+        config = self._config(request)
+        return self._segments.find(request, config, request.num_tokens - config.window)
 
     def _rename(self, request: Request) -> None:
         """The names of its blocks are about to change."""
@@ -57,35 +79,32 @@ class PrefixHits(KnownRequests):
         self._stock_blocks.keep_names(request)
 
     def limit_prefix_hit(self, request: Request, blocks: KVCacheBlocks, num_tokens: int) -> tuple[KVCacheBlocks, int]:
-        """Shorten a prefix-cache hit of a prompt to be compressed: without queries there is nothing to fit to.
+        """Use nothing of a prefix-cache hit of a prompt to be compressed: a segment is fitted to the queries of all its
+        positions, and what is found in the cache has none.
 
         Not where others hold so many of its blocks that its compression would free no more than it takes: then it uses
-        all that was found, as in stock vLLM, and stays exact.
+        all that was found, as in stock vLLM, and stays exact until a segment is made that it can adopt.
         """
         request_id = request.request_id
         self._shared.discard(request_id)  # a waiting request is looked up anew at every step
         first_time = self._shortened.pop(request_id, None) is None
-        if num_tokens == 0 or isinstance(span := self._span(request), Reason):
-            return blocks, num_tokens
-        most = spans.longest_useful_hit(request.num_prompt_tokens, self.block_size)
-        if num_tokens <= most:
+        if num_tokens == 0 or (span := self._span_behind(request, [])) is None:
             return blocks, num_tokens
         (found,) = blocks.blocks
         held = sum(block.ref_cnt > 0 for block in found[: span.blocks])
-        if not span.pays(span.blocks - held):
+        if not span.pays(span.blocks - held) and not self._cannot_be_exact(request):
             self._shared.add(request_id)
             return blocks, num_tokens
-        self._shortened[request_id] = {block.block_id for block in found[most // self.block_size :]}
+        self._shortened[request_id] = {block.block_id for block in found}
         if first_time:
             logger.info(
-                "kvsculpt: request %s: prefix-cache hit shortened from %d to %d of %d prompt tokens, "
-                "so that its last queries are seen",
+                "kvsculpt: request %s: a prefix-cache hit of %d of %d prompt tokens is not used, so that their queries "
+                "are seen",
                 printable(request.request_id),
                 num_tokens,
-                most,
                 request.num_prompt_tokens,
             )
-        return self.kv_cache_manager.truncate_computed_blocks(blocks, most), most
+        return self.kv_cache_manager.empty_kv_cache_blocks, 0
 
     def admits(self, request: Request, hit: KVCacheBlocks | None) -> bool:
         """Whether a prompt fits beside the blocks that the next compression takes before it frees any.
@@ -97,59 +116,124 @@ class PrefixHits(KnownRequests):
         """
         if request.status == RequestStatus.RUNNING or not self.running:
             return True
-        to_come = [r for r in self.running if r.request_id not in self._settled]
-        new = () if request.request_id in self._found else (request,)
-        planned = [span for r in (*new, *to_come) if isinstance(span := self._span(r), spans.Span)]
-        planned = [span for span in planned if 2 * span.packed_blocks < span.blocks]
+        own = self._span_behind(request, self._found.get(request.request_id, []))
+        to_come = [own, *(self._next_span(r) for r in self.running if r.request_id not in self._failed)]
+        planned = [span for span in to_come if span is not None and 2 * span.packed_blocks < span.blocks]
         if not planned:
             return True
         shared = sum(block.is_null or block.ref_cnt > 0 for block in hit.blocks[0]) if hit is not None else 0
-        prompt = -(-request.num_tokens // self.block_size) - shared
+        needed = self._blocks_to_come(request, len(hit.blocks[0]) if hit is not None else 0)
+        needed += (len(hit.blocks[0]) if hit is not None else 0) - shared
         # What prompts that are computed in chunks have still to get.
         begun = sum(
-            max(0, -(-r.num_tokens // self.block_size) - len(self.block_lists.of(r.request_id)))
+            self._blocks_to_come(r, len(self.block_lists.of(r.request_id)))
             for r in self.running
-            if r.num_computed_tokens < r.num_prompt_tokens
+            if not self._is_computed(r)
         )
-        needed = prompt + begun + max(span.packed_blocks for span in planned) + len(self.running) + 1
+        needed += begun + max(span.packed_blocks for span in planned) + len(self.running) + 1
         return needed <= self.kv_cache_manager.block_pool.get_num_free_blocks()
 
+    def _blocks_to_come(self, request: Request, has: int) -> int:
+        """Blocks that a prompt whose list has so many entries takes besides, at most: once its segments are made while
+        it is computed, they give more than the next one needs.
+        """
+        left = max(0, -(-self._num_known(request) // self.block_size) - has)
+        if self._why_exact(request) is not None or not self._is_made_meanwhile(request):
+            return left
+        config = self._config(request)
+        return min(left, spans.most_blocks(config, self._num_known(request), self.block_size))
+
+    def fits_as_it_is_computed(self, request: Request) -> bool:
+        """Whether vLLM need not find room for all of a prompt before it computes any: its segments are made meanwhile,
+        and `admits` reckons with what they take.
+        """
+        return self._why_exact(request) is None and self._is_made_meanwhile(request)
+
+    def _is_made_meanwhile(self, request: Request) -> bool:
+        """Whether segments are made while the prompt is computed: not where its own log-probabilities are asked for,
+        which are exact.
+        """
+        return request.sampling_params is not None and request.sampling_params.prompt_logprobs is None
+
     def got_blocks(self, request: Request) -> None:
-        """A segment that was found is held from now on. The blocks that a prompt computes anew leave the prefix cache:
+        """A chain that was found is held from now on. The blocks that a prompt computes anew leave the prefix cache:
         those of the same content that it fills now take their place, so that whoever comes next shares them with it.
         """
-        if segment := self._found.pop(request.request_id, None):
-            self._hold(request, segment, Reason.CACHED)
-        if blocks := self._shortened.pop(request.request_id, None):
+        request_id = request.request_id
+        if request_id not in self._known:
+            found = request_id in self._found
+            if found or self._why_exact(request) is None:
+                self._count(hits=int(found), misses=int(not found))
+            self._known[request_id] = request.num_tokens
+            self._rewound.discard(request_id)
+        if chain := self._found.pop(request_id, None):
+            self._hold(request, chain, Reason.CACHED)
+        if blocks := self._shortened.pop(request_id, None):
             pool = self.kv_cache_manager.block_pool
             pool.evict_blocks({block for block in blocks if pool.blocks[block].ref_cnt == 0})
 
-    def _hold(self, request: Request, segment: Segment, reason: Reason) -> None:
-        """A request begins with a segment that it did not make."""
+    def _hold(self, request: Request, segments: list[Segment], reason: Reason) -> None:
+        """A request's block list has segments that it did not make now, or that it made before it lost its blocks."""
         request_id = request.request_id
-        self._segments.hold(segment, request_id)
+        for segment in segments:
+            self._segments.hold(segment, request_id)
         self._shared.discard(request_id)
-        self._settled.add(request_id)
-        self._compressed.add(request_id)
-        self._news.append(Settled(request_id, request.num_prompt_tokens, reason.outcome, reason))
-        self._stories[request_id] = Story(
-            reason.outcome,
-            reason,
-            tokens_found=segment.tokens,
-            entries_held=len(segment.packed) * self.block_size,
-            held_out_error=segment.error,
-        )
+        self._spans.pop(request_id, None)
+        story = self._stories.get(request_id, Story(reason.outcome, reason))
+        if request_id not in self._told and not (story.tokens_found or story.tokens_sculpted):
+            self._news.append(Settled(request_id, request.num_prompt_tokens, reason.outcome, reason))
+        self._told.add(request_id)
+        found = sum(segment.tokens for segment in segments)
+        self._count(adopted=len(segments) if reason == Reason.ADOPTED else 0, tokens_found=found)
+        if reason == Reason.ADOPTED:
+            story = replace(story, tokens_found=story.tokens_found + found)
+        elif not story.tokens_sculpted:  # else it finds its own again, after it lost its blocks
+            story = replace(story, tokens_found=found)
+        self._stories[request_id] = story
 
-    def limit_chunk(self, request: Request, num_left: int, num_tokens: int) -> int:
-        """Tokens to compute now: none while the request is compressed and alone, so that its answer is not over before
-        anything could read the packed prefix; and such that no single token is left for a prompt's last chunk.
+    def limit_chunk(self, request: Request, first: int, num_tokens: int) -> int:
+        """Tokens to compute now, of `num_tokens` from position `first` on.
 
-        On a GPU such a chunk runs as a decode, from a recorded graph, where its query is not sampled. A chunk that is
-        itself one token is let through: a prompt that stays exact is better than one that waits.
+        None while the end of a prompt is compressed and alone, so that its answer is not over before anything could
+        read the segment. No more than there is room for, of queries and of blocks, while its segments are made. And
+        never a single one, if a step can be waited for: on a GPU a chunk of one token runs as a decode, from a recorded
+        graph, where its query is not sampled.
         """
-        pending = self._pending.get(request.request_id)
-        if pending is not None and not pending.solved and self._alone:
-            return 0
-        if num_left != 1 or num_tokens < 2 or isinstance(self._span(request), Reason):
+        request_id, left = request.request_id, request.num_tokens - first - num_tokens
+        if request.status == RequestStatus.RUNNING and first >= self._num_known(request):
+            pending = self._pending.get(request_id)
+            return 0 if pending is not None and not pending.solved and self._alone else num_tokens
+        if self._why_exact(request) is not None:
             return num_tokens
-        return num_tokens - 1
+        if self._is_made_meanwhile(request):
+            most = self._most_tokens(request, first)
+            num_tokens, left = min(num_tokens, most), left + max(0, num_tokens - most)
+        if left == 1:
+            num_tokens, left = num_tokens - 1, 2
+        return 0 if num_tokens == 1 and left else num_tokens
+
+    def _most_tokens(self, request: Request, first: int) -> int:
+        """Tokens that there is room for from position `first` on, while a request's segments are made."""
+        request_id = request.request_id
+        if request.status == RequestStatus.RUNNING:
+            span, held = self._next_span(request), len(self.block_lists.of(request_id))
+        else:
+            span = self._span_behind(request, self._found.get(request_id, []))
+            held = first // self.block_size
+        if span is None or request_id in self._failed or request_id in self._refused:
+            return request.num_tokens - first
+        needed = self._needed_for(request, span)
+        if first == span.first_token:
+            if not (request_id in self._samples or self._samples.has_room(needed - first)):
+                if first or self._cannot_be_exact(request):
+                    return 0  # until others' segments are made
+                self._refused.add(request_id)
+                return request.num_tokens - first
+            self._samples.begin(request_id, first, needed - first)
+        most = self._samples.most(request_id) if request_id in self._samples else request.num_tokens
+        # Its own growth is not to take the blocks that its next segment needs, as long as they are there.
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        own = 0 if request_id in self._pending else span.packed_blocks
+        affordable = (held + free - own) * self.block_size if free >= own else request.num_tokens
+        most = min(most, affordable if first >= needed else max(affordable, needed)) - first
+        return max(2, most) if first < needed else max(0, most)  # one alone is not computed

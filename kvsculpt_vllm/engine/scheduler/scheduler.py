@@ -1,7 +1,8 @@
-"""Scheduler side: swap a prompt's blocks for a packed prefix once the prompt is computed."""
+"""Scheduler side: swap a prompt's blocks for segments while it is computed, and what follows them as it grows."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from vllm.v1.request import Request
 
 from kvsculpt_vllm.engine.scheduler.known_requests import Pending
 from kvsculpt_vllm.engine.scheduler.prefix_hits import PrefixHits
-from kvsculpt_vllm.engine.scheduler.segments import Segment, is_useful
+from kvsculpt_vllm.engine.scheduler.segments import Segment
 from kvsculpt_vllm.engine.scheduler.story import Story
 from kvsculpt_vllm.engine.shared import spans
 from kvsculpt_vllm.engine.shared.commands import (
@@ -24,6 +25,7 @@ from kvsculpt_vllm.engine.shared.commands import (
     CommitCommand,
     ForgetCommand,
     Pace,
+    SampleCommand,
     SolveCommand,
     Solved,
     attach,
@@ -33,11 +35,11 @@ from kvsculpt_vllm.engine.shared.reasons import Outcome, Reason
 
 
 class SculptSchedulerMixin(PrefixHits):
-    """Takes fresh blocks for a packed prefix and, once they are filled, gives the span's blocks back to vLLM's pool.
+    """Takes fresh blocks for a segment and, once they are filled, gives the span's blocks back to vLLM's pool.
 
-    Both phases run at the start of `schedule`. A request whose whole prompt has been *scheduled* will have it
-    computed when the workers see this step's output, because they work first in, first out (also with async
-    scheduling and pipeline parallelism).
+    Both phases run at the start of `schedule`. What has been *scheduled* of a prompt will be computed when the workers
+    see this step's output, because they work first in, first out (also with async scheduling and pipeline
+    parallelism).
     """
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -49,19 +51,22 @@ class SculptSchedulerMixin(PrefixHits):
             *self._adopt_later(),
             *self._start_one(),
         ]
+        self._rewind_long_tails()
         output = super().schedule(*args, **kwargs)
-        meant = [*self._still_meant(commands), *self._cancel_what_does_not_pay()]
+        meant = [*self._still_meant(commands, output), *self._cancel_what_does_not_pay(), *self._sample(output)]
         gone = [ForgetCommand(blocks)] if (blocks := self._segments.gone()) else []
         pace = [Pace(self._alone)] if self._pending else []
-        news, self._news = self._news, []
-        attach(output, [*meant, *gone, *pace, *news, self._pool_state()])
+        attach(output, [*meant, *gone, *pace, *self._take_news(), self._pool_state()])
         return output
 
     def _still_meant(
-        self, commands: list[CommitCommand | AdoptCommand | SolveCommand]
+        self, commands: list[CommitCommand | AdoptCommand | SolveCommand], output: SchedulerOutput
     ) -> Iterator[CommitCommand | AdoptCommand | SolveCommand]:
-        """Without what is for requests preempted in this very step: they have lost their blocks again."""
+        """Without what is for requests preempted in this very step: they have lost their blocks again, or have come
+        back with others.
+        """
         running = {request.request_id for request in self.running} if commands else set()
+        running -= set(output.preempted_req_ids or ())
         for command in commands:
             if isinstance(command, CommitCommand | AdoptCommand):
                 rows = {request_id: row for request_id, row in command.rows.items() if request_id in running}
@@ -72,7 +77,25 @@ class SculptSchedulerMixin(PrefixHits):
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         for solved in attached(model_runner_output):
             self._hear(solved)
+        self._end_hopeless()
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _sample(self, output: SchedulerOutput) -> Iterator[SampleCommand]:
+        """What this step computes of prompts whose next segment is to be made: its queries are kept."""
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            request = self.requests[request_id]
+            known = self._num_known(request)
+            first = request.num_computed_tokens - num_tokens
+            if first >= known or request_id in self._failed:
+                continue
+            if request_id not in self._samples:
+                span = self._next_span(request)
+                if span is None or request_id in self._refused or first != span.first_token:
+                    continue
+                self._samples.begin(request_id, first, self._needed_for(request, span) - first)
+            end = min(request.num_computed_tokens, known)
+            self._samples.extend(request_id, end)
+            yield SampleCommand(request_id, first, end)
 
     def _start_one(self) -> list[SolveCommand]:
         """The command for the first running request that can be compressed now, if there is one.
@@ -83,52 +106,78 @@ class SculptSchedulerMixin(PrefixHits):
         self._waiting = 0
         busy = any(not pending.solved for pending in self._pending.values())
         for request in self.running:
-            if request.request_id in self._settled or not self._is_computed(request):
+            request_id = request.request_id
+            if request_id in self._pending or request_id in self._failed:
                 continue
-            if isinstance(span := self._span(request), Reason):
-                self._settled.add(request.request_id)
-                self._skip(request, span)
-            elif request.request_id in self._shared:  # its queries were not computed: it can adopt one, and not make it
-                self._waiting += 1
-                self._defer(request, Reason.SHARED_BLOCKS, "others hold its blocks, and may be sculpted for all")
+            if (span := self._next_span(request)) is None:
+                continue
+            if not self._is_ready(request, span):
+                if not self._is_computed(request):
+                    continue
+                if request_id in self._shared:  # its queries were not computed: it can adopt one, and not make it
+                    self._waiting += 1
+                    self._defer(request, Reason.SHARED_BLOCKS, "others hold its blocks, and may be sculpted for all")
+                elif request_id in self._refused:
+                    self._fail(request, Reason.NO_ROOM_FOR_QUERIES)
             elif busy or commands or (command := self._start(request, span)) is None:
                 self._waiting += 1
             else:
-                self._settled.add(request.request_id)
                 commands.append(command)
         return commands
 
+    def _is_ready(self, request: Request, span: spans.Span) -> bool:
+        """Whether all that a segment is made from has been given to the workers."""
+        if not self._samples.cover(request.request_id, span.first_token, self._needed_for(request, span)):
+            return False
+        return self._is_made_meanwhile(request) or self._is_computed(request)
+
     def _start(self, request: Request, span: spans.Span) -> SolveCommand | None:
-        """Take blocks for the packed prefix; None if it has to wait: for free blocks, or for others to finish.
+        """Take blocks for the segment; None if it has to wait: for free blocks, or for others to finish.
 
         Blocks that other requests share are not freed by this one letting go of them. While no more would come free
-        than the packed prefix takes, compression would save nothing.
+        than the segment takes, compression would save nothing.
         """
-        config = self._config(request)
+        config, chain = self._config(request), self._segments.chain_of(request.request_id)
         pool, blocks = self.kv_cache_manager.block_pool, self.block_lists.of(request.request_id)
+        key = self._key(request, span, chain)
+        if key is not None and any(pending.key == key for pending in self._pending.values()):
+            return None  # it will adopt that one
         free = pool.get_num_free_blocks()
         if free < span.packed_blocks:
             self._defer(request, Reason.NO_FREE_BLOCKS, f"{span.packed_blocks} free blocks needed, {free} there")
             return None
         steps = self._speed.steps(config, span.tokens)
-        if not self._alone and steps >= request.max_tokens - request.num_output_tokens:
+        ends = self._is_computed(request) and steps >= request.max_tokens - request.num_output_tokens
+        if ends and not self._alone:
             if self._defer(request, Reason.ENDS_TOO_SOON, f"its answer would end before the {steps} steps it takes"):
                 self._speed.doubt(config)
             return None
         # The dearest question last: it is asked of every waiting request at every step.
-        if not span.pays(self._blocks_to_free(request, span)):
+        if not self._pays(request, span):
             self._defer(request, Reason.SHARED_BLOCKS, "it would free no more blocks than it takes, others share them")
             return None
-        pending = Pending(next(self._attempts), config, span, pool.get_new_blocks(span.packed_blocks))
+        pending = Pending(next(self._attempts), config, span, key, pool.get_new_blocks(span.packed_blocks))
         self._pending[request.request_id] = pending
+        end = -(-self._needed_for(request, span) // self.block_size)
         return SolveCommand(
             request_id=request.request_id,
             attempt=pending.attempt,
             num_prompt_tokens=request.num_prompt_tokens,
+            first_token=span.first_token,
             span_tokens=span.tokens,
-            prompt_blocks=[block.block_id for block in blocks[: -(-request.num_prompt_tokens // self.block_size)]],
+            window=config.window,
+            exact=[block.block_id for block in blocks[span.first : end]],
+            earlier=[[block.block_id for block in segment.packed] for segment in chain],
             packed=[block.block_id for block in pending.packed],
+            blocks_held=sum(not block.is_null for block in blocks),
         )
+
+    def _key(self, request: Request, span: spans.Span, chain: list[Segment]) -> bytes | None:
+        """The name of the segment that is to be made; None if nobody else may find it."""
+        root = self._segments.root(request, self._config(request))
+        if root is None or not all(segment.shared for segment in chain[-1:]):
+            return None
+        return self._segments.key(chain[-1].key if chain else root, request, span.first_token, span.end_token)
 
     def _hear(self, solved: Solved) -> None:
         pending = self._pending.get(solved.request_id)
@@ -137,127 +186,258 @@ class SculptSchedulerMixin(PrefixHits):
         if solved.succeeded:
             pending.solved = solved
             self._speed.heard(pending.config, pending.span.tokens, solved.seconds)
+            return
+        request = self.requests[solved.request_id]
+        self._drop(solved.request_id)
+        if solved.reason == Reason.ERROR_BOUND and (larger := self._larger(request, pending.span)) is not None:
+            self._times_made[solved.request_id] += 1
+            self._spans[solved.request_id] = larger
         else:
-            self._drop(solved.request_id)
-            reason = solved.reason or Reason.EXCEPTION
-            self._stories[solved.request_id] = Story(reason.outcome, reason)
+            self._fail(request, solved.reason or Reason.EXCEPTION, told=solved.told)
+
+    def _larger(self, request: Request, span: spans.Span) -> spans.Span | None:
+        """The same segment with twice the entries, or a copy of everything where others are to follow; None where that
+        would free nothing.
+        """
+        packed = min(2 * span.packed_blocks, span.blocks)
+        if packed < span.blocks:
+            return replace(span, packed_blocks=packed)
+        config, known = self._config(request), self._num_known(request)
+        follows = spans.next_span(config, known, self.block_size, span.end, packed) is not None
+        return replace(span, packed_blocks=packed) if follows and span.packed_blocks < span.blocks else None
+
+    def _fail(self, request: Request, reason: Reason, told: bool = False) -> None:
+        """Nothing more of a request is compressed; `told` says that the workers' books know."""
+        request_id = request.request_id
+        self._failed.add(request_id)
+        self._samples.release(request_id)
+        if not told and request_id not in self._told:
+            self._skip(request, reason)
+        self._told.add(request_id)
+        if not self._segments.chain_of(request_id):
+            self._stories[request_id] = Story(reason.outcome, reason)
+
+    def _end_hopeless(self) -> None:
+        """End requests with an error that can go on neither compressed, because that failed, nor exact, because there
+        is not so much memory.
+        """
+        for request_id in self._failed:
+            request = self.requests[request_id]
+            if self._cannot_be_exact(request) and not self._is_computed(request):
+                self.end_with_error(request)
 
     def _commit_solved(self) -> Iterator[CommitCommand]:
         for request_id, pending in list(self._pending.items()):
             if pending.solved:
-                yield self._commit(self.requests[request_id], pending, pending.solved)
                 del self._pending[request_id]
+                yield self._commit(self.requests[request_id], pending, pending.solved)
 
     def _cancel_what_does_not_pay(self) -> Iterator[CancelCommand]:
         """Give up compressions whose request has come to share its blocks: it would hold no fewer for them. They begin
         anew when the others have finished.
         """
         for request_id, pending in list(self._pending.items()):
-            if not pending.span.pays(self._blocks_to_free(self.requests[request_id], pending.span)):
+            if not self._pays(self.requests[request_id], pending.span):
                 self._drop(request_id)
-                self._settled.discard(request_id)
                 self._defer(self.requests[request_id], Reason.SHARED_BLOCKS, "others have come to share its blocks")
                 yield CancelCommand(request_id)
 
     def _commit(self, request: Request, pending: Pending, solved: Solved) -> CommitCommand:
-        """What was solved is a segment now: the request's block list begins with it, and so do those that adopt it."""
-        pool, span = self.kv_cache_manager.block_pool, pending.span
+        """What was solved is a segment now: the request's block list has it, and so have those that adopt it."""
+        pool, span, request_id = self.kv_cache_manager.block_pool, pending.span, request.request_id
+        chain = self._segments.chain_of(request_id)
         root = self._segments.root(request, pending.config)
         segment = Segment(
-            key=b"" if root is None else self._segments.key(request, root, span.tokens),
-            root=root or b"",
-            tokens=span.tokens,
+            key=pending.key or b"",
+            parent=chain[-1].key if chain else root or b"",
+            first=span.first,
             blocks=span.blocks,
+            tokens=span.tokens,
             packed=pending.packed,
             effort=pending.config.effort,
             error=solved.error,
-            shared=root is not None and solved.by_method,
+            shared=pending.key is not None and solved.by_method,
         )
-        self._segments.add(segment, request.request_id)
+        self._segments.add(segment, request_id)
         free_before = pool.get_num_free_blocks()
-        self._begin_with(segment, request)
-        readers = [request, *self._adopt()]
-        self._compressed.add(request.request_id)
-        self._stories[request.request_id] = Story(
-            Outcome.COMPRESSED if solved.by_method else Outcome.FALLBACK,
-            tokens_sculpted=span.tokens,
-            entries_held=span.packed_blocks * self.block_size,
-            held_out_error=solved.error,
+        self._put(segment, request)
+        adopted = self._adopt()
+        outcome = Outcome.COMPRESSED if solved.by_method else Outcome.FALLBACK
+        before = self._stories.get(request_id, Story(outcome))
+        self._stories[request_id] = replace(
+            before, outcome=outcome, reason=None, tokens_sculpted=before.tokens_sculpted + span.tokens
         )
+        first_of_request = request_id not in self._told
+        self._told.add(request_id)
         return CommitCommand(
-            request_id=request.request_id,
+            request_id=request_id,
             first_block=segment.packed[0].block_id,
-            rows={reader.request_id: self._row(reader) for reader in readers},
-            # Counted with the blocks that the packed prefix took.
+            rows={reader.request_id: self._row(reader) for reader in (request, *adopted)},
+            samples_from={reader.request_id: self._samples.first(reader.request_id) for reader in (request, *adopted)},
+            # Counted with the blocks that the segment took.
             blocks_freed=pool.get_num_free_blocks() - free_before - span.packed_blocks,
-            steps_waited=self._steps_waited.pop(request.request_id, 0),
+            steps_waited=self._steps_waited.pop(request_id, 0),
+            times_made=1 + self._times_made.pop(request_id, 0),
+            first_of_request=first_of_request,
         )
 
     def _adopt_later(self) -> Iterator[AdoptCommand]:
         """For those that were being computed when the segment was made."""
         if adopted := self._adopt():
-            yield AdoptCommand({request.request_id: self._row(request) for request in adopted})
+            yield AdoptCommand(
+                {request.request_id: self._row(request) for request in adopted},
+                {request.request_id: self._samples.first(request.request_id) for request in adopted},
+            )
 
     def _adopt(self) -> list[Request]:
-        """Let computed requests begin with a segment that was made since they were looked up."""
-        adopted = []
-        for request in self.running:
-            if (
-                request.request_id in self._settled
-                or self._looked_at.get(request.request_id, 0) == self._segments.version
-                or not self._is_computed(request)
-            ):
-                continue
-            self._looked_at[request.request_id] = self._segments.version
-            if segment := self._segment_for(request):
-                self.kv_cache_manager.block_pool.touch(segment.packed)
-                self._begin_with(segment, request)
-                self._hold(request, segment, Reason.ADOPTED)
-                adopted.append(request)
+        """Let requests have the segments that were made since they were looked up, of tokens that they computed."""
+        return [request for request in self.running if self._adopts(request)]
+
+    def _adopts(self, request: Request) -> bool:
+        request_id = request.request_id
+        if request_id in self._pending or self._looked_at.get(request_id) == self._segments.version:
+            return False
+        if self._is_computed(request):  # else it comes to know more of its tokens without any new segment
+            self._looked_at[request_id] = self._segments.version
+        if self._why_exact(request) is not None or not self._may_be_packed(request):
+            return False
+        config, adopted = self._config(request), False
+        most = min(request.num_computed_tokens, self._num_known(request) - config.window)
+        parent = self._segments.root(request, config)
+        chain = self._segments.chain_of(request_id)
+        if chain:
+            parent = chain[-1].key if chain[-1].shared else None
+        first = chain[-1].end * self.block_size if chain else 0
+        while parent is not None:
+            segment = self._segments.after(parent, request, config, first, most)
+            if segment is None:
+                break
+            self.kv_cache_manager.block_pool.touch(segment.packed)
+            self._hold(request, [segment], Reason.ADOPTED)
+            self._put(segment, request)
+            parent, first, adopted = segment.key, first + segment.tokens, True
         return adopted
+
+    def _may_be_packed(self, request: Request) -> bool:
+        return self._is_made_meanwhile(request) or self._is_computed(request)
 
     def _row(self, request: Request) -> list[int]:
         return [block.block_id for block in self.block_lists.of(request.request_id)]
 
-    def _begin_with(self, segment: Segment, request: Request) -> None:
-        """Rewrite a block list, and free what it began with."""
-        pool = self.kv_cache_manager.block_pool
-        old = self.block_lists.replace_first(request.request_id, segment.row(pool.null_block))
+    def _put(self, segment: Segment, request: Request) -> None:
+        """Put a segment into a block list, and free what stood in its place."""
+        pool, request_id = self.kv_cache_manager.block_pool, request.request_id
+        old = self.block_lists.replace(request_id, segment.first, segment.row(pool.null_block))
         # Freeing at once is safe: the workers change the request's row before the forward pass of this same step,
         # which is the first that could write to them. Reversed, as vLLM does: a prefix's end is evicted first.
         pool.free_blocks(reversed(old))
+        self._spans.pop(request_id, None)
+        span = self._next_span(request)
         if segment.shared:
             self._rename(request)
-            self.block_lists.rename_tail(request, segment.blocks, segment.name)
+            # What the next segment will take the place of may be of use to exact requests, as what they find it as.
+            kept = segment.end if span is None else span.end
+            self.block_lists.rename_tail(request, segment.end, segment.name, kept)
+        if request_id not in self._samples:
+            return
+        if span is None:
+            self._samples.release(request_id)
+        else:
+            self._samples.drop(request_id, span.first_token, self._needed_for(request, span) - span.first_token)
+
+    def _rewind_long_tails(self) -> None:
+        """Let requests whose tail has come to a whole segment give up the blocks behind their chain.
+
+        Nobody has seen the queries of what was written, or found in the cache. The request is preempted, finds its
+        chain, computes what follows as a prefill, and is compressed again.
+        """
+        if self.compression.decode == "off" or not self.kv_cache_manager.block_pool.enable_caching:
+            return
+        for request in list(self.running):
+            if self._is_to_be_rewound(request):
+                self.running.remove(request)
+                self._preempt_request(request, time.monotonic())
+                # It may come back in this very step: the workers are to take it for one that does.
+                self.prev_step_scheduled_req_ids.discard(request.request_id)
+                self._rewound.add(request.request_id)
+                self._rewound_at[request.request_id] = request.num_tokens
+
+    def _is_to_be_rewound(self, request: Request) -> bool:
+        request_id = request.request_id
+        chain = self._segments.chain_of(request_id)
+        if not self._is_computed(request) or not self._is_long_enough(request, chain):
+            return False
+        config = self._config(request)
+        again = self._rewound_at.get(request_id)
+        if (
+            request_id in self._pending
+            or request_id in self._failed
+            or request_id in self._shared
+            or request_id in self._samples
+            or self._why_exact(request) not in (None, Reason.SHORT)
+            or (chain and not chain[-1].shared)
+            or not self._may_be_rewound(request)
+            or (again is not None and request.num_tokens < again + config.segment)
+        ):
+            return False
+        blocks = self.block_lists.of(request_id)[chain[-1].end if chain else 0 :]
+        span = spans.next_span(
+            config,
+            request.num_tokens,
+            self.block_size,
+            chain[-1].end if chain else 0,
+            sum(len(segment.packed) for segment in chain),
+        )
+        if span is None or not span.pays(sum(block.ref_cnt <= 1 for block in blocks[: span.blocks])):
+            return False
+        steps = self._speed.steps(config, span.tokens)
+        return self._alone or steps < request.max_tokens - request.num_output_tokens
+
+    def _may_be_rewound(self, request: Request) -> bool:
+        """Whether it would find its chain again, and be compressed then."""
+        config = self._config(request)
+        is_found = self._segments.root(request, config) is not None
+        return (
+            is_found
+            and self.kv_cache_manager.prefix_cache_lookup_enabled(request)
+            and request.num_tokens >= config.min_tokens
+        )
 
     def _adopters(self, request: Request, span: spans.Span) -> list[Request]:
-        """The other running requests that a packed prefix of this one's may serve as well."""
+        """The other running requests that a segment of this one's may serve as well."""
         root = self._segments.root(request, self._config(request))
-        if root is None:
+        if root is None or len(request.block_hashes) < span.end:
             return []
-        name = request.block_hashes[span.blocks - 1]
-        return [
-            other for other in self.running if other is not request and self._may_adopt(other, root, name, span.tokens)
-        ]
+        name = request.block_hashes[span.end - 1]
+        return [other for other in self.running if other is not request and self._may_adopt(other, root, name, span)]
 
-    def _may_adopt(self, request: Request, root: bytes, name: BlockHash, tokens: int) -> bool:
-        """Whether a request's first `tokens` are those of `name`, computed, and may be replaced by such a segment."""
-        last = tokens // self.block_size - 1
+    def _may_adopt(self, request: Request, root: bytes, name: BlockHash, span: spans.Span) -> bool:
+        """Whether a request has the same chain, has computed the tokens that `name` tells, and may have a segment in
+        their place.
+        """
+        request_id, chain = request.request_id, self._segments.chain_of(request.request_id)
         if (
-            request.request_id in self._settled
-            or not self._is_computed(request)
-            or len(request.block_hashes) <= last
-            or request.block_hashes[last] != name
-            or isinstance(span := self._span(request), Reason)
+            request_id in self._pending
+            or self._why_exact(request) is not None
+            or not self._may_be_packed(request)
+            or (chain[-1].end if chain else 0) != span.first
+            or len(request.block_hashes) < span.end
+            or request.block_hashes[span.end - 1] != name
         ):
             return False
         config = self._config(request)
-        return is_useful(tokens, request, config, span.tokens) and self._segments.root(request, config) == root
+        most = min(request.num_computed_tokens, self._num_known(request) - config.window)
+        return span.end_token <= most and self._segments.root(request, config) == root
 
-    def _blocks_to_free(self, request: Request, span: spans.Span) -> int:
-        """How many blocks come free if this request, and those that adopt its packed prefix, let go of the span's."""
+    def _pays(self, request: Request, span: spans.Span) -> bool:
+        """Whether a compression frees more blocks than it takes, if those that adopt the segment let go of theirs, too.
+        A copy frees none, and is made for what follows it.
+        """
+        if span.packed_blocks == span.blocks:
+            return True
         holders = 1 + len(self._adopters(request, span))
-        return sum(block.ref_cnt <= holders for block in self.block_lists.of(request.request_id)[: span.blocks])
+        own = self.block_lists.of(request.request_id)[span.first : span.end]
+        return span.pays(sum(block.ref_cnt <= holders for block in own))
 
 
 class SculptScheduler(SculptSchedulerMixin, Scheduler):

@@ -1,4 +1,4 @@
-"""The segments there are: packed prefixes in vLLM's own pool, found by what they stand for, shared, evicted by age.
+"""The segments there are: packed entries in vLLM's own pool, found by what they stand for, shared, evicted by age.
 
 A segment is to a sculpted cache what a block is to an exact one. Its packed blocks are hashed under names of their own,
 so that vLLM's pool does the rest: blocks that nobody holds any more stay until their memory is needed, the oldest
@@ -23,28 +23,25 @@ from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.compat.scheduler import insert_hash, when_reused
 from kvsculpt_vllm.sculpt.effort import EFFORTS
 
-FORMAT = 1
+FORMAT = 2
 """Changes with whatever makes packed entries of before unreadable or other than they would be now."""
-
-WORTH = 0.5
-"""A segment that stands for less of a prompt's span is not used: what is behind it would stay exact, and the prompt
-hold more than if it were sculpted anew."""
 
 
 @dataclass(eq=False)
 class Segment:
-    """An immutable stand-in for the first tokens of a prompt."""
+    """An immutable stand-in for some tokens of a prompt, behind the segments that it was made behind."""
 
     key: bytes
-    root: bytes
-    tokens: int  # that it stands for, whole blocks
-    blocks: int  # that those tokens took
+    parent: bytes  # the key of the segment before it, or the root; empty for one that nobody may find
+    first: int  # block that it begins with
+    blocks: int  # that its tokens took
+    tokens: int  # that it stands for
     packed: list[KVCacheBlock]
     effort: str  # that it took
     error: float  # held-out
     shared: bool  # its blocks are hashed, so that it is found by others and outlives its holders
     serial: int = field(default_factory=count().__next__)  # tells it from another one of the same key
-    holders: set[str] = field(default_factory=set)  # requests whose block lists begin with it
+    holders: set[str] = field(default_factory=set)  # requests whose block lists have it
     alive: bool = True
 
     def serves(self, config: CompressionConfig) -> bool:
@@ -53,8 +50,13 @@ class Segment:
         return self.error <= config.max_error and efforts.index(self.effort) >= efforts.index(config.effort)
 
     def row(self, null_block: KVCacheBlock) -> list[KVCacheBlock]:
-        """What a block list begins with."""
+        """What stands in a block list in the place of its tokens' blocks."""
         return self.packed + [null_block] * (self.blocks - len(self.packed))
+
+    @property
+    def end(self) -> int:
+        """The block behind it."""
+        return self.first + self.blocks
 
     @property
     def name(self) -> BlockHash:
@@ -64,16 +66,8 @@ class Segment:
         return BlockHash(hashlib.sha256(self.key + self.serial.to_bytes(8, "little")).digest())
 
 
-def is_useful(tokens: int, request: Request, config: CompressionConfig, span_tokens: int) -> bool:
-    """Whether a segment for so many tokens suits a prompt whose span has `span_tokens`.
-
-    It must be `WORTH` using, and stand for nothing of the window, which stays exact.
-    """
-    return WORTH * span_tokens <= tokens <= request.num_prompt_tokens - config.window
-
-
 class Segments:
-    """All of them, by the prompts they serve."""
+    """All of them, and the chains that requests hold."""
 
     def __init__(self, pool: BlockPool, model: str, calibration: str, block_size: int, most: int) -> None:
         """`model` and `calibration` are what entries depend on besides a request's settings; `most` segments are kept,
@@ -82,16 +76,17 @@ class Segments:
         self._pool, self._block_size, self._most = pool, block_size, most
         self._of_server = [FORMAT, model, calibration, block_size]
         self._by_key: dict[bytes, Segment] = {}  # the oldest first
-        self._held: dict[str, Segment] = {}
-        self._lengths: dict[bytes, Counter[int]] = {}  # of the shared ones, by root
+        self._held: dict[str, list[Segment]] = {}
+        self._lengths: dict[bytes, Counter[int]] = {}  # of the shared ones, by what they follow
         self._gone: list[int] = []
         self.version = 0  # how many were made
+        self.evicted = 0  # of the shared ones
 
     def __len__(self) -> int:
         return len(self._by_key)
 
     def root(self, request: Request, config: CompressionConfig) -> bytes | None:
-        """What a segment's name begins with: everything but tokens that its entries depend on, and who may share it.
+        """What a chain's names begin with: everything but tokens that its entries depend on, and who may share it.
 
         Not the effort: a segment that took more serves those who asked for less. None for a prompt whose tokens do not
         tell all of it.
@@ -101,23 +96,34 @@ class Segments:
             return None
         lora = request.lora_request
         parts = [
-            *(*self._of_server, config.method, config.keep_ratio, config.budget, config.sink),
+            *(*self._of_server, config.method, config.keep_ratio, config.budget, config.sink, config.window),
             None if lora is None else [lora.lora_name, lora.lora_int_id, lora.lora_path],
             request.cache_salt,
         ]
         return hashlib.sha256(json.dumps(parts).encode()).digest()
 
-    def key(self, request: Request, root: bytes, tokens: int) -> bytes:
-        """The name of the segment that stands for the first `tokens` of a request."""
-        return next(self._keys(request, root, [tokens]))
+    def key(self, parent: bytes, request: Request, first: int, end: int) -> bytes:
+        """The name of the segment behind `parent` that stands for a request's tokens from position `first` to `end`."""
+        return next(self._keys(parent, request, first, [end - first]))
 
-    def find(self, request: Request, config: CompressionConfig, span_tokens: int) -> Segment | None:
-        """The longest segment that serves a prompt whose span has so many tokens."""
-        root = self.root(request, config)
-        if root is None or root not in self._lengths:
-            return None
-        lengths = sorted(n for n in self._lengths[root] if is_useful(n, request, config, span_tokens))
-        for key in reversed(list(self._keys(request, root, lengths))):
+    def find(self, request: Request, config: CompressionConfig, most: int) -> list[Segment]:
+        """The chain that serves a prompt and stands for at most `most` of its tokens; empty if there is none."""
+        root, chain = self.root(request, config), []
+        if root is not None:
+            parent, first = root, 0
+            while (segment := self.after(parent, request, config, first, most)) is not None:
+                chain.append(segment)
+                parent, first = segment.key, first + segment.tokens
+        return chain
+
+    def after(
+        self, parent: bytes, request: Request, config: CompressionConfig, first: int, most: int
+    ) -> Segment | None:
+        """The longest segment behind `parent` that serves a request and stands for its tokens from position `first` to
+        `most` at most.
+        """
+        lengths = sorted(n for n in self._lengths.get(parent, ()) if first + n <= most)
+        for key in reversed(list(self._keys(parent, request, first, lengths))):
             segment = self._by_key.get(key)
             if segment is not None and segment.serves(config):
                 return segment
@@ -136,7 +142,7 @@ class Segments:
                 insert_hash(self._pool, BlockHash(name), block)
                 when_reused(self._pool, block, lambda _: self._end(segment))
             self._by_key[segment.key] = segment
-            self._lengths.setdefault(segment.root, Counter())[segment.tokens] += 1
+            self._lengths.setdefault(segment.parent, Counter())[segment.tokens] += 1
         self.version += 1
         self.hold(segment, first_holder)
         for old in list(self._by_key.values()):
@@ -146,20 +152,19 @@ class Segments:
                 self._end(old)
 
     def hold(self, segment: Segment, request_id: str) -> None:
-        """The request's block list begins with it from now on."""
+        """The request's block list has it from now on, behind those that it has."""
         segment.holders.add(request_id)
-        self._held[request_id] = segment
+        self._held.setdefault(request_id, []).append(segment)
         if segment.shared:  # the one used last goes last
             self._by_key[segment.key] = self._by_key.pop(segment.key)
 
-    def held_by(self, request_id: str) -> Segment | None:
+    def chain_of(self, request_id: str) -> list[Segment]:
         """What a request's block list begins with."""
-        return self._held.get(request_id)
+        return self._held.get(request_id, [])
 
     def release(self, request_id: str) -> None:
         """The request loses its blocks; one that holds no segment is fine."""
-        segment = self._held.pop(request_id, None)
-        if segment is not None:
+        for segment in self._held.pop(request_id, []):
             segment.holders.discard(request_id)
             if not segment.holders and not segment.shared:
                 self._end(segment)
@@ -171,14 +176,15 @@ class Segments:
 
     def alive(self) -> Iterator[Segment]:
         """Those that somebody holds or may find."""
-        yield from {id(segment): segment for segment in (*self._by_key.values(), *self._held.values())}.values()
+        held = (segment for chain in self._held.values() for segment in chain)
+        yield from {id(segment): segment for segment in (*self._by_key.values(), *held)}.values()
 
-    def _keys(self, request: Request, root: bytes, lengths: list[int]) -> Iterator[bytes]:
-        """Names of the segments that would stand for so many tokens, ascending."""
-        digest, done, tokens = hashlib.sha256(root), 0, request.prompt_token_ids or []
+    def _keys(self, parent: bytes, request: Request, first: int, lengths: list[int]) -> Iterator[bytes]:
+        """Names of the segments that would stand for so many tokens, ascending, behind `parent`."""
+        digest, done, tokens = hashlib.sha256(parent), first, request.all_token_ids
         for length in lengths:
-            digest.update(array("i", tokens[done:length]).tobytes())
-            done = length
+            digest.update(array("i", tokens[done : first + length]).tobytes())
+            done = first + length
             yield digest.digest()
 
     def _end(self, segment: Segment) -> None:
@@ -188,11 +194,12 @@ class Segments:
         segment.alive = False
         self._gone.append(segment.packed[0].block_id)
         if segment.shared:
+            self.evicted += 1
             del self._by_key[segment.key]
-            lengths = self._lengths[segment.root]
+            lengths = self._lengths[segment.parent]
             lengths[segment.tokens] -= 1
             if not lengths[segment.tokens]:
                 del lengths[segment.tokens]
             if not lengths:
-                del self._lengths[segment.root]
+                del self._lengths[segment.parent]
             self._pool.evict_blocks({block.block_id for block in segment.packed})

@@ -17,10 +17,11 @@ class Story:
 
     outcome: Outcome
     reason: Reason | None = None
-    tokens_found: int = 0  # prompt tokens whose packed prefix was there, so that they were not computed or not sculpted
-    tokens_sculpted: int = 0  # prompt tokens that were sculpted for this request
-    entries_held: int = 0  # in their place, mean over layers and KV heads
-    held_out_error: float = 0.0
+    tokens_found: int = 0  # whose segments were there, so that they were not computed or not sculpted
+    tokens_sculpted: int = 0  # that were sculpted for this request
+    segments: int = 0  # that its block list begins with
+    entries_held: int = 0  # in them, mean over layers and KV heads
+    held_out_error: float = 0.0  # the largest of these segments
 
     def told(self, prompt_tokens: int) -> dict[str, Any]:
         """Plain values, to become JSON."""

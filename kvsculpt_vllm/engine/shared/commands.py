@@ -17,15 +17,30 @@ _ATTRIBUTE = "kv_compression"
 
 
 @dataclass(frozen=True)
+class SampleCommand:
+    """Keep the queries of these positions of a request, all of which this step computes."""
+
+    request_id: str
+    first: int
+    end: int
+
+
+@dataclass(frozen=True)
 class SolveCommand:
-    """Compress one request into blocks of its own, before the next forward pass. Block ids are those of vLLM's pool."""
+    """Compress some tokens of a request into blocks of its own, before the next forward pass. Block ids are those of
+    vLLM's pool.
+    """
 
     request_id: str
     attempt: int  # tells the answers to different commands for one request apart
     num_prompt_tokens: int
-    span_tokens: int
-    prompt_blocks: list[int]  # the blocks that hold the prompt: the span's, then the tail's
+    first_token: int  # that the segment is to stand for
+    span_tokens: int  # how many it is to stand for, whole blocks
+    window: int  # tokens behind them that count as its exact surroundings
+    exact: list[int]  # the blocks that hold all of these tokens
+    earlier: list[list[int]]  # packed blocks of the segments before it
     packed: list[int]  # the blocks to fill
+    blocks_held: int  # by the request now, those to be filled aside
 
 
 @dataclass(frozen=True)
@@ -42,24 +57,28 @@ class CommitCommand:
     """From this step on, read what was solved: whoever's block list begins with it."""
 
     request_id: str  # it was solved for
-    first_block: int  # of the packed prefix
+    first_block: int  # of the segment's packed blocks
     rows: dict[str, list[int]]
-    """New block lists: packed, then null (0) up to the span's length, then the tail. Of the request itself, unless it
-    has lost its blocks in this very step, and of those that adopt its packed prefix."""
+    """New block lists: for each segment its packed blocks and null (0) up to its length, then the tail. Of the request
+    itself, unless it has lost its blocks in this very step, and of those that adopt the segment."""
+    samples_from: dict[str, int]  # queries of positions before this one are not needed any more, by request
     blocks_freed: int  # by how much the pool's free count rose
     steps_waited: int  # scheduler steps in which it could not begin: no blocks were free, or its own were shared
+    times_made: int = 1  # more than once where it lost too much
+    first_of_request: bool = True  # or the request has segments already
 
 
 @dataclass(frozen=True)
 class AdoptCommand:
-    """These requests' block lists begin with a packed prefix of another one's from now on."""
+    """These requests' block lists have another one's segment from now on."""
 
     rows: dict[str, list[int]]
+    samples_from: dict[str, int]  # queries of positions before this one are not needed any more, by request
 
 
 @dataclass(frozen=True)
 class ForgetCommand:
-    """These first blocks of packed prefixes hold something else from now on."""
+    """These first blocks of segments hold something else from now on."""
 
     first_blocks: list[int]
 
@@ -75,6 +94,7 @@ class Solved:
     error: float = 0.0  # held-out
     by_method: bool = True  # it is what was asked for, and not selection after a failure
     reason: Reason | None = None  # why it failed
+    told: bool = False  # the books have heard of the failure
 
 
 @dataclass(frozen=True)
@@ -105,7 +125,18 @@ class PoolState:
     saved: int  # that stock vLLM would hold besides; below 0 where it would hold fewer, as while a prompt is solved
     compressed: int  # requests whose prompt is compressed now
     pending: int  # requests whose prompt is computed and waits for its compression, or is in it
-    segments: int = 0  # packed prefixes that can be found
+    segments: int = 0  # that can be found
+
+
+@dataclass(frozen=True)
+class SegmentCounts:
+    """For the books: what became of segments since the engine's start."""
+
+    hits: int = 0  # requests that found a chain when they got their first blocks
+    misses: int = 0  # and those that could have found one, and did not
+    adopted: int = 0  # segments that a running request took in the place of tokens that it had computed
+    evicted: int = 0  # that could be found, and cannot any more
+    tokens_found: int = 0  # that were not computed, or not sculpted
 
 
 @dataclass(frozen=True)

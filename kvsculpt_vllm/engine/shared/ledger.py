@@ -13,9 +13,9 @@ from dataclasses import asdict
 from typing import Any
 
 from kvsculpt_vllm.engine.shared import request_ids
-from kvsculpt_vllm.engine.shared.commands import Deferred, PoolState, Settled
+from kvsculpt_vllm.engine.shared.commands import Deferred, PoolState, SegmentCounts, Settled
 from kvsculpt_vllm.engine.shared.reasons import Outcome, Reason
-from kvsculpt_vllm.engine.shared.record import CompressionRecord
+from kvsculpt_vllm.engine.shared.record import CompressionRecord, of_all_segments
 
 STORIES_KEPT = 256
 """Requests of which more is kept than their share in the totals: so many with a compression, and so many without, so
@@ -50,17 +50,21 @@ class Ledger:
         self._block_bytes = block_bytes
         self._requests: Counter[tuple[str, str]] = Counter()
         self._deferred: Counter[str] = Counter()
-        self._totals: Counter[str] = Counter(span_tokens=0, entries_kept=0, blocks_freed=0, solver_steps=0)
+        self._totals: Counter[str] = Counter(
+            span_tokens=0, entries_kept=0, blocks_freed=0, solver_steps=0, segments=0, remade=0
+        )
         self._seconds = Histogram(SECONDS)
         self._errors = {"before": Histogram(ERRORS), "after": Histogram(ERRORS)}
-        self._pool = PoolState(0, 0, 0, 0, 0)
+        self._pool, self._segments = PoolState(0, 0, 0, 0, 0), SegmentCounts()
         self._compressed: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._others: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
-    def hear(self, news: Settled | Deferred | PoolState) -> None:
+    def hear(self, news: Settled | Deferred | PoolState | SegmentCounts) -> None:
         """Enter what the scheduler tells."""
         if isinstance(news, PoolState):
             self._pool = news
+        elif isinstance(news, SegmentCounts):
+            self._segments = news
         elif isinstance(news, Settled):
             before = self._others.get(news.request_id)
             if (
@@ -79,19 +83,25 @@ class Ledger:
         self._requests[outcome, reason] += 1
         self._tell(request_id, num_prompt_tokens, outcome, reason, detail)
 
-    def compressed(self, record: CompressionRecord) -> None:
-        """Enter a compression: from now on the request's packed prefix is in use."""
+    def compressed(self, record: CompressionRecord, first_of_request: bool = True) -> None:
+        """Enter a compression: from now on the segment is in use. A request is counted with its first one."""
         outcome = Outcome.FALLBACK if record.fallback else Outcome.COMPRESSED
-        self._requests[outcome, record.fallback] += 1
+        if first_of_request:
+            self._requests[outcome, record.fallback] += 1
         self._totals.update(
             span_tokens=record.span_tokens,
             entries_kept=round(record.entries_kept),
             blocks_freed=record.blocks_freed,
             solver_steps=record.solver_steps,
+            segments=1,
+            remade=record.times_made - 1,
         )
         self._seconds.observe(record.seconds)
         self._errors["before"].observe(record.error_before)
         self._errors["after"].observe(record.error_after)
+        known = self._compressed.get(record.request_id)
+        if known is not None and not first_of_request:
+            record = of_all_segments(known["compression"], record)
         self._tell(record.request_id, record.prompt_tokens, outcome, record.fallback, record=record)
 
     def stats(self) -> dict[str, Any]:
@@ -103,6 +113,7 @@ class Ledger:
             "requests": requests,
             "deferred": {str(reason): count for reason, count in self._deferred.items()},
             **self._totals,
+            "found": asdict(self._segments),
             "bytes_freed": self._totals["blocks_freed"] * self._block_bytes,
             "seconds": self._seconds.as_dict(),
             "held_out_error": {stage: histogram.as_dict() for stage, histogram in self._errors.items()},

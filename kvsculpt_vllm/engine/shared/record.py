@@ -1,4 +1,4 @@
-"""What one compression did, as logged and reported."""
+"""What a compression did, as logged and reported."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ class CompressionRecord:
     budgets: list[list[int]]  # entries kept by layer and head
     errors: list[list[float]]  # held-out loss by layer and head, after
     fallback: str = ""  # why selection took the place of the method that was asked for
+    segments: int = 1  # made for the request, one after the other; the figures are of all of them
+    times_made: int = 1  # solves, more than segments where one lost too much and was made again with more entries
 
     def summary(self) -> dict:
         """Everything but the lists, for tables of many requests."""
@@ -71,6 +73,38 @@ def of_all_ranks(ranks: list[list[CompressionRecord]]) -> CompressionRecord:
         budgets=joined([[record.budgets for record in stage] for stage in ranks]),
         errors=joined([[record.errors for record in stage] for stage in ranks]),
         seconds=max(record.seconds for record in everyone),
+    )
+
+
+def of_all_segments(before: CompressionRecord, new: CompressionRecord) -> CompressionRecord:
+    """One record of the segments that were made for a request, and of a new one behind them. Errors are means over the
+    tokens.
+    """
+    tokens = before.span_tokens + new.span_tokens
+    share = new.span_tokens / tokens
+
+    def mean(old: float, own: float) -> float:
+        return (1 - share) * old + share * own
+
+    return replace(
+        new,
+        span_tokens=tokens,
+        entries_kept=before.entries_kept + new.entries_kept,
+        blocks_before=before.blocks_before,
+        blocks_freed=before.blocks_freed + new.blocks_freed,
+        bytes_freed=before.bytes_freed + new.bytes_freed,
+        steps_waited=before.steps_waited + new.steps_waited,
+        seconds=before.seconds + new.seconds,
+        error_before=mean(before.error_before, new.error_before),
+        error_after=mean(before.error_after, new.error_after),
+        solver_steps=before.solver_steps + new.solver_steps,
+        heads_at_start=before.heads_at_start + new.heads_at_start,
+        failed_solves=before.failed_solves + new.failed_solves,
+        budgets=[[a + b for a, b in zip(*row, strict=True)] for row in zip(before.budgets, new.budgets, strict=True)],
+        errors=[[mean(a, b) for a, b in zip(*row, strict=True)] for row in zip(before.errors, new.errors, strict=True)],
+        fallback=before.fallback or new.fallback,
+        segments=before.segments + new.segments,
+        times_made=before.times_made + new.times_made,
     )
 
 

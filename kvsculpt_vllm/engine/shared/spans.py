@@ -1,60 +1,135 @@
-"""Which prompt tokens of a request are compressed, and into how many blocks. Scheduler and workers both ask here."""
+"""Which tokens of a request become a segment, and into how many blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.shared.reasons import Reason
-from kvsculpt_vllm.sculpt.budgets import span_sizes
-
-RECOMPUTED_TOKENS = 1024
-"""A prompt found in the prefix cache computes this many of its last tokens anew, so that queries are seen. Entries that
-no seen query looks for are lost (measured on one 2,048-token context: KL 0.0139 with 512, 0.0023 with 1,024, 0.0012
-with all)."""
-
+from kvsculpt_vllm.sculpt import chain
 
 FEWEST_TRIGRAMS = 8
 """A prompt with fewer different runs of three tokens stays exact. All its queries are nearly alike, held-out ones, too,
 and an answer's are others (measured: patterns of 1 to 3 tokens have KL 0.02 to 1, of 8 and more 0.01 and less)."""
 
 MOST_SEGMENTS = 1024
-"""Packed prefixes that are kept for others to find, at most: a worker's directory has room for so many, and for one of
-every running request."""
+"""Segments that are kept for others to find, at most: a worker's directory has room for so many, and for those of every
+running request."""
+
+MOST_OWN_SEGMENTS = 64
+"""Segments that a running request may hold and nobody else finds, at most, on average over all of them."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """The part of a prompt that gets compressed."""
+    """The tokens that a segment is to stand for, in whole blocks."""
 
-    tokens: int  # a whole number of blocks
+    first: int  # block of the request's list that it begins with
     blocks: int
-    packed_blocks: int  # blocks that the packed prefix takes
+    packed_blocks: int  # blocks that its entries take
+    block_size: int
+
+    @property
+    def end(self) -> int:
+        """The block behind it."""
+        return self.first + self.blocks
+
+    @property
+    def first_token(self) -> int:
+        """The position that it begins at."""
+        return self.first * self.block_size
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return self.blocks * self.block_size
+
+    @property
+    def end_token(self) -> int:
+        """The position behind it."""
+        return self.end * self.block_size
 
     def pays(self, own_blocks: int) -> bool:
         """Whether a compression saves memory that frees so many of the span's blocks; others hold the rest."""
         return own_blocks > self.packed_blocks
 
 
-def plan_span(
-    config: CompressionConfig, num_prompt_tokens: int, block_size: int, max_tokens: int | None = None
-) -> Span | Reason:
-    """The span of a prompt, or why the prompt stays as it is. The tail keeps at least `window` prompt tokens.
+def why_exact(
+    config: CompressionConfig, num_tokens: int, block_size: int, max_tokens: int | None = None
+) -> Reason | None:
+    """Why nothing of a context of `num_tokens` is compressed; None where something is.
 
     `max_tokens` is how long the answer may be.
     """
     if not config.active:
         return Reason.OFF
-    if num_prompt_tokens < config.min_tokens:
+    if num_tokens < config.min_tokens:
         return Reason.SHORT
-    blocks, packed_blocks = span_sizes(num_prompt_tokens, config.window, block_size, config.keep_ratio)
-    if packed_blocks >= blocks:
+    span = next_span(config, num_tokens, block_size)
+    if config.keep_ratio == 1 or span is None or span.packed_blocks >= span.blocks:
         return Reason.NOTHING_TO_FREE
-    # The prefill gives one token, the step that solves another: nothing would read the prefix.
+    # The prefill gives one token, the step that solves another: nothing would read the segment.
     if max_tokens is not None and max_tokens <= 2:
         return Reason.FEW_OUTPUT_TOKENS
-    return Span(blocks * block_size, blocks, packed_blocks)
+    return None
+
+
+def next_span(
+    config: CompressionConfig, num_tokens: int, block_size: int, chain_blocks: int = 0, chain_packed: int = 0
+) -> Span | None:
+    """The next segment of a context of `num_tokens` behind a chain that stands for `chain_blocks` and takes
+    `chain_packed`; None where too little is left. The tail keeps at least `window` tokens.
+
+    What is left behind a chain stays exact until it has `min_tokens`.
+    """
+    piece = chain.next_piece(
+        num_tokens,
+        config.window,
+        block_size,
+        config.keep_ratio,
+        config.segment,
+        chain_blocks=chain_blocks,
+        chain_packed=chain_packed,
+    )
+    if piece is None or (chain_blocks and piece.blocks * block_size < config.min_tokens):
+        return None
+    return Span(piece.first, piece.blocks, piece.packed_blocks, block_size)
+
+
+def most_blocks(config: CompressionConfig, num_tokens: int, block_size: int) -> int:
+    """Blocks that a context takes at most that is compressed while it is computed: what the segments before have, and
+    one with its exact blocks, the window behind it, and the blocks that are filled.
+    """
+    end = packed = most = 0
+    window = -(-config.window // block_size)
+    while (span := next_span(config, num_tokens, block_size, end, packed)) is not None:
+        most = max(most, packed + span.blocks + window + span.packed_blocks)
+        end, packed = span.end, packed + span.packed_blocks
+    return max(most, packed + -(-num_tokens // block_size) - end)
+
+
+GROWTH = 2
+"""Blocks that a request takes besides: one that its answer grows into, and one for a chunk that ends in the middle."""
+
+
+@lru_cache
+def longest_context(config: CompressionConfig, block_size: int, blocks: int, most: int, packs: bool) -> int:
+    """Tokens that a request with these settings may come to, prompt and answer, if the pool has so many blocks; at most
+    `most`.
+
+    `packs` says whether what is written is compressed, too. If it is not, a request is reckoned as exact: its prompt
+    may be short and its answer long.
+    """
+    exact = min(most, (blocks - 1) * block_size)
+    if exact == most or not packs or why_exact(config, most, block_size) is not None:
+        return exact
+    # The need does not grow evenly: a context just too short for one more segment takes more than one that has it.
+    for tokens in range(exact, most + block_size, block_size):
+        if most_blocks(config, tokens, block_size) + GROWTH > blocks:
+            return max(exact, tokens - block_size)
+    return most
 
 
 def is_repetition(tokens: Sequence[int]) -> bool:
@@ -65,8 +140,3 @@ def is_repetition(tokens: Sequence[int]) -> bool:
         if len(trigrams) == FEWEST_TRIGRAMS:
             return False
     return True
-
-
-def longest_useful_hit(num_prompt_tokens: int, block_size: int) -> int:
-    """Tokens a prefix-cache hit may cover, whole blocks, if the prompt is to be compressed."""
-    return max(num_prompt_tokens - RECOMPUTED_TOKENS, 0) // block_size * block_size

@@ -15,7 +15,9 @@ from kvsculpt_vllm.calibration_file import NONE
 from kvsculpt_vllm.config import KEY, CompressionConfig, flag
 from kvsculpt_vllm.engine.compat.frontend import is_extra_api_server
 from kvsculpt_vllm.engine.compat.patcher import apply
-from kvsculpt_vllm.engine.compat.patches import ADD_CLI_ARGS, CREATE_ENGINE_CONFIG
+from kvsculpt_vllm.engine.compat.patches import ADD_CLI_ARGS, CREATE_ENGINE_CONFIG, MAX_MEMORY_USAGE
+from kvsculpt_vllm.engine.shared import spans
+from kvsculpt_vllm.engine.shared.capacity import packs_answers
 from kvsculpt_vllm.engine.startup.calibration_setting import resolved
 from kvsculpt_vllm.engine.startup.cpu_memory import fit_default_memory
 from kvsculpt_vllm.engine.startup.flags import add_flags
@@ -49,9 +51,12 @@ def compresses_here() -> bool:
 
 
 def install() -> None:
-    """Wrap `EngineArgs.add_cli_args` and `EngineArgs.create_engine_config`, once per process."""
+    """Wrap `EngineArgs.add_cli_args`, `EngineArgs.create_engine_config`, and the check of memory that an engine core
+    makes before it has any class of ours; once per process.
+    """
     apply(ADD_CLI_ARGS, _with_flags)
     apply(CREATE_ENGINE_CONFIG, _with_compression)
+    apply(MAX_MEMORY_USAGE, _as_compressed)
 
 
 def _with_flags(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,6 +98,22 @@ def _with_compression(stock: Callable[..., VllmConfig]) -> Callable[..., VllmCon
         return vllm_config
 
     return create_engine_config
+
+
+def _as_compressed(stock: Callable[..., int]) -> Callable[..., int]:
+    def max_memory_usage_bytes(vllm_config: VllmConfig, kv_cache_groups: list[Any]) -> int:
+        exact = stock(vllm_config, kv_cache_groups)
+        config = CompressionConfig.from_additional_config(vllm_config.additional_config)
+        if not config.active or exact == 0:
+            return exact
+        block_size, longest = vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len
+        blocks = -(-longest // block_size)
+        if not packs_answers(vllm_config, config) or spans.why_exact(config, longest, block_size) is not None:
+            return exact
+        needed = spans.most_blocks(config, longest, block_size) + spans.GROWTH
+        return exact // blocks * min(blocks, needed)
+
+    return max_memory_usage_bytes
 
 
 def _use_our_attention(args: EngineArgs) -> None:

@@ -20,6 +20,7 @@ from kvsculpt_vllm.engine.compat.patches import (
     READ_BATCH_FILE,
     RENDER,
 )
+from kvsculpt_vllm.engine.shared.capacity import blocks_of_engine, most_tokens
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -47,6 +48,35 @@ def check_request(vllm_config: VllmConfig, extra_args: Mapping[str, Any] | None,
             raise ConfigError([WrongSetting(key, value, cure) for key, value in given.items()])
     except ConfigError as error:
         raise VLLMValidationError(str(error), parameter=error.option, value=error.given) from None
+
+
+def check_length(vllm_config: VllmConfig, prompt: Any, params: Any) -> None:
+    """Check that a prompt fits into the KV cache's memory, as it is or compressed.
+
+    Only where --max-model-len is more than the memory holds uncompressed: else every prompt does.
+
+    Raises:
+        VLLMValidationError: says how many tokens it has and how many are allowed.
+    """
+    tokens = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
+    blocks = blocks_of_engine(vllm_config)
+    ours = CompressionConfig.from_additional_config(vllm_config.additional_config)
+    if tokens is None or blocks is None or not ours.active:
+        return
+    config, why = ours.for_request(getattr(params, "extra_args", None)), ""
+    if getattr(params, "prompt_logprobs", None) is not None:
+        config, why = CompressionConfig(), " with prompt_logprobs, which are exact"
+    elif not config.active:
+        why = " with kv_compression none"
+    most = most_tokens(vllm_config, config, blocks) - 1  # and one of the answer
+    if len(tokens) > most:
+        from vllm.exceptions import VLLMValidationError
+
+        raise VLLMValidationError(
+            f"the prompt has {len(tokens)} tokens, and at most {most} fit into the KV cache's memory{why}",
+            parameter="prompt",
+            value=len(tokens),
+        )
 
 
 def install_request_checks() -> None:
@@ -104,6 +134,7 @@ def _checked_process_inputs(stock: Callable) -> Callable:
     def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         # Pooling parameters have no extra_args and pass.
         check_request(self.vllm_config, getattr(params, "extra_args", None))
+        check_length(self.vllm_config, prompt, params)
         return stock(self, request_id, prompt, params, *args, **kwargs)
 
     return process_inputs
@@ -112,6 +143,7 @@ def _checked_process_inputs(stock: Callable) -> Callable:
 def _checked_generate(stock: Callable) -> Callable:
     def generate(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
         check_request(self.vllm_config, sampling_params.extra_args)
+        check_length(self.vllm_config, prompt, sampling_params)
         return stock(self, prompt, sampling_params, *args, **kwargs)
 
     return generate

@@ -1,4 +1,4 @@
-"""A bounded sample of each prompt's queries, kept per request and layer while the prompt is computed in chunks."""
+"""The queries of a prompt, kept per request and layer while the prompt is computed in chunks."""
 
 from __future__ import annotations
 
@@ -11,80 +11,105 @@ from vllm.logger import init_logger
 logger = init_logger("vllm.kvsculpt")
 
 
+@dataclass
+class Piece:
+    """The queries of one chunk."""
+
+    first: int  # position of the first one
+    queries: Tensor  # (L, n, heads, D) in the model's dtype
+    seen: bool = False
+
+    @property
+    def end(self) -> int:
+        """The position behind the last one."""
+        return self.first + self.queries.shape[1]
+
+
 @dataclass(frozen=True)
 class CaptureRows:
     """Rows of one forward pass to copy into one request's sample."""
 
     sample: QuerySample
-    source: Tensor  # (r,) token indices in the batch, on the queries' device
-    target: slice  # of the sample's positions
+    piece: Piece
+    source: slice  # of the batch's tokens
 
     def store(self, layer: int, query: Tensor) -> None:
         """Copy rows of `query` (T, heads, D) of one layer. What goes wrong ends the sampling, not the forward pass."""
-        if self.sample.failure is not None or (queries := self.sample.queries) is None:
+        if self.sample.failure is not None:
             return
         try:
-            queries[layer, self.target] = query[self.source]
+            self.piece.queries[layer] = query[self.source]
         except Exception as error:  # noqa: BLE001 - the prompt stays exact, and the reason is logged
             self.sample.fail(error)
             return
         # Here and not when the step was planned: a step that replays a CUDA graph never comes here.
         if layer == 0:
-            self.sample.saw(self.target)
+            self.piece.seen = True
 
 
 class QuerySample:
-    """The sampled queries of one request: (L, P, heads, D) in the model's dtype."""
+    """The kept queries of one request, of consecutive positions."""
 
-    def __init__(
-        self, positions: Tensor, recent: int, num_layers: int, num_heads: int, head_size: int, like: Tensor
-    ) -> None:
-        self.positions, self.recent = positions, recent
+    def __init__(self, num_layers: int, num_heads: int, head_size: int, like: Tensor) -> None:
+        """`like` has the dtype and the device of the queries."""
+        self._shape, self._like = (num_layers, num_heads, head_size), like
         self.failure: str | None = None  # why there will be no sample
-        self.refused = False  # for want of room, which is no fault
-        self.queries: Tensor | None = None  # after a failure
-        self._seen = torch.zeros(len(positions), dtype=torch.bool)
+        self._pieces: list[Piece] = []
+
+    def expect(self, first: int, end: int) -> Piece | None:
+        """Make room for the queries of positions `first` to `end`; None after a failure."""
+        if self.failure is not None:
+            return None
+        layers, heads, head_size = self._shape
         try:
-            self._positions_there = positions.to(like.device)
-            self.queries = like.new_empty(num_layers, len(positions), num_heads, head_size)
+            piece = Piece(first, self._like.new_empty(layers, end - first, heads, head_size))
         except Exception as error:  # noqa: BLE001 - most likely no memory: the prompt stays exact
             self.fail(error)
-
-    @property
-    def complete(self) -> bool:
-        """Whether the queries of all positions are there."""
-        return self.failure is None and bool(self._seen.all())
+            return None
+        self._pieces.append(piece)
+        return piece
 
     def fail(self, error: Exception) -> None:
         """Give the sample up and its memory back."""
         self.failure = f"sampling queries failed: {type(error).__name__}: {error}"
-        self.queries = None
+        self._pieces = []
         logger.warning("kvsculpt: a prompt will stay exact, %s", self.failure, exc_info=error)
 
-    @classmethod
-    def refusal(cls, why: str) -> QuerySample:
-        """Make the sample of a prompt whose queries are not kept; `why` says the reason."""
-        sample = cls(torch.zeros(0, dtype=torch.long), 0, 0, 0, 0, like=torch.empty(0))
-        sample.failure, sample.refused = why, True
-        return sample
+    def drop(self, before: int) -> None:
+        """Positions before this one are not needed any more."""
+        self._pieces = [piece for piece in self._pieces if piece.end > before]
+        for piece in self._pieces:
+            if piece.first < before:
+                # A copy, so that the memory of the others comes free.
+                piece.queries, piece.first = piece.queries[:, before - piece.first :].clone(), before
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the queries take."""
-        return 0 if self.failure is not None or self.queries is None else self.queries.nbytes
+    def covers(self, first: int, end: int) -> bool:
+        """Whether the queries of all these positions are there."""
+        position = first
+        for piece in self._pieces:
+            if piece.first <= position < piece.end and piece.seen:
+                position = piece.end
+        return position >= end
 
-    def rows(self, first_position: int, num_tokens: int, first_row: int) -> CaptureRows | None:
-        """Say what to copy from a chunk of tokens that starts at `first_position` and at batch row `first_row`; None
-        for nothing.
-        """
-        if self.failure is not None:
-            return None
-        lo, hi = torch.searchsorted(self.positions, torch.tensor([first_position, first_position + num_tokens]))
-        if lo == hi:
-            return None
-        target = slice(int(lo), int(hi))
-        return CaptureRows(self, self._positions_there[target] - first_position + first_row, target)
+    def at(self, positions: Tensor) -> SampledQueries:
+        """The queries of some positions (P,), ascending, on the CPU; all of them are to be there."""
+        return SampledQueries(self._pieces, positions)
 
-    def saw(self, target: slice) -> None:
-        """Note that the queries of these positions are there."""
-        self._seen[target] = True
+
+class SampledQueries:
+    """Queries that are indexed by layer, (P, heads, D) each: put together when they are asked for, so that they are not
+    held twice.
+    """
+
+    def __init__(self, pieces: list[Piece], positions: Tensor) -> None:
+        self._parts = []
+        for piece in pieces:
+            inside = positions[(positions >= piece.first) & (positions < piece.end)]
+            if len(inside):
+                self._parts.append((piece, (inside - piece.first).to(piece.queries.device)))
+
+    def __len__(self) -> int:
+        return self._parts[0][0].queries.shape[0]
+
+    def __getitem__(self, layer: int) -> Tensor:
+        return torch.cat([piece.queries[layer][index] for piece, index in self._parts])

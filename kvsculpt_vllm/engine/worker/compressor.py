@@ -1,25 +1,26 @@
-"""Executes the scheduler's commands: read the span, fit, write packed pages; later, publish them."""
+"""Executes the scheduler's commands: read a run of tokens, fit, write packed pages; later, publish them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.shared.commands import CommitCommand, SolveCommand
 from kvsculpt_vllm.engine.shared.reasons import Reason
 from kvsculpt_vllm.engine.shared.record import CompressionRecord
 from kvsculpt_vllm.engine.worker import pages as page_layout
+from kvsculpt_vllm.engine.worker.earlier import packed_entries
 from kvsculpt_vllm.engine.worker.state import CompressionState
 from kvsculpt_vllm.sculpt.budgets import PagePlan
-from kvsculpt_vllm.sculpt.compress import Compressed, compress_in_slices
-from kvsculpt_vllm.sculpt.effort import EFFORTS
+from kvsculpt_vllm.sculpt.compress import Compressed
+from kvsculpt_vllm.sculpt.effort import EFFORTS, Effort
+from kvsculpt_vllm.sculpt.layerwise import compress_segment_in_slices
 from kvsculpt_vllm.sculpt.loss_curves import LossCurves
-from kvsculpt_vllm.sculpt.problem import Problems
-from kvsculpt_vllm.sculpt.queries import build_in_slices
+from kvsculpt_vllm.sculpt.queries import sample_positions
 from kvsculpt_vllm.sculpt.rotary import Rotary
+from kvsculpt_vllm.sculpt.segment_source import SegmentSource
 from kvsculpt_vllm.sculpt.slices import Slices, Stopwatch, within
 
 
@@ -56,7 +57,7 @@ class Compressor:
         self.calibration = calibration
 
     def solve(self, command: SolveCommand, fallback: Reason | None = None) -> Slices[CompressionRecord]:
-        """Compress the request's span into the blocks taken for it. The request's own blocks are only read.
+        """Compress a run of the request's tokens into the blocks taken for it. Its own blocks are only read.
 
         The blocks are read in the first slice and written in the last. With a `fallback`, the reason for which the
         method failed, it is done by plain selection with uniform budgets instead.
@@ -71,33 +72,47 @@ class Compressor:
 
     def _solve(self, command: SolveCommand, fallback: Reason | None) -> Slices[CompressionRecord]:
         state, geometry = self.state, self.state.geometry
-        config = state.tracked(command.request_id).config
+        config = state.config_of(command.request_id)
         if fallback is not None:
             config = config.model_copy(update={"method": "select", "budget": "uniform"})
-        problems, sinks = yield from self._problems(command, config.sink)
+        # The sinks are the first tokens of the prompt, and so of its first segment.
+        num_sinks = 0 if command.first_token else config.sink
+        effort = EFFORTS[config.effort]
+        source = self._source(command, num_sinks, effort)
         span_blocks = command.span_tokens // geometry.block_size
-        plan = PagePlan(geometry.block_size, span_blocks, len(command.packed) * geometry.num_cells, config.sink)
-        fitted = yield from compress_in_slices(
-            problems,
+        plan = PagePlan(geometry.block_size, span_blocks, len(command.packed) * geometry.num_cells, num_sinks)
+        cells = geometry.packed_pages(torch.tensor(command.packed, device=state.pages.buffer.device))
+
+        def write(fitted: Compressed, first: int, pages: list[int]) -> None:
+            """Write heads' entries, sinks first, into their cells of the packed blocks, which nobody reads yet."""
+            judged = (fitted.start_error, fitted.error, *fitted.keys, *fitted.values)
+            if not all(entries.isfinite().all() for entries in judged):
+                raise NotUsable(Reason.NOT_FINITE, "what came out is not finite")
+            starts = page_layout.place(pages)
+            for b, (keys, values) in enumerate(zip(fitted.keys, fitted.values, strict=True), first):
+                state.pages.write(
+                    cells[starts[b] : starts[b] + pages[b]],
+                    torch.cat([source.keys[b, :num_sinks], keys]),
+                    torch.cat([source.values[b, :num_sinks], values]),
+                )
+
+        fitted = yield from compress_segment_in_slices(
+            source,
             plan,
             config.method,
             config.budget,
-            EFFORTS[config.effort],
+            effort,
+            write,
             # It was measured with sculpt's fits.
             calibration=self.calibration if config.method == "sculpt" else None,
         )
-        if not all(
-            entries.isfinite().all() for entries in (fitted.start_error, fitted.error, *fitted.keys, *fitted.values)
-        ):
-            raise NotUsable(Reason.NOT_FINITE, "what came out is not finite")
-        starts = self._write(command, fitted, *sinks)
         shape = (geometry.num_layers, geometry.num_heads)
-        pages = torch.tensor(fitted.pages)
-        state.directory.prepare(command.request_id, torch.tensor(starts).view(shape), pages.view(shape), span_blocks)
-        return self._record(command, config, fitted, fallback)
+        starts, pages = torch.tensor(page_layout.place(fitted.pages)), torch.tensor(fitted.pages)
+        state.directory.prepare(command.request_id, starts.view(shape), pages.view(shape), span_blocks)
+        return self._record(command, config, plan, fitted, fallback)
 
     def commit(self, command: CommitCommand, block_bytes: int) -> CompressionRecord:
-        """Publish what was solved: the request's block list starts with it from now on."""
+        """Publish what was solved: block lists have it from now on."""
         record = self.state.solved.pop(command.request_id)
         self.state.directory.publish(command.request_id, command.first_block)
         return replace(
@@ -105,18 +120,20 @@ class Compressor:
             blocks_freed=command.blocks_freed,
             bytes_freed=command.blocks_freed * block_bytes,
             steps_waited=command.steps_waited,
+            times_made=command.times_made,
         )
 
     def _record(
         self,
         command: SolveCommand,
         config: CompressionConfig,
+        plan: PagePlan,
         fitted: Compressed,
         fallback: Reason | None,
     ) -> CompressionRecord:
         geometry = self.state.geometry
         shape = (geometry.num_layers, geometry.num_heads)
-        kept = torch.tensor([len(keys) for keys in fitted.keys]) + config.sink
+        kept = torch.tensor([plan.entries(pages) + plan.sinks for pages in fitted.pages])
         span_blocks = command.span_tokens // geometry.block_size
         return CompressionRecord(
             request_id=command.request_id,
@@ -127,8 +144,8 @@ class Compressor:
             prompt_tokens=command.num_prompt_tokens,
             span_tokens=command.span_tokens,
             entries_kept=float(kept.float().mean()),
-            blocks_before=len(command.prompt_blocks),
-            blocks_after=len(command.prompt_blocks) - span_blocks + len(command.packed),
+            blocks_before=command.blocks_held,
+            blocks_after=command.blocks_held - span_blocks + len(command.packed),
             blocks_freed=0,
             bytes_freed=0,
             steps_waited=0,
@@ -143,39 +160,30 @@ class Compressor:
             fallback=str(fallback or ""),
         )
 
-    def _problems(self, command: SolveCommand, num_sinks: int) -> Slices[tuple[Problems, tuple[Tensor, Tensor]]]:
-        """What to fit, and the sinks' keys and values (L · H, sinks, D), which are kept as they are."""
-        state = self.state
-        sample = state.samples[command.request_id]
-        if not sample.complete or sample.queries is None:
-            cause = sample.failure or "some sampled queries of the prompt were never computed"
-            raise NotUsable(Reason.NO_ROOM_FOR_QUERIES if sample.refused else Reason.QUERIES_MISSING, cause)
-        blocks = torch.tensor(command.prompt_blocks, device=state.pages.buffer.device)
+    def _source(self, command: SolveCommand, num_sinks: int, effort: Effort) -> SegmentSource:
+        """What the problems of the segment are made of."""
+        state, first = self.state, command.first_token
+        end = first + command.span_tokens + command.window
+        sample = state.samples.get(command.request_id)
+        if sample is None or not sample.covers(first, end):
+            cause = (sample and sample.failure) or "some queries of the prompt were never seen"
+            raise NotUsable(Reason.QUERIES_MISSING, cause)
+        blocks = torch.tensor(command.exact, device=state.pages.buffer.device)
         keys, values = state.pages.read(state.geometry.block_pages(blocks))
-        keys = keys.flatten(0, 1)[:, : command.num_prompt_tokens]
-        values = values.flatten(0, 1)[:, : command.num_prompt_tokens]
-        problems = yield from build_in_slices(
-            queries=sample.queries,
-            positions=sample.positions.to(keys.device),
-            recent=sample.recent,
+        keys = keys.flatten(0, 1)[:, : end - first]
+        values = values.flatten(0, 1)[:, : end - first]
+        position_bytes = state.geometry.num_layers * state.num_query_heads * state.pages.head_size * keys.element_size()
+        positions, recent = sample_positions(first, end, effort.positions_for(position_bytes))
+        return SegmentSource(
+            queries=sample.at(positions),
+            positions=positions.to(keys.device),
+            recent=recent,
             keys=keys,
             values=values,
             span=command.span_tokens,
             sinks=num_sinks,
             rotaries=self.rotaries,
             scale=self.softmax_scale,
+            first=first,
+            earlier=packed_entries(state, command.earlier) if command.earlier else None,
         )
-        return problems, (keys[:, :num_sinks], values[:, :num_sinks])
-
-    def _write(self, command: SolveCommand, fitted: Compressed, sink_keys: Tensor, sink_values: Tensor) -> list[int]:
-        """Write every head's entries, sinks first, into its cells of the packed blocks; returns its first cell."""
-        state = self.state
-        starts = page_layout.place(fitted.pages)
-        cells = state.geometry.packed_pages(torch.tensor(command.packed, device=state.pages.buffer.device))
-        for b, (start, count) in enumerate(zip(starts, fitted.pages, strict=True)):
-            state.pages.write(
-                cells[start : start + count],
-                torch.cat([sink_keys[b], fitted.keys[b]]),
-                torch.cat([sink_values[b], fitted.values[b]]),
-            )
-        return starts

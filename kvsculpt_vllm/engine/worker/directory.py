@@ -70,6 +70,11 @@ class Directory:
         if (slot := self._prepared.pop(request_id, None)) is not None:
             self._free_slots.append(slot)
 
+    def places(self, first_block: int) -> tuple[list[int], list[int]]:
+        """The first cell and the number of pages of every (layer, head) of a published segment, layers outermost."""
+        slot = self._published[first_block]
+        return self.prefixes.starts[slot].flatten().tolist(), self.prefixes.lengths[slot].flatten().tolist()
+
     def forget(self, first_block: int) -> None:
         """The block holds something else now; one that no packed prefix begins with is fine."""
         if (slot := self._published.pop(first_block, None)) is not None:

@@ -21,13 +21,14 @@ from kvsculpt_vllm.engine.shared.commands import (
     CommitCommand,
     ForgetCommand,
     Pace,
+    SampleCommand,
     SolveCommand,
     Solved,
     attach,
     attached,
 )
 from kvsculpt_vllm.engine.shared.ledger import Ledger
-from kvsculpt_vllm.engine.shared.reasons import Outcome
+from kvsculpt_vllm.engine.shared.reasons import Outcome, Reason
 from kvsculpt_vllm.engine.shared.record import CompressionRecord, log, printable
 from kvsculpt_vllm.engine.worker.agreement import Failure, Ranks, agreed
 from kvsculpt_vllm.engine.worker.compressor import Compressor
@@ -112,14 +113,16 @@ class Runtime:
             if isinstance(command, CommitCommand):
                 self._commit(command)
             elif isinstance(command, AdoptCommand):
-                self._replace_rows(command.rows)
+                self._replace_rows(command)
             elif isinstance(command, ForgetCommand):
                 for block in command.first_blocks:
                     self.state.directory.forget(block)
         self.state.begin_step(output)
         self._forget([*output.finished_req_ids, *(output.preempted_req_ids or ())])
         for command in commands:
-            if isinstance(command, SolveCommand):
+            if isinstance(command, SampleCommand):
+                self.state.sample(command)
+            elif isinstance(command, SolveCommand):
                 # The scheduler gives no second one before it has heard of the first, or its request is gone.
                 self._begin(command)
             elif isinstance(command, CancelCommand):
@@ -146,16 +149,16 @@ class Runtime:
 
     def _commit(self, command: CommitCommand) -> None:
         record = self.compressor.commit(command, self.block_bytes)
-        self.state.samples.pop(command.request_id, None)
-        self._replace_rows(command.rows)
-        self.ledger.compressed(record)
+        self._replace_rows(command)
+        self.ledger.compressed(record, command.first_of_request)
         if self.ranks.is_first:
             log(record)
 
-    def _replace_rows(self, rows: dict[str, list[int]]) -> None:
-        for request_id, row in rows.items():
+    def _replace_rows(self, command: CommitCommand | AdoptCommand) -> None:
+        for request_id, row in command.rows.items():
             self.block_rows.replace(request_id, row)
-            self.state.samples.pop(request_id, None)  # it will not be sculpted any more
+        for request_id, position in command.samples_from.items():
+            self.state.packed_until(request_id, position)
 
     def _forget(self, request_ids: list[str]) -> None:
         """Put an end to the compression of a request that lost its blocks: those to be written to are others' now."""
@@ -204,23 +207,26 @@ class Runtime:
         Whatever happens, the request's own blocks are as they were: it can go on with them, and so do all others.
         """
         command = solving.command
-        result, teller = agreed(outcomes, self.state.tracked(command.request_id).config.max_error)
+        result, teller = agreed(outcomes, self.state.config_of(command.request_id).max_error)
         self._solving = None
         if isinstance(result, Failure):
             self.state.directory.release(command.request_id)
             final = solving.first_failure is not None or result.by_rule
-            selects = not final and self.state.falls_back_to_selection(command.request_id)
+            selects = not final and self.state.config_of(command.request_id).on_failure == "select"
             if teller == self.ranks.place:
                 self._warn(solving, result, "tries selection" if selects else "stays exact")
             if selects:
                 self._begin(command, first_failure=result)
                 return
             lost = solving.first_failure or result
-            outcome = Outcome.FALLBACK if lost.by_rule else Outcome.FAILED
-            tokens = command.num_prompt_tokens
-            self.ledger.settle(command.request_id, tokens, outcome, lost.reason, lost.description)
-            self.state.samples.pop(command.request_id, None)
-            answer = Solved(command.request_id, command.attempt, succeeded=False, reason=result.reason)
+            # What loses too much may be made again, with more entries: the scheduler decides, and tells the books.
+            told = lost.reason != Reason.ERROR_BOUND
+            if told:
+                outcome = Outcome.FALLBACK if lost.by_rule else Outcome.FAILED
+                tokens = command.num_prompt_tokens
+                self.ledger.settle(command.request_id, tokens, outcome, lost.reason, lost.description)
+                self.state.samples.pop(command.request_id, None)
+            answer = Solved(command.request_id, command.attempt, succeeded=False, reason=lost.reason, told=told)
         else:
             self.state.solved[command.request_id] = result
             answer = Solved(

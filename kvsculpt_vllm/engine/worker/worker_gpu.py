@@ -9,9 +9,10 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu_worker import Worker
 
 from kvsculpt_vllm.config import CompressionConfig
+from kvsculpt_vllm.engine.shared import sample_room
 from kvsculpt_vllm.engine.worker.pages import TokenPages
 from kvsculpt_vllm.engine.worker.worker import SculptWorkerMixin
-from kvsculpt_vllm.engine.worker.working_memory import longest_segment, samples_bytes, solve_bytes
+from kvsculpt_vllm.engine.worker.working_memory import solve_bytes
 from kvsculpt_vllm.sculpt.effort import EFFORTS
 from kvsculpt_vllm.sculpt.memory import BYTES, GROUP_BYTES
 from kvsculpt_vllm.sculpt.queries import RECENT_POSITIONS
@@ -58,15 +59,13 @@ class SculptGPUWorker(SculptWorkerMixin, Worker):
         assert isinstance(model.dtype, torch.dtype)  # and no name any more: vLLM has resolved it
         element_bytes, head_size = get_dtype_size(model.dtype), model.get_head_size()
         num_layers, num_heads = model.get_num_layers(parallel), model.get_num_attention_heads(parallel)
-        position_bytes = num_layers * num_heads * head_size * element_bytes
+        position_bytes = sample_room.position_bytes(self.vllm_config)
         config = CompressionConfig.from_additional_config(self.vllm_config.additional_config)
         # Whatever the server's effort is, a request may ask for another.
         efforts = [EFFORTS[name] for name in config.efforts]
-        # The window begins at a block's border.
-        tokens = longest_segment(config.segment, config.window) + self.cache_config.block_size
-        tokens = min(tokens, model.max_model_len)
+        tokens = min(sample_room.longest_segment(config), model.max_model_len)
         sampled = min(tokens, max(effort.positions_for(position_bytes) for effort in efforts))
-        return samples_bytes(position_bytes, config.segment, config.window) + solve_bytes(
+        return position_bytes * sample_room.positions(self.vllm_config, config) + solve_bytes(
             num_layers=num_layers,
             num_kv_heads=model.get_num_kv_heads(parallel),
             num_query_heads=num_heads,

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from kvsculpt_vllm.sculpt.memory import COPIES, layer_groups
 
-SAMPLED_SEGMENTS = 2
-"""The samples of all prompts have room for so many of the longest segments: one is solved, the next is computed."""
-
 BUILD_COPIES = 2
 """Tensors as large as a group's queries in float32 that live while they are built: the queries themselves, and what
 retained entries answer."""
@@ -19,20 +16,6 @@ TEMPORARIES = 3
 
 STEP_COPIES = 30
 """Tensors as large as the keys of a batch that key steps hold: ten pairs of curvature, and what one step makes."""
-
-
-def longest_segment(segment: int, window: int) -> int:
-    """Count the tokens that the solve of a segment looks at, at most: a prompt's last one may be half as long again
-    (`sculpt.chain.next_piece`).
-    """
-    return segment + segment // 2 + window
-
-
-def samples_bytes(position_bytes: int, segment: int, window: int) -> int:
-    """Count the bytes that the sampled queries of all prompts may take, if those of all layers take `position_bytes` at
-    a position.
-    """
-    return SAMPLED_SEGMENTS * longest_segment(segment, window) * position_bytes
 
 
 def solve_bytes(

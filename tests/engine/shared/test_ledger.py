@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvsculpt_vllm.engine.shared.commands import Deferred, PoolState, Settled
+from kvsculpt_vllm.engine.shared.commands import Deferred, PoolState, SegmentCounts, Settled
 from kvsculpt_vllm.engine.shared.ledger import ERRORS, STORIES_KEPT, Histogram, Ledger
 from kvsculpt_vllm.engine.shared.record import printable
 from records import RECORD
@@ -26,6 +26,8 @@ def test_totals_are_the_sum_of_what_was_told():
     ledger.settle("broken", 900, "failed", "exception", "ValueError: x")
     ledger.compressed(RECORD)
     ledger.compressed(replace(RECORD, request_id="again", method="select", fallback="out_of_memory", seconds=100.0))
+    counts = {"hits": 3, "misses": 2, "adopted": 1, "evicted": 4, "tokens_found": 999}
+    ledger.hear(SegmentCounts(**counts))
     ledger.hear(PoolState(total=50, used=20, saved=13, compressed=1, pending=2, segments=4))
     stats = ledger.stats()
     assert stats["requests"] == {
@@ -38,6 +40,7 @@ def test_totals_are_the_sum_of_what_was_told():
     assert stats["deferred"] == {"no_free_blocks": 1}
     assert (stats["span_tokens"], stats["entries_kept"], stats["blocks_freed"]) == (2 * 608, 2 * 192, 26)
     assert (stats["bytes_freed"], stats["solver_steps"]) == (2600, 14)
+    assert (stats["segments"], stats["remade"], stats["found"]) == (2, 0, counts)
     assert sum(stats["seconds"]["counts"]) == 2 and stats["seconds"]["sum"] == 101.5
     assert stats["held_out_error"]["after"]["sum"] == pytest.approx(0.04)
     assert stats["pool"] == {
@@ -98,6 +101,28 @@ def test_a_request_that_waited_and_was_compressed_then_has_one_story():
     assert ledger.find("cmpl-1")["outcome"] == "deferred"
     ledger.compressed(RECORD)
     assert [story["outcome"] for story in ledger.newest(10)] == ["compressed"]
+
+
+def test_the_segments_of_a_request_are_one_story_and_count_as_one_request():
+    ledger = Ledger(block_bytes=100)
+    ledger.compressed(RECORD)
+    more = {"span_tokens": 1824, "blocks_freed": 30, "error_after": 0.06, "times_made": 3}
+    more = replace(RECORD, budgets=[[64, 32]], errors=[[0.05, 0.07]], **more)
+    ledger.compressed(more, first_of_request=False)
+    (story,) = ledger.newest(10)
+    whole = ledger.find(RECORD.request_id)["compression"]
+    assert story["compression"]["segments"] == whole["segments"] == 2
+    assert (whole["span_tokens"], whole["blocks_freed"], whole["entries_kept"]) == (608 + 1824, 43, 384)
+    assert whole["budgets"] == [[192, 288]]
+    # Means over the tokens.
+    assert whole["error_after"] == pytest.approx((608 * 0.02 + 1824 * 0.06) / 2432)
+    assert whole["errors"] == [pytest.approx([0.25 * 0.01 + 0.75 * 0.05, 0.25 * 0.03 + 0.75 * 0.07])]
+    stats = ledger.stats()
+    assert stats["requests"]["compressed"] == {"": 1}
+    assert (stats["segments"], stats["remade"]) == (2, 2)
+    # It lost its blocks, and all is made anew.
+    ledger.compressed(RECORD)
+    assert ledger.find(RECORD.request_id)["compression"]["span_tokens"] == 608
 
 
 def test_a_failure_whose_request_ends_before_the_scheduler_hears_of_it_is_counted_once():

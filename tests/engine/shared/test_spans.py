@@ -1,4 +1,6 @@
-"""Which tokens are compressed, and into how many blocks."""
+"""Which tokens become a segment, into how many blocks, and how long a context the memory holds."""
+
+from itertools import pairwise
 
 import pytest
 from hypothesis import example, given
@@ -6,24 +8,67 @@ from hypothesis import strategies as st
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.shared.reasons import Reason
-from kvsculpt_vllm.engine.shared.spans import RECOMPUTED_TOKENS, is_repetition, longest_useful_hit, plan_span
+from kvsculpt_vllm.engine.shared.spans import (
+    GROWTH,
+    is_repetition,
+    longest_context,
+    most_blocks,
+    next_span,
+    why_exact,
+)
 
 block_sizes = st.sampled_from([16, 32, 128])
 
 
-@given(st.integers(1, 20_000), st.integers(1, 1000), st.integers(1, 2000), st.integers(1, 4000), block_sizes)
-@example(100 * 32 + 64, 70, 64, 1, 32)  # 0.07 * 100 is 7.000000000000001
-def test_spans_free_blocks_and_keep_the_window_and_the_ratio(num_prompt, per_mille, window, min_tokens, size):
+def chain(config, num_tokens, size):
+    """All spans of a context, one behind the other."""
+    spans, end, packed = [], 0, 0
+    while (span := next_span(config, num_tokens, size, end, packed)) is not None:
+        spans.append(span)
+        end, packed = span.end, packed + span.packed_blocks
+    return spans
+
+
+@given(st.integers(1, 2900), st.integers(1, 1000), st.integers(1, 2000), st.integers(1, 4000), block_sizes)
+@example(80 * 32 + 64, 70, 64, 1, 32)  # 0.07 * 100 is 7.000000000000001
+def test_a_short_prompt_is_one_segment_that_keeps_the_window_and_the_ratio(
+    num_prompt, per_mille, window, min_tokens, size
+):
     config = CompressionConfig(method="select", keep_ratio=per_mille / 1000, window=window, min_tokens=min_tokens)
-    span = plan_span(config, num_prompt, size)
+    why = why_exact(config, num_prompt, size)
     blocks = max(num_prompt - window, 0) // size
     packed = -(-per_mille * blocks // 1000)
     if num_prompt < min_tokens or packed >= blocks:
-        assert span == (Reason.SHORT if num_prompt < min_tokens else Reason.NOTHING_TO_FREE)
+        assert why == (Reason.SHORT if num_prompt < min_tokens else Reason.NOTHING_TO_FREE)
         return
+    assert why is None
+    (span,) = chain(config, num_prompt, size)
     assert (span.blocks, span.packed_blocks, span.tokens) == (blocks, packed, blocks * size)
     assert 1 <= span.packed_blocks < span.blocks
-    assert window <= num_prompt - span.tokens < window + size
+    assert window <= num_prompt - span.end_token < window + size
+
+
+@given(st.integers(2000, 60_000), st.integers(50, 900), st.sampled_from([256, 1024, 2048]), block_sizes)
+def test_a_long_one_is_a_chain_without_gaps_that_keeps_the_ratio(num_prompt, per_mille, segment, size):
+    config = CompressionConfig(method="select", keep_ratio=per_mille / 1000, segment=segment, min_tokens=128)
+    spans = chain(config, num_prompt, size)
+    assert spans[0].first == 0 and all(one.end == two.first for one, two in pairwise(spans))
+    assert all(span.blocks == segment // size for span in spans[:-1])
+    assert spans[-1].blocks <= segment // size * 3 / 2
+    # Nothing is left that could be a segment.
+    assert num_prompt - config.window - spans[-1].end_token < max(size, config.min_tokens)
+    blocks, packed = spans[-1].end, sum(span.packed_blocks for span in spans)
+    # Of every segment but the last what is rounded up may be more, and the last one gives up only so much for it.
+    assert packed <= config.keep_ratio * blocks + len(spans) + 1
+    assert packed >= config.keep_ratio * blocks * 0.8 - 1
+    assert all(0 < span.packed_blocks <= span.blocks for span in spans)
+
+
+def test_what_is_left_behind_a_chain_stays_exact_until_it_is_long_enough():
+    config = CompressionConfig(method="select", min_tokens=512)
+    assert next_span(config, 2048 + 64 + 511, 32, chain_blocks=64, chain_packed=16) is None
+    span = next_span(config, 2048 + 64 + 512, 32, chain_blocks=64, chain_packed=16)
+    assert (span.first_token, span.end_token) == (2048, 2560)
 
 
 @pytest.mark.parametrize(
@@ -36,19 +81,44 @@ def test_spans_free_blocks_and_keep_the_window_and_the_ratio(num_prompt, per_mil
         ({"method": "select", "min_tokens": 1, "window": 64}, 64 + 2 * 32 - 1, None, Reason.NOTHING_TO_FREE),
         ({"method": "select", "window": 5000}, 5000, None, Reason.NOTHING_TO_FREE),
         ({"method": "select"}, 5000, 2, Reason.FEW_OUTPUT_TOKENS),
+        ({"method": "select"}, 600, 3, None),
     ],
 )
 def test_prompts_that_stay_as_they_are(settings, num_prompt, max_tokens, why):
-    assert plan_span(CompressionConfig(**settings), num_prompt, 32, max_tokens) == why
-
-
-def test_three_tokens_are_enough():
-    assert plan_span(CompressionConfig(method="select"), 600, 32, 3).blocks == 16
+    assert why_exact(CompressionConfig(**settings), num_prompt, 32, max_tokens) == why
 
 
 def test_the_smallest_ratio_keeps_a_block():
     config = CompressionConfig(method="select", keep_ratio=1e-12)
-    assert plan_span(config, 600, 32).packed_blocks == 1
+    assert next_span(config, 600, 32).packed_blocks == 1
+
+
+@given(st.integers(100, 20_000), st.integers(50, 900), st.sampled_from([256, 2048]))
+def test_a_context_takes_no_more_at_any_time_than_is_reckoned(num_tokens, per_mille, segment):
+    """Against the blocks that are held while each segment is solved, counted one by one."""
+    config = CompressionConfig(method="select", keep_ratio=per_mille / 1000, segment=segment, min_tokens=64)
+    held, packed = [], 0
+    for span in chain(config, num_tokens, 32):
+        exact = range(span.first_token, span.end_token + config.window)
+        held.append(packed + len({token // 32 for token in exact}) + span.packed_blocks)
+        packed += span.packed_blocks
+    end = sum(span.tokens for span in chain(config, num_tokens, 32))
+    held.append(packed + len({token // 32 for token in range(end, num_tokens)}))
+    assert most_blocks(config, num_tokens, 32) == max(held)
+
+
+def test_a_longer_context_fits_where_it_is_compressed_while_it_is_computed():
+    config = CompressionConfig(method="sculpt", keep_ratio=0.3, segment=1024)
+    longest = longest_context(config, 32, 125, 8192, packs=True)
+    assert longest == 8192
+    assert longest_context(config, 32, 125, 8192, packs=False) == 124 * 32
+    assert longest_context(CompressionConfig(), 32, 125, 8192, packs=True) == 124 * 32
+    assert longest_context(config, 32, 1000, 8192, packs=False) == 8192
+    # Each shorter one fits, too, and the next one does not.
+    few = longest_context(config, 32, 60, 8192, packs=True)
+    assert 60 * 32 < few < 8192
+    assert all(most_blocks(config, n, 32) + GROWTH <= 60 for n in range(59 * 32, few + 1, 32))
+    assert any(most_blocks(config, n, 32) + GROWTH > 60 for n in range(few, few + 65))
 
 
 @pytest.mark.parametrize(("period", "expected"), [(1, True), (2, True), (7, True), (8, False), (900, False)])
@@ -59,12 +129,3 @@ def test_a_pattern_of_a_few_tokens_over_and_over_is_a_repetition(period, expecte
 def test_an_ordinary_text_with_a_long_repetition_in_it_is_none():
     assert not is_repetition([*range(20), *[5] * 1500])
     assert not is_repetition([*[5] * 1500, *range(20)])
-
-
-@given(st.integers(1, 20_000), block_sizes)
-def test_a_prefix_hit_leaves_the_last_tokens_to_compute_but_not_a_block_more(num_prompt, size):
-    hit = longest_useful_hit(num_prompt, size)
-    assert hit % size == 0 and hit >= 0
-    computed = num_prompt - hit
-    assert computed >= min(RECOMPUTED_TOKENS, num_prompt)
-    assert computed < RECOMPUTED_TOKENS + size

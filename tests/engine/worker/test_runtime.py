@@ -10,7 +10,7 @@ from kvsculpt_vllm.engine.worker import runtime
 from kvsculpt_vllm.engine.worker.runtime import ALONE_MS, Runtime
 
 SLICE = 0.125  # seconds, exact in binary
-COMMAND = SolveCommand("r", 0, 600, 512, [1, 2], [3])
+COMMAND = SolveCommand("r", 0, 600, 0, 512, 64, exact=[1, 2], earlier=[], packed=[3], blocks_held=2)
 
 
 class Clock:

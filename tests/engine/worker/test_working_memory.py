@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kvsculpt_vllm.config import CompressionConfig
-from kvsculpt_vllm.engine.worker.working_memory import longest_segment, samples_bytes, solve_bytes
+from kvsculpt_vllm.engine.shared import sample_room
+from kvsculpt_vllm.engine.worker.working_memory import solve_bytes
 from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.effort import EFFORTS, Effort
 from kvsculpt_vllm.sculpt.layerwise import compress_segment
@@ -128,11 +129,8 @@ class OnDemand:
 
 def test_three_gigabytes_are_enough_for_a_model_of_eight_billion_parameters():
     layers, kv_heads, heads, head_size, longest_context = 32, 8, 32, 128, 131_072  # Llama-3.1-8B, bfloat16
-    defaults = CompressionConfig()
-    segment, window, block = 2048, defaults.window, 16
-    tokens = longest_segment(segment, window) + block
-    position_bytes = layers * heads * head_size * 2
-    samples = samples_bytes(position_bytes, segment, window)
+    tokens = sample_room.longest_segment(CompressionConfig())
+    samples = sample_room.SEGMENTS * tokens * layers * heads * head_size * 2
     solve = solve_bytes(
         num_layers=layers,
         num_kv_heads=kv_heads,

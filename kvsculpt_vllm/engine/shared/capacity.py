@@ -1,0 +1,35 @@
+"""How long a request may become in the KV cache's memory, in which its compressed part takes less than stock vLLM asks.
+
+Start-up, the front end's requests and the scheduler all ask here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvsculpt_vllm.config import CompressionConfig
+from kvsculpt_vllm.engine.shared import spans
+
+
+def packs_answers(vllm_config: Any, config: CompressionConfig) -> bool:
+    """Whether what follows a prompt is compressed as it grows: it is computed anew then, and has to find its chain."""
+    return config.active and config.decode == "on" and bool(vllm_config.cache_config.enable_prefix_caching)
+
+
+def most_tokens(vllm_config: Any, config: CompressionConfig, blocks: int) -> int:
+    """Tokens, prompt and answer, that a request with these settings may come to where there are so many blocks."""
+    return spans.longest_context(
+        config,
+        vllm_config.cache_config.block_size,
+        blocks,
+        vllm_config.model_config.max_model_len,
+        packs_answers(vllm_config, config),
+    )
+
+
+def blocks_of_engine(vllm_config: Any) -> int | None:
+    """Blocks that one engine's requests have; None in a process that has not been told."""
+    blocks = vllm_config.cache_config.num_gpu_blocks
+    # vLLM adds up those of all data parallel engines in the front end. The null block serves nobody.
+    engines = vllm_config.parallel_config.data_parallel_size
+    return blocks // engines - 1 if blocks else None

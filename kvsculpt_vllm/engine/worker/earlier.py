@@ -1,0 +1,51 @@
+"""The entries of the segments before the one that is made, read out of their pages when they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from kvsculpt_vllm.engine.worker.state import CompressionState
+from kvsculpt_vllm.sculpt.problem import Earlier
+
+
+def packed_entries(state: CompressionState, packed: list[list[int]]) -> Earlier:
+    """What every (layer, KV head) has in a chain of segments, each given by its packed blocks.
+
+    Nothing is read before it is asked for: of a long context all heads' entries together are most of its cache.
+    """
+    cells, starts, lengths = [], [], []
+    for blocks in packed:
+        cells.append(state.geometry.packed_pages(torch.tensor(blocks, device=state.pages.buffer.device)))
+        start, length = state.directory.places(blocks[0])
+        starts.append(start)
+        lengths.append(length)
+    places = [
+        torch.cat([own[starts[s][b] : starts[s][b] + lengths[s][b]] for s, own in enumerate(cells)])
+        for b in range(state.geometry.num_cells)
+    ]
+    return Earlier(_Entries(state, places, 0), _Entries(state, places, 1))
+
+
+class _Entries(Sequence[Tensor]):
+    """Keys (0) or values (1), (entries, D) of each head, of the pages in `places`."""
+
+    def __init__(self, state: CompressionState, places: list[Tensor], which: int) -> None:
+        self._state, self._places, self._which = state, places, which
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> _Entries: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | _Entries:
+        if isinstance(index, slice):
+            return _Entries(self._state, self._places[index], self._which)
+        return self._state.pages.read(self._places[index])[self._which]
