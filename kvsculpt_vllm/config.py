@@ -23,12 +23,6 @@ ON_FAILURE = {
 }
 """What a prompt keeps whose compression fails."""
 
-DECODE = {
-    "on": "long answers hold little memory, too",
-    "off": "answers stay exact",
-}
-"""What becomes of the tokens that a model writes."""
-
 SERVER_ONLY = {"calibration", "decode", "max_effort", "max_stall_ms", "segment"}
 """Settings that no request can change."""
 
@@ -104,10 +98,12 @@ class CompressionConfig(BaseModel):
         "before it, whose exact cache is given back at once. Longer ones lose less, and take more memory and time to "
         "make. The server's only.",
     )
-    decode: Annotated[str, OneOf(DECODE)] = Field(
-        default="on",
-        description="Whether what follows the prompt's segments becomes a segment, too, once it has grown by "
-        f"--kv-compression-segment. The request pauses for it. {described(DECODE)} The server's only.",
+    decode: int = Field(
+        default=512,
+        ge=0,
+        description="What follows a request's segments, an answer above all, becomes a segment, too, once it has grown "
+        "by so many tokens; the request pauses for it. 0: it stays exact. Fewer hold less memory and lose more. The "
+        "server's only.",
     )
     on_failure: Annotated[str, OneOf(ON_FAILURE)] = Field(
         default="exact",

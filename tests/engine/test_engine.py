@@ -10,7 +10,7 @@ pytestmark = pytest.mark.engine
 AT_ONCE = {"max_stall_ms": 60_000}
 ON = on(**AT_ONCE)
 # Prompts become chains.
-CHAINS = on(**AT_ONCE, segment=256, min_tokens=128)
+CHAINS = on(**AT_ONCE, segment=256, decode=256, min_tokens=128)
 
 # A long and a short prompt together, then the long one again beside another long one.
 MIXED = [[request(0, 1200), request(5000, 300)], [request(0, 1200), request(2000, 900)]]
@@ -142,8 +142,8 @@ def test_chains_that_are_found_adopted_or_grow_give_the_tokens_of_stock_vllm(run
     stock = run_engine(engine=engine, batches=batches)
     ours = run_engine(engine={**engine, "additional_config": CHAINS}, batches=batches, identity=True)
     assert ours["tokens"] == stock["tokens"]
-    # What lies behind the second segment in the beginning of the document has become the third one, and a prompt that is
-    # to be sculpted computes all of it.
+    # What lies behind the second segment in the beginning of the document has become the third one. And a prompt that
+    # is to be sculpted computes all of it.
     assert ours["cached"] == [*stock["cached"][:3], [512], *stock["cached"][4:6], [0]]
     told = [batch[0] for batch in ours["told"]]
     assert [(t["outcome"], t["tokens_found"], t["tokens_sculpted"], t["segments"]) for t in told[:4]] == [
@@ -164,7 +164,7 @@ def test_chains_that_are_found_adopted_or_grow_give_the_tokens_of_stock_vllm(run
 def test_a_prompt_longer_than_the_memory_is_served_and_gives_the_tokens_of_stock_vllm(run_engine):
     """Memory for 1,088 tokens, prompts of 1,900 and 1,500 that are to share it, and an answer that goes on."""
     batches = [[request(0, 1900, 60), request(3000, 1500, 20)], [request(0, 300, 700)]]
-    settings = on(keep_ratio=0.3, **AT_ONCE, segment=256, min_tokens=128)
+    settings = on(keep_ratio=0.3, **AT_ONCE, segment=256, decode=256, min_tokens=128)
     engine = {"enable_prefix_caching": True, "max_num_batched_tokens": 256}
     with_memory = run_engine(engine={**engine, "additional_config": settings}, batches=batches)
     little = {**engine, "additional_config": settings, "num_gpu_blocks_override": 35}

@@ -61,9 +61,9 @@ class PrefixHits(KnownRequests):
         return not self._is_long_enough(request, chain) or tail * self.block_size > new
 
     def _is_long_enough(self, request: Request, chain: list[Segment]) -> bool:
-        """Whether what lies behind a chain has come to a whole segment."""
+        """Whether what lies behind a chain is to become a segment."""
         config, end = self._config(request), chain[-1].end * self.block_size if chain else 0
-        return request.num_tokens - config.window - end >= config.segment
+        return 0 < config.decode <= request.num_tokens - config.window - end
 
     def _chain_for(self, request: Request) -> list[Segment]:
         # An answer that is too short to have its prompt compressed is not too short to find it.

@@ -18,7 +18,7 @@ from kvsculpt_vllm.engine.scheduler.known_requests import Pending
 from kvsculpt_vllm.engine.scheduler.prefix_hits import PrefixHits
 from kvsculpt_vllm.engine.scheduler.segments import Segment
 from kvsculpt_vllm.engine.scheduler.story import Story
-from kvsculpt_vllm.engine.shared import spans
+from kvsculpt_vllm.engine.shared import capacity, spans
 from kvsculpt_vllm.engine.shared.commands import (
     AdoptCommand,
     CancelCommand,
@@ -346,12 +346,12 @@ class SculptSchedulerMixin(PrefixHits):
             self._samples.drop(request_id, span.first_token, self._needed_for(request, span) - span.first_token)
 
     def _rewind_long_tails(self) -> None:
-        """Let requests whose tail has come to a whole segment give up the blocks behind their chain.
+        """Let requests whose tail has grown by --kv-compression-decode give up the blocks behind their chain.
 
         Nobody has seen the queries of what was written, or found in the cache. The request is preempted, finds its
         chain, computes what follows as a prefill, and is compressed again.
         """
-        if self.compression.decode == "off" or not self.kv_cache_manager.block_pool.enable_caching:
+        if not capacity.packs_answers(self.vllm_config, self.compression):
             return
         for request in list(self.running):
             if self._is_to_be_rewound(request):
@@ -377,7 +377,7 @@ class SculptSchedulerMixin(PrefixHits):
             or self._why_exact(request) not in (None, Reason.SHORT)
             or (chain and not chain[-1].shared)
             or not self._may_be_rewound(request)
-            or (again is not None and request.num_tokens < again + config.segment)
+            or (again is not None and request.num_tokens < again + config.decode)
         ):
             return False
         blocks = self.block_lists.of(request_id)[chain[-1].end if chain else 0 :]

@@ -13,7 +13,7 @@ from kvsculpt_vllm.engine.shared import spans
 
 def packs_answers(vllm_config: Any, config: CompressionConfig) -> bool:
     """Whether what follows a prompt is compressed as it grows: it is computed anew then, and has to find its chain."""
-    return config.active and config.decode == "on" and bool(vllm_config.cache_config.enable_prefix_caching)
+    return config.active and config.decode > 0 and bool(vllm_config.cache_config.enable_prefix_caching)
 
 
 def most_tokens(vllm_config: Any, config: CompressionConfig, blocks: int) -> int:

@@ -58,7 +58,7 @@ EVENTS = (
     "chain",
     "found",
 )
-SETTINGS = {"method": "select", "keep_ratio": 0.3, "min_tokens": 64, "window": 32, "segment": 256}
+SETTINGS = {"method": "select", "keep_ratio": 0.3, "min_tokens": 64, "window": 32, "segment": 256, "decode": 256}
 
 
 @pytest.fixture(scope="module")
