@@ -7,9 +7,7 @@ python examples/compare_keep_ratios.py
 
 # %% A running server, a document of a thousand tokens or more, a question about it
 import difflib
-import json
 import os
-import urllib.request
 from pathlib import Path
 
 from openai import OpenAI
@@ -21,7 +19,7 @@ client = OpenAI(base_url=f"{ADDRESS}/v1", api_key="unused")
 model = client.models.list().data[0].id
 
 
-# %% One answer, and what the engine says of its compression
+# %% One answer, and what it says of its compression
 def ask(**settings):
     answer = client.chat.completions.create(
         model=model,
@@ -30,20 +28,20 @@ def ask(**settings):
         max_tokens=120,
         extra_body={"vllm_xargs": settings},
     )
-    with urllib.request.urlopen(f"{ADDRESS}/kvsculpt/requests/{answer.id}") as response:
-        return answer.choices[0].message.content, json.load(response)["compression"]
+    return answer.choices[0].message.content, answer.kv_transfer_params["kv_compression"]
 
 
 # %% The exact answer, then less and less of the cache
 exact, _ = ask(kv_compression="none")
 print(f"exact\n{exact}\n")
 for keep_ratio in (0.7, 0.5, 0.3, 0.2, 0.1, 0.05):
-    text, compression = ask(kv_compression_keep_ratio=keep_ratio)
+    text, story = ask(kv_compression_keep_ratio=keep_ratio)
     alike = difflib.SequenceMatcher(None, exact.split(), text.split()).ratio()
-    if compression is None:
-        print(f"keep ratio {keep_ratio}: not compressed, see {ADDRESS}/kvsculpt for the reason")
+    if not story["segments"]:
+        print(f"keep ratio {keep_ratio}: {story['outcome']}, {story['reason']}")
         continue
     print(
-        f"keep ratio {keep_ratio}: {compression['blocks_before']} -> {compression['blocks_after']} blocks, "
-        f"held-out error {compression['error_after']:.4f}, {alike:.0%} of the words in the same place\n{text}\n"
+        f"keep ratio {keep_ratio}: {story['entries_held']} entries in the place of "
+        f"{story['tokens_found'] + story['tokens_sculpted']} tokens, held-out error {story['held_out_error']:.4f}, "
+        f"{alike:.0%} of the words in the same place\n{text}\n"
     )

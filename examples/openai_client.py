@@ -4,10 +4,7 @@ vllm serve MODEL --kv-compression sculpt
 python examples/openai_client.py http://localhost:8000 document.txt "What does it say about whales?"
 """
 
-import json
 import sys
-import urllib.parse
-import urllib.request
 from pathlib import Path
 
 from openai import OpenAI
@@ -28,10 +25,13 @@ for settings in (
         max_tokens=100,
         extra_body={"vllm_xargs": settings},
     )
-    with urllib.request.urlopen(f"{address}/kvsculpt/requests/{urllib.parse.quote(answer.id)}") as response:
-        story = json.load(response)
+    story = answer.kv_transfer_params["kv_compression"]
     print(f"--- {settings or 'the default'}: {story['outcome']} {story['reason']}")
-    if compression := story["compression"]:
-        before, after = compression["blocks_before"], compression["blocks_after"]
-        print(f"    {before} -> {after} KV blocks, held-out error {compression['error_after']:.4f}")
+    if story["segments"]:
+        packed = story["tokens_found"] + story["tokens_sculpted"]
+        print(
+            f"    {packed} of {story['prompt_tokens']} tokens in {story['segments']} segments "
+            f"({story['tokens_found']} found), {story['entries_held']} entries in their place, "
+            f"held-out error {story['held_out_error']:.4f}"
+        )
     print(answer.choices[0].message.content)
