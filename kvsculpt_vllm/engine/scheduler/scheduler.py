@@ -390,8 +390,21 @@ class SculptSchedulerMixin(PrefixHits):
         )
         if span is None or not span.pays(sum(block.ref_cnt <= 1 for block in blocks[: span.blocks])):
             return False
+        if not self._comes_back_at_once(request, span):
+            return False
         steps = self._speed.steps(config, span.tokens)
         return self._alone or steps < request.max_tokens - request.num_output_tokens
+
+    def _comes_back_at_once(self, request: Request, span: spans.Span) -> bool:
+        """Whether `admits` will let it in again: an answer that is being written is not to wait for others' ends."""
+        others = [r for r in self.running if r is not request]
+        begun = sum(
+            self._blocks_to_come(r, len(self.block_lists.of(r.request_id))) for r in others if not self._is_computed(r)
+        )
+        to_come = [span, *(self._next_span(r) for r in others if r.request_id not in self._failed)]
+        largest = max(one.packed_blocks for one in to_come if one is not None)
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        return not others or begun + largest + len(others) + 1 <= free
 
     def _may_be_rewound(self, request: Request) -> bool:
         """Whether it would find its chain again, and be compressed then."""

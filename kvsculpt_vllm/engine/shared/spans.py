@@ -116,13 +116,13 @@ GROWTH = 2
 
 @lru_cache
 def longest_context(config: CompressionConfig, block_size: int, blocks: int, most: int, packs: bool) -> int:
-    """Tokens that a request with these settings may come to, prompt and answer, if the pool has so many blocks; at most
-    `most`.
+    """Tokens that a request with these settings may come to, prompt and answer, if there are so many blocks for it; at
+    most `most`.
 
     `packs` says whether what is written is compressed, too. If it is not, a request is reckoned as exact: its prompt
     may be short and its answer long.
     """
-    exact = min(most, (blocks - 1) * block_size)
+    exact = min(most, blocks * block_size)
     if exact == most or not packs or why_exact(config, most, block_size) is not None:
         return exact
     # The need does not grow evenly: a context just too short for one more segment takes more than one that has it.

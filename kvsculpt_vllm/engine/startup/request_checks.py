@@ -68,8 +68,10 @@ def check_length(vllm_config: VllmConfig, prompt: Any, params: Any) -> None:
         config, why = CompressionConfig(), " with prompt_logprobs, which are exact"
     elif not config.active:
         why = " with kv_compression none"
-    most = most_tokens(vllm_config, config, blocks) - 1  # and one of the answer
-    if len(tokens) > most:
+    longest = most_tokens(vllm_config, config, blocks)
+    most = longest - 1  # and one of the answer
+    # What is longer than --max-model-len vLLM refuses itself.
+    if len(tokens) > most and longest < vllm_config.model_config.max_model_len:
         from vllm.exceptions import VLLMValidationError
 
         raise VLLMValidationError(

@@ -111,13 +111,13 @@ def test_a_longer_context_fits_where_it_is_compressed_while_it_is_computed():
     config = CompressionConfig(method="sculpt", keep_ratio=0.3, segment=1024)
     longest = longest_context(config, 32, 125, 8192, packs=True)
     assert longest == 8192
-    assert longest_context(config, 32, 125, 8192, packs=False) == 124 * 32
-    assert longest_context(CompressionConfig(), 32, 125, 8192, packs=True) == 124 * 32
+    assert longest_context(config, 32, 125, 8192, packs=False) == 125 * 32
+    assert longest_context(CompressionConfig(), 32, 125, 8192, packs=True) == 125 * 32
     assert longest_context(config, 32, 1000, 8192, packs=False) == 8192
     # Each shorter one fits, too, and the next one does not.
     few = longest_context(config, 32, 60, 8192, packs=True)
     assert 60 * 32 < few < 8192
-    assert all(most_blocks(config, n, 32) + GROWTH <= 60 for n in range(59 * 32, few + 1, 32))
+    assert all(most_blocks(config, n, 32) + GROWTH <= 60 for n in range(60 * 32, few + 1, 32))
     assert any(most_blocks(config, n, 32) + GROWTH > 60 for n in range(few, few + 65))
 
 

@@ -1,0 +1,98 @@
+"""How long a context may be in the memory there is: at start-up, of a request, and of an answer."""
+
+from types import SimpleNamespace
+
+import pytest
+from vllm.exceptions import VLLMValidationError
+
+from kvsculpt_vllm.config import CompressionConfig
+from kvsculpt_vllm.engine.shared import spans
+from kvsculpt_vllm.engine.shared.capacity import blocks_of_engine, most_tokens
+from kvsculpt_vllm.engine.startup.hooks import _as_compressed
+from kvsculpt_vllm.engine.startup.request_checks import check_length
+
+BLOCK, LONGEST = 32, 8192
+
+
+def engine(blocks=126, caching=True, engines=1, **settings):
+    """What of vLLM's configuration tells how much memory there is; the null block is one of the blocks."""
+    return SimpleNamespace(
+        additional_config={"kv_compression": {"method": "sculpt", "segment": 1024, **settings}},
+        cache_config=SimpleNamespace(block_size=BLOCK, enable_prefix_caching=caching, num_gpu_blocks=blocks),
+        model_config=SimpleNamespace(max_model_len=LONGEST),
+        parallel_config=SimpleNamespace(data_parallel_size=engines),
+    )
+
+
+def needed(vllm_config) -> int:
+    """Blocks that vLLM's start-up check asks for, where a block takes a byte."""
+    return _as_compressed(lambda *_: LONGEST // BLOCK)(vllm_config, [])
+
+
+def test_the_start_up_check_asks_for_what_the_longest_context_takes_compressed():
+    config = CompressionConfig(method="sculpt", segment=1024)
+    assert needed(engine()) == spans.most_blocks(config, LONGEST, BLOCK) + spans.GROWTH < 125
+    # A larger segment takes more beside the packed ones.
+    assert needed(engine()) < needed(engine(segment=2048)) < LONGEST // BLOCK
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"decode": 0}, {"caching": False}, {"keep_ratio": 1.0}, {"method": "none"}],
+    ids=["answers stay exact", "no chain is found again", "nothing to free", "off"],
+)
+def test_it_asks_for_all_of_it_where_not_all_is_compressed(settings):
+    if settings.get("method") == "none":
+        config = engine()
+        config.additional_config = {}
+    else:
+        config = engine(**settings)
+    assert needed(config) == LONGEST // BLOCK
+
+
+def params(prompt_logprobs=None, **extra_args):
+    return SimpleNamespace(prompt_logprobs=prompt_logprobs, extra_args=extra_args or None)
+
+
+def prompt(tokens):
+    return {"prompt_token_ids": [1] * tokens}
+
+
+def test_a_prompt_that_is_compressed_may_be_longer_than_the_memory():
+    check_length(engine(), prompt(7900), params())
+    with pytest.raises(VLLMValidationError, match=r"7900 tokens, and at most \d+ fit"):
+        check_length(engine(blocks=60), prompt(7900), params())
+
+
+@pytest.mark.parametrize(
+    ("of", "why"),
+    [
+        (params(kv_compression="none"), "with kv_compression none"),
+        (params(prompt_logprobs=1), "with prompt_logprobs"),
+    ],
+)
+def test_one_that_stays_exact_may_not_and_the_error_says_how_long_it_may_be(of, why):
+    most = 125 * BLOCK - 1  # and a token of the answer
+    check_length(engine(), prompt(most), of)
+    with pytest.raises(VLLMValidationError, match=f"{most + 1} tokens, and at most {most} .* {why}"):
+        check_length(engine(), prompt(most + 1), of)
+
+
+def test_nothing_is_refused_where_every_context_fits_or_the_memory_is_not_known():
+    check_length(engine(blocks=300), prompt(LONGEST), params(kv_compression="none"))
+    check_length(engine(blocks=None), prompt(LONGEST), params(kv_compression="none"))
+    check_length(engine(), {"prompt_embeds": "no tokens"}, params(kv_compression="none"))
+    check_length(engine(), "not tokenised yet", params(kv_compression="none"))
+
+
+def test_each_of_several_engines_has_its_part_of_the_memory():
+    assert blocks_of_engine(engine(blocks=252, engines=2)) == 125
+
+
+def test_answers_end_where_the_memory_does():
+    vllm_config = engine(blocks=126)
+    assert most_tokens(vllm_config, CompressionConfig(), 125) == 125 * BLOCK
+    assert most_tokens(vllm_config, CompressionConfig(), 300) == LONGEST
+    config = CompressionConfig(method="sculpt", segment=1024)
+    assert most_tokens(vllm_config, config, 125) == LONGEST
+    assert 60 * BLOCK < most_tokens(vllm_config, config, 60) < LONGEST
