@@ -24,6 +24,7 @@ PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(\n<!-- end: \2 -->)", re
 MARKER = re.compile(r"^<!-- (?:generated|end): ([\w-]+) -->$", re.MULTILINE)
 
 SMOLLM, QWEN = "eval-smollm2-135m.json", "eval-qwen2.5-coder-1.5b.json"
+LONG = "quality-segments-smollm2-135m.json"
 RATIOS = (0.1, 0.3, 0.5, 0.7)
 TEXTS = ("moby-dick-1-67.txt", "pydoc")
 TASKS = ("niah", "multikey", "tracking")
@@ -67,12 +68,13 @@ class Measured(NamedTuple):
 SCULPT = Measured("**sculpt** (default), calibrated", "sculpt", "adaptive", calibrated=True)
 PILOT = Measured("**sculpt**, `balanced`, adaptive by a pilot", "sculpt", "adaptive")
 MATCHING = Measured("Attention Matching, adaptive", "attention_matching", "adaptive")
+EXPECTED = Measured("Expected Attention, adaptive", "expected_attention", "adaptive")
 SELECTION = Measured("selection, uniform budgets", "select", "uniform")
 BASELINE = Measured("Select+Fit, uniform (the paper's baseline)", "select_fit", "uniform")
 PEERS = (
     Measured("KeyDiff, adaptive", "keydiff", "adaptive"),
     Measured("SnapKV, adaptive", "snapkv", "adaptive"),
-    Measured("Expected Attention, adaptive", "expected_attention", "adaptive"),
+    EXPECTED,
     Measured("Attention Matching, uniform", "attention_matching", "uniform"),
     MATCHING,
 )
@@ -102,7 +104,9 @@ def rows_of(file: str) -> list[dict[str, Any]]:
     return json.loads((RESULTS / file).read_text(encoding="utf-8"))
 
 
-def row_of(file: str, what: Measured, ratio: float, text: str, task: str | None = None) -> dict[str, Any] | None:
+def row_of(
+    file: str, what: Measured, ratio: float, text: str, task: str | None = None, segment: int = 0
+) -> dict[str, Any] | None:
     """The row with the most contexts, if there is one."""
     found = [
         row
@@ -111,6 +115,7 @@ def row_of(file: str, what: Measured, ratio: float, text: str, task: str | None 
         and (row["settings"]["text"], row["settings"]["effort"]) == (text, what.effort)
         and (row["settings"].get("calibration", "none") != "none") == what.calibrated
         and row["settings"].get("task") == task
+        and row["settings"].get("segment", 0) == segment
     ]
     return max(found, key=lambda row: row["settings"]["num_contexts"], default=None)
 
@@ -192,6 +197,27 @@ def quality_by_text(file: str, model: str) -> str:
         for text in TEXTS
     ]
     return table([model, *_kept(RATIOS)], body)
+
+
+def segments() -> str:
+    """KL of long contexts: sculpt in segments, and peers that take them at once."""
+    names = [("Attention Matching, at once", MATCHING), ("Expected Attention, at once", EXPECTED)]
+    body = [[name, *map(_mean_and_p99, rows)] for name, what in names if any(rows := _long(what, 0))]
+    sizes = sorted({row["settings"]["segment"] for row in rows_of(LONG) if row["settings"]["segment"]})
+    for size in sizes:
+        for name, what in (("`balanced`", SCULPT), ("`fast`", SCULPT._replace(effort="fast"))):
+            if any(rows := _long(what, size)):
+                body.append([f"**sculpt**, {name}, segments of {size:,}", *map(_mean_and_p99, rows)])
+    return table(["SmolLM2-135M, 7,900 tokens, keep 0.3", "*Moby-Dick*", "Python's documentation"], body)
+
+
+def _long(what: Measured, segment: int) -> list[dict[str, Any] | None]:
+    """The rows of both texts."""
+    return [row_of(LONG, what, 0.3, text, segment=segment) for text in TEXTS]
+
+
+def _mean_and_p99(row: dict[str, Any] | None) -> str:
+    return "–" if row is None else f"{row['kl_mean']:.5f} / {row['kl_p99']:.4f}"
 
 
 def retrieval() -> str:
@@ -437,6 +463,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-qwen-by-text": lambda: quality_by_text(QWEN, "Qwen2.5-Coder-1.5B"),
     "uniform-smollm2": lambda: quality(SMOLLM, "SmolLM2-135M", UNIFORM),
     "uniform-qwen": lambda: quality(QWEN, "Qwen2.5-Coder-1.5B", UNIFORM),
+    "segments": segments,
     "retrieval": retrieval,
     "paper": paper,
     "cost-small": cost_small,

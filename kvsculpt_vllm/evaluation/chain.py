@@ -77,7 +77,7 @@ class Chain:
         for piece in pieces:
             end = piece.end * self._block_size
             self._compute(end + self._window)
-            problems, sinks = self._problems(end - self._first), self._sinks_here
+            problems, sinks = self._problems(end - self._first, piece.followed), self._sinks_here
             plan = PagePlan(self._block_size, piece.blocks, piece.packed_blocks * problems.num_problems, sinks)
             begin = time.perf_counter()
             segments.append(method(problems, plan, budget, self._effort)(plan))
@@ -113,7 +113,7 @@ class Chain:
         new = Exact(recorded.queries, recorded.keys, recorded.values, recorded.scale)
         self._exact = new if self._exact is None else self._exact.followed_by(new)
 
-    def _problems(self, span: int) -> Problems:
+    def _problems(self, span: int, followed: bool) -> Problems:
         """Build the problems of the next segment, of `span` tokens; the window behind it has been computed, no more."""
         assert self._exact is not None
         count = self._effort.positions_for(self._model.position_bytes)
@@ -130,6 +130,7 @@ class Chain:
             scale=self._exact.scale,
             first=self._first,
             earlier=self._earlier,
+            followed=followed,
         )
 
     def _replace(self, end: int, segment: Compressed) -> None:

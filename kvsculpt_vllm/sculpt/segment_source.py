@@ -33,6 +33,7 @@ class SegmentSource:
     scale: float
     first: int = 0
     earlier: Earlier | None = None  # of all L·H problems
+    followed: bool = False
 
     @property
     def num_layers(self) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from kvsculpt_vllm.sculpt import problem
 from kvsculpt_vllm.sculpt.problem import Earlier
-from kvsculpt_vllm.sculpt.queries import FUTURE_TOKENS, HELD_OUT_EVERY, build_problems
+from kvsculpt_vllm.sculpt.queries import FUTURE_TOKENS, HELD_OUT_EVERY, build_problems, future_positions
 from kvsculpt_vllm.sculpt.rotary import Rotary
 
 HEAD_SIZE, HEADS, KV_HEADS, SPAN, SINKS, PROMPT, RECENT = 8, 4, 2, 32, 2, 40, 5
@@ -49,6 +49,18 @@ def test_every_sampled_query_asks_from_the_future_and_recent_ones_also_as_they_w
             # From some position after the prompt, at most FUTURE_TOKENS on.
             everywhere = rotate(plain.expand(FUTURE_TOKENS, -1), torch.arange(PROMPT, PROMPT + FUTURE_TOKENS))
             assert (everywhere - row).abs().amax(1).min() < 1e-3
+
+
+def test_a_segment_that_others_follow_is_asked_from_near_and_from_as_far_as_the_model_goes():
+    distances = future_positions(torch.arange(FUTURE_TOKENS), PROMPT, PROMPT + 1000, followed=True) - PROMPT
+    assert distances.min() == 0 and 900 < distances.max() < 1000
+    for limit, share in ((10, 1 / 3), (100, 2 / 3)):  # log-uniform
+        assert (distances + 1 < limit).float().mean() == pytest.approx(share, abs=0.05)
+
+
+def test_queries_spread_over_what_the_model_has_left():
+    positions = future_positions(torch.arange(FUTURE_TOKENS), PROMPT, PROMPT + 64)
+    assert positions.bincount().tolist() == PROMPT * [0] + 64 * [FUTURE_TOKENS // 64]
 
 
 def test_no_query_asks_from_beyond_the_model_s_positions():

@@ -170,6 +170,7 @@ class SculptSchedulerMixin(PrefixHits):
             earlier=[[block.block_id for block in segment.packed] for segment in chain],
             packed=[block.block_id for block in pending.packed],
             blocks_held=sum(not block.is_null for block in blocks),
+            followed=span.followed,
         )
 
     def _key(self, request: Request, span: spans.Span, chain: list[Segment]) -> bytes | None:
@@ -189,22 +190,20 @@ class SculptSchedulerMixin(PrefixHits):
             return
         request = self.requests[solved.request_id]
         self._drop(solved.request_id)
-        if solved.reason == Reason.ERROR_BOUND and (larger := self._larger(request, pending.span)) is not None:
+        if solved.reason == Reason.ERROR_BOUND and (larger := self._larger(pending.span)) is not None:
             self._times_made[solved.request_id] += 1
             self._spans[solved.request_id] = larger
         else:
             self._fail(request, solved.reason or Reason.EXCEPTION, told=solved.told)
 
-    def _larger(self, request: Request, span: spans.Span) -> spans.Span | None:
+    def _larger(self, span: spans.Span) -> spans.Span | None:
         """The same segment with twice the entries, or a copy of everything where others are to follow; None where that
         would free nothing.
         """
         packed = min(2 * span.packed_blocks, span.blocks)
         if packed < span.blocks:
             return replace(span, packed_blocks=packed)
-        config, known = self._config(request), self._num_known(request)
-        follows = spans.next_span(config, known, self.block_size, span.end, packed) is not None
-        return replace(span, packed_blocks=packed) if follows and span.packed_blocks < span.blocks else None
+        return replace(span, packed_blocks=packed) if span.followed and span.packed_blocks < span.blocks else None
 
     def _fail(self, request: Request, reason: Reason, told: bool = False) -> None:
         """Nothing more of a request is compressed; `told` says that the workers' books know."""

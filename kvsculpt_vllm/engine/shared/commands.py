@@ -41,6 +41,7 @@ class SolveCommand:
     earlier: list[list[int]]  # packed blocks of the segments before it
     packed: list[int]  # the blocks to fill
     blocks_held: int  # by the request now, those to be filled aside
+    followed: bool = False  # whether other segments are to come behind this one
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class Span:
     blocks: int
     packed_blocks: int  # blocks that its entries take
     block_size: int
+    followed: bool = False  # whether others are to come behind it
 
     @property
     def end(self) -> int:
@@ -95,7 +96,7 @@ def next_span(
     )
     if piece is None or (chain_blocks and piece.blocks * block_size < config.min_tokens):
         return None
-    return Span(piece.first, piece.blocks, piece.packed_blocks, block_size)
+    return Span(piece.first, piece.blocks, piece.packed_blocks, block_size, piece.followed)
 
 
 def most_blocks(config: CompressionConfig, num_tokens: int, block_size: int) -> int:

@@ -186,4 +186,5 @@ class Compressor:
             scale=self.softmax_scale,
             first=first,
             earlier=packed_entries(state, command.earlier) if command.earlier else None,
+            followed=command.followed,
         )
