@@ -82,15 +82,15 @@ class BlockLists:
         self._manager.num_cached_block[request_id] = NEVER_HASH
         return replaced
 
-    def rename_tail(self, request: Request, first: int, name: BlockHash, kept: int) -> None:
+    def rename_tail(self, request: Request, first: int, name: BlockHash) -> None:
         """Name the request's full blocks from index `first` on after the prefix `name`; vLLM goes on from there.
 
-        Those that others hold keep the name that they were found by, and so do those before index `kept`.
+        Those that others hold keep the name that they were found by.
         """
         blocks = self.of(request.request_id)
         name_from(request, first, name)
         full = min(len(request.block_hashes), request.num_computed_tokens // self._manager.block_size, len(blocks))
-        for index in range(max(first, kept), full):
+        for index in range(first, full):
             block = blocks[index]
             if block.ref_cnt == 1:
                 self.pool.evict_blocks({block.block_id})

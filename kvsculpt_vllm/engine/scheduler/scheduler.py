@@ -334,9 +334,7 @@ class SculptSchedulerMixin(PrefixHits):
         span = self._next_span(request)
         if segment.shared:
             self._rename(request)
-            # What the next segment will take the place of may be of use to exact requests, as what they find it as.
-            kept = segment.end if span is None else span.end
-            self.block_lists.rename_tail(request, segment.end, segment.name, kept)
+            self.block_lists.rename_tail(request, segment.end, segment.name)
         if request_id not in self._samples:
             return
         if span is None:
