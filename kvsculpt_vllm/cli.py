@@ -90,13 +90,13 @@ def evaluate(
         int, typer.Option(min=1, help="Entries in a page, as vLLM's --block-size: spans and budgets are whole pages.")
     ] = 32,
     segment: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=0,
             help="Ours compress a context in segments of so many tokens, as a server does with "
-            "--kv-compression-segment; 0 means all at once, as peers always do.",
+            "--kv-compression-segment, whose default it has; 0 means all at once, as peers always do.",
         ),
-    ] = 2048,
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     calibration: Annotated[
@@ -147,6 +147,7 @@ def evaluate(
     """
     from rich.console import Console
 
+    from kvsculpt_vllm.config import CompressionConfig
     from kvsculpt_vllm.evaluation.run import Request, run
 
     if preset not in ("ours", "paper"):
@@ -163,11 +164,11 @@ def evaluate(
         budgets=_names(budget),
         effort=effort,
         block_size=block_size,
+        segment=CompressionConfig().segment if segment is None else segment,
         seed=seed,
         device=device,
         tasks=_names(tasks),
         calibration=calibration,
-        segment=segment,
     )
     if tasks and report is not None:
         raise typer.BadParameter("shows how the text goes on, so it cannot be had with --tasks", param_hint="--report")

@@ -71,11 +71,11 @@ class Request:
     budgets: Sequence[str]
     effort: str
     block_size: int
+    segment: int  # tokens; `harness.ONE_SPAN` means all at once
     seed: int
     device: str
     tasks: Sequence[str] = ()
     calibration: str = AUTO
-    segment: int = 2048
 
     def check(self) -> None:
         """Check what the command line asked for.
