@@ -62,13 +62,13 @@ class ConfigError(ValueError):
 
 
 class CompressionConfig(BaseModel):
-    """How a prompt's KV cache is compressed after its prefill. The defaults mean: not at all."""
+    """How the KV cache of prompts and answers is compressed. The defaults mean: not at all."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: Annotated[str, OneOf(NO_METHOD | METHODS)] = Field(
         default="none",
-        description=f"What takes the place of a prompt's KV cache after its prefill. {described(NO_METHOD | METHODS)}",
+        description=f"What takes the place of a prompt's KV cache. {described(NO_METHOD | METHODS)}",
     )
     keep_ratio: float = Field(
         default=0.3, gt=0, le=1, description="Fraction of the compressed span's entries that is kept."
@@ -88,8 +88,9 @@ class CompressionConfig(BaseModel):
     max_error: float = Field(
         default=1.0,
         gt=0,
-        description="A prompt whose compression has a larger error on held-out queries (relative squared output error "
-        "plus squared log-sum-exp error, mean over layers and heads) stays exact. 1 is an output as far off as none.",
+        description="A segment that has a larger error on held-out queries (relative squared output error plus squared "
+        "log-sum-exp error, mean over layers and heads) is made again with more entries, up to all of them. 1 is an "
+        "output as far off as none.",
     )
     segment: int = Field(
         default=2048,
@@ -102,8 +103,8 @@ class CompressionConfig(BaseModel):
         default=512,
         ge=0,
         description="What follows a request's segments, an answer above all, becomes a segment, too, once it has grown "
-        "by so many tokens; the request pauses for it. 0: it stays exact. Fewer hold less memory and lose more. The "
-        "server's only.",
+        "by so many tokens, or by a segment's where that is less; the request pauses for it. 0: it stays exact. Fewer "
+        "hold less memory and lose more. The server's only.",
     )
     on_failure: Annotated[str, OneOf(ON_FAILURE)] = Field(
         default="exact",
@@ -165,7 +166,7 @@ class CompressionConfig(BaseModel):
         if not config.active and (unused := settings.keys() - {"method"}):
             cure = "nothing while compression is off, add --kv-compression sculpt"
             raise ConfigError([WrongSetting(flag(key), settings[key], cure) for key in sorted(unused)])
-        return config._with_allowed_effort(flag)
+        return config._consistent(flag)
 
     def for_request(self, extra_args: Mapping[str, Any] | None) -> CompressionConfig:
         """This configuration with a request's own settings, `kv_compression` and `kv_compression_<field>`.
@@ -184,9 +185,14 @@ class CompressionConfig(BaseModel):
         fields = {request_key(field): field for field in type(self).model_fields if field not in SERVER_ONLY}
         wrong = [WrongSetting(key, value, _cure(key)) for key, value in given.items() if key not in fields]
         changes = {fields[key]: value for key, value in given.items() if key in fields}
-        return _build(self.model_dump() | changes, request_key, wrong)._with_allowed_effort(request_key)
+        return _build(self.model_dump() | changes, request_key, wrong)._consistent(request_key)
 
-    def _with_allowed_effort(self, spell: Callable[[str], str]) -> CompressionConfig:
+    def _consistent(self, spell: Callable[[str], str]) -> CompressionConfig:
+        if self.decode > self.segment and "decode" not in self.model_fields_set:
+            return self.model_copy(update={"decode": self.segment})._consistent(spell)
+        if self.decode > self.segment:
+            cure = f"a whole number up to {flag('segment')}, which is {self.segment}"
+            raise ConfigError([WrongSetting(spell("decode"), self.decode, cure)])
         if self.effort not in self.efforts:
             cure = f"{', '.join(self.efforts)} ({flag('max_effort')} is {self.max_effort})"
             raise ConfigError([WrongSetting(spell("effort"), self.effort, cure)])

@@ -6,7 +6,9 @@ from jobs import on, request
 
 pytestmark = pytest.mark.engine
 
-ON = on("select_fit", 0.5, budget="uniform", effort="fast", max_stall_ms=60_000, segment=256, min_tokens=128)
+ON = on(
+    "select_fit", 0.5, budget="uniform", effort="fast", max_stall_ms=60_000, segment=256, decode=256, min_tokens=128
+)
 LENGTH, MAX_TOKENS = 600, 16
 
 

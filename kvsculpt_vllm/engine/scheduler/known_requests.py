@@ -66,6 +66,8 @@ class KnownRequests(SchedulerHooks):
         self._rewound: set[str] = set()  # gave up the blocks behind its chain, so that their queries are seen
         self._rewound_at: dict[str, int] = {}  # tokens that were known then
         self._refused: set[str] = set()  # there was no room for its queries
+        self._unsampled: list[str] = []  # requests whose queries the workers need not keep any more
+        self._schedules = False  # vLLM's scheduler is at work
         model = self.vllm_config.model_config
         self._segments = Segments(
             self.kv_cache_manager.block_pool,
@@ -86,12 +88,23 @@ class KnownRequests(SchedulerHooks):
 
     def add_request(self, request: Request) -> None:
         """See vLLM's; an answer ends where the memory does, as it ends at --max-model-len."""
-        most = capacity.most_tokens(
-            self.vllm_config, self._config(request), self.kv_cache_manager.block_pool.num_gpu_blocks - 1
-        )
-        if request.sampling_params is not None and not request.resumable:
-            request.max_tokens = max(1, min(request.max_tokens, most - request.num_prompt_tokens))
         super().add_request(request)
+        if request.sampling_params is None or request.resumable:
+            return
+        most = self._most_tokens_of(request)
+        if request.num_prompt_tokens >= most:  # the front end did not know how much memory there is
+            self.end_with_error(request)
+        request.max_tokens = max(1, min(request.max_tokens, most - request.num_prompt_tokens))
+
+    def _most_tokens_of(self, request: Request) -> int:
+        """Tokens that a request may come to, prompt and answer."""
+        config, tokens = self._config(request), request.prompt_token_ids
+        exact = request.sampling_params is not None and request.sampling_params.prompt_logprobs is not None
+        if exact or request.prompt_embeds is not None or tokens is None or spans.is_repetition(tokens):
+            config = CompressionConfig()
+        is_found_again = self._segments.root(request, config) is not None
+        blocks = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
+        return capacity.most_tokens(self.vllm_config, config, blocks, is_found_again)
 
     def tell(self, request: Request) -> dict[str, Any] | None:
         """What became of a prompt whose request has ended; None for one that was never begun."""
@@ -105,6 +118,10 @@ class KnownRequests(SchedulerHooks):
             self._drop(request_id)
         if request.is_finished():
             self._end_story(request)
+        elif self._schedules and not self.running:
+            # No other one runs that it could have lost its blocks to: it does not fit, though it was reckoned to (its
+            # segments had to keep more than they should), and would begin for ever.
+            self.end_with_error(request)
         self._segments.release(request_id)
         self._samples.release(request_id)
         self._stock_blocks.forget(request)
@@ -160,8 +177,10 @@ class KnownRequests(SchedulerHooks):
         return self._known.get(request.request_id, request.num_tokens)
 
     def _cannot_be_exact(self, request: Request) -> bool:
-        """Whether its known tokens are more than the whole pool holds."""
+        """Whether its known tokens are more than the whole pool holds, what is packed of them aside."""
         blocks = -(-(self._num_known(request) + 1) // self.block_size)
+        for segment in self._segments.chain_of(request.request_id):
+            blocks += len(segment.packed) - segment.blocks
         return blocks > self.kv_cache_manager.block_pool.num_gpu_blocks - 1
 
     def _next_span(self, request: Request) -> spans.Span | None:

@@ -27,6 +27,7 @@ class PrefixHits(KnownRequests):
         """The chain that a prompt begins with, and what follows it in the prefix cache."""
         request_id = request.request_id
         before = self._found.pop(request_id, [])  # a waiting request is looked up anew at every step
+        self._samples.release(request_id)  # what it reserved in a step in which it was not admitted
         chain = self._chain_for(request)
         if not chain or not before or chain[-1] is not before[-1]:
             if request_id in self._renamed:
@@ -162,7 +163,7 @@ class PrefixHits(KnownRequests):
         request_id = request.request_id
         if request_id not in self._known:
             found = request_id in self._found
-            if found or self._why_exact(request) is None:
+            if request.num_preemptions == 0 and (found or self._why_exact(request) is None):
                 self._count(hits=int(found), misses=int(not found))
             self._known[request_id] = request.num_tokens
             self._rewound.discard(request_id)
@@ -184,7 +185,10 @@ class PrefixHits(KnownRequests):
             self._news.append(Settled(request_id, request.num_prompt_tokens, reason.outcome, reason))
         self._told.add(request_id)
         found = sum(segment.tokens for segment in segments)
-        self._count(adopted=len(segments) if reason == Reason.ADOPTED else 0, tokens_found=found)
+        if reason == Reason.ADOPTED:
+            self._count(adopted=len(segments), tokens_found=found)
+        elif request.num_preemptions == 0:
+            self._count(tokens_found=found)
         if reason == Reason.ADOPTED:
             story = replace(story, tokens_found=story.tokens_found + found)
         elif not story.tokens_sculpted:  # else it finds its own again, after it lost its blocks
@@ -234,6 +238,8 @@ class PrefixHits(KnownRequests):
         # Its own growth is not to take the blocks that its next segment needs, as long as they are there.
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
         own = 0 if request_id in self._pending else span.packed_blocks
+        if self._cannot_be_exact(request):  # one that loses too much is made again with twice as many
+            own = min(2 * span.packed_blocks, span.blocks)
         affordable = (held + free - own) * self.block_size if free >= own else request.num_tokens
         most = min(most, affordable if first >= needed else max(affordable, needed)) - first
         return max(2, most) if first < needed else max(0, most)  # one alone is not computed

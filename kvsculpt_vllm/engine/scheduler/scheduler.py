@@ -28,6 +28,7 @@ from kvsculpt_vllm.engine.shared.commands import (
     SampleCommand,
     SolveCommand,
     Solved,
+    UnsampleCommand,
     attach,
     attached,
 )
@@ -52,10 +53,15 @@ class SculptSchedulerMixin(PrefixHits):
             *self._start_one(),
         ]
         self._rewind_long_tails()
+        self._schedules = True
         output = super().schedule(*args, **kwargs)
+        self._schedules = False
         meant = [*self._still_meant(commands, output), *self._cancel_what_does_not_pay(), *self._sample(output)]
         gone = [ForgetCommand(blocks)] if (blocks := self._segments.gone()) else []
-        pace = [Pace(self._alone)] if self._pending else []
+        pace: list[Any] = [Pace(self._alone)] if self._pending else []
+        if self._unsampled:
+            pace.append(UnsampleCommand(self._unsampled))
+            self._unsampled = []
         attach(output, [*meant, *gone, *pace, *self._take_news(), self._pool_state()])
         return output
 
@@ -210,6 +216,7 @@ class SculptSchedulerMixin(PrefixHits):
         request_id = request.request_id
         self._failed.add(request_id)
         self._samples.release(request_id)
+        self._unsampled.append(request_id)
         if not told and request_id not in self._told:
             self._skip(request, reason)
         self._told.add(request_id)

@@ -132,7 +132,7 @@ class Segments:
     def add(self, segment: Segment, first_holder: str) -> None:
         """A segment that was just made."""
         if segment.shared and (older := self._by_key.get(segment.key)) is not None:
-            if older.holders or older.effort == segment.effort:
+            if older.holders or (older.effort == segment.effort and older.error <= segment.error):
                 segment.shared = False  # made twice at once: the older one is found
             else:  # a better one takes its place
                 self._end(older)

@@ -16,14 +16,17 @@ def packs_answers(vllm_config: Any, config: CompressionConfig) -> bool:
     return config.active and config.decode > 0 and bool(vllm_config.cache_config.enable_prefix_caching)
 
 
-def most_tokens(vllm_config: Any, config: CompressionConfig, blocks: int) -> int:
-    """Tokens, prompt and answer, that a request with these settings may come to where there are so many blocks."""
+def most_tokens(vllm_config: Any, config: CompressionConfig, blocks: int, is_found_again: bool = True) -> int:
+    """Tokens, prompt and answer, that a request with these settings may come to where there are so many blocks.
+
+    `is_found_again` says whether its tokens tell all of it, so that it finds its chain when it is computed anew.
+    """
     return spans.longest_context(
         config,
         vllm_config.cache_config.block_size,
         blocks,
         vllm_config.model_config.max_model_len,
-        packs_answers(vllm_config, config),
+        is_found_again and packs_answers(vllm_config, config),
     )
 
 

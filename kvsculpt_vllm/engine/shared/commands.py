@@ -26,6 +26,13 @@ class SampleCommand:
 
 
 @dataclass(frozen=True)
+class UnsampleCommand:
+    """The queries that are kept of these requests are not needed any more."""
+
+    request_ids: list[str]
+
+
+@dataclass(frozen=True)
 class SolveCommand:
     """Compress some tokens of a request into blocks of its own, before the next forward pass. Block ids are those of
     vLLM's pool.

@@ -83,7 +83,7 @@ def next_span(
     """The next segment of a context of `num_tokens` behind a chain that stands for `chain_blocks` and takes
     `chain_packed`; None where too little is left. The tail keeps at least `window` tokens.
 
-    What is left behind a chain stays exact until it has `min_tokens`.
+    What is left behind a chain stays exact until it has `min_tokens`, or a segment's length where that is less.
     """
     piece = chain.next_piece(
         num_tokens,
@@ -94,7 +94,8 @@ def next_span(
         chain_blocks=chain_blocks,
         chain_packed=chain_packed,
     )
-    if piece is None or (chain_blocks and piece.blocks * block_size < config.min_tokens):
+    left = num_tokens - config.window - chain_blocks * block_size
+    if piece is None or (chain_blocks and left < min(config.min_tokens, config.segment)):
         return None
     return Span(piece.first, piece.blocks, piece.packed_blocks, block_size, piece.followed)
 
@@ -124,12 +125,13 @@ def longest_context(config: CompressionConfig, block_size: int, blocks: int, mos
     may be short and its answer long.
     """
     exact = min(most, blocks * block_size)
-    if exact == most or not packs or why_exact(config, most, block_size) is not None:
+    if exact == most or not packs or why_exact(config, most, block_size) is not None or config.min_tokens > exact:
         return exact
     # The need does not grow evenly: a context just too short for one more segment takes more than one that has it.
-    for tokens in range(exact, most + block_size, block_size):
+    step = max(1, config.segment // 4 // block_size) * block_size
+    for tokens in (*range(exact, most, step), most):
         if most_blocks(config, tokens, block_size) + GROWTH > blocks:
-            return max(exact, tokens - block_size)
+            return max(exact, tokens - step)
     return most
 
 

@@ -111,6 +111,7 @@ def _as_compressed(stock: Callable[..., int]) -> Callable[..., int]:
         if not packs_answers(vllm_config, config) or spans.why_exact(config, longest, block_size) is not None:
             return exact
         needed = spans.most_blocks(config, longest, block_size) + spans.GROWTH
+        needed = max(needed, -(-config.min_tokens // block_size))  # what is shorter stays exact
         return exact // blocks * min(blocks, needed)
 
     return max_memory_usage_bytes

@@ -21,6 +21,7 @@ from kvsculpt_vllm.engine.compat.patches import (
     RENDER,
 )
 from kvsculpt_vllm.engine.shared.capacity import blocks_of_engine, most_tokens
+from kvsculpt_vllm.engine.shared.spans import is_repetition
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -68,6 +69,8 @@ def check_length(vllm_config: VllmConfig, prompt: Any, params: Any) -> None:
         config, why = CompressionConfig(), " with prompt_logprobs, which are exact"
     elif not config.active:
         why = " with kv_compression none"
+    elif is_repetition(tokens):
+        config, why = CompressionConfig(), ", as a few tokens over and over are not compressed"
     longest = most_tokens(vllm_config, config, blocks)
     most = longest - 1  # and one of the answer
     # What is longer than --max-model-len vLLM refuses itself.

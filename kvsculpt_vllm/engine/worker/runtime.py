@@ -24,6 +24,7 @@ from kvsculpt_vllm.engine.shared.commands import (
     SampleCommand,
     SolveCommand,
     Solved,
+    UnsampleCommand,
     attach,
     attached,
 )
@@ -122,6 +123,9 @@ class Runtime:
         for command in commands:
             if isinstance(command, SampleCommand):
                 self.state.sample(command)
+            elif isinstance(command, UnsampleCommand):
+                for request_id in command.request_ids:
+                    self.state.samples.pop(request_id, None)
             elif isinstance(command, SolveCommand):
                 # The scheduler gives no second one before it has heard of the first, or its request is gone.
                 self._begin(command)

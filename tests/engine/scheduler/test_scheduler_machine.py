@@ -38,6 +38,7 @@ from kvsculpt_vllm.engine.shared.commands import (
     Settled,
     SolveCommand,
     Solved,
+    UnsampleCommand,
     attach,
     attached,
 )
@@ -169,6 +170,9 @@ class Worker:
                 kept = self.sampled.setdefault(command.request_id, [command.first, command.first])
                 assert kept[1] == command.first
                 kept[1] = command.end
+            elif isinstance(command, UnsampleCommand):
+                for request_id in command.request_ids:
+                    self.sampled.pop(request_id, None)
             elif isinstance(command, SolveCommand):
                 self.begin(command, steps, fails)
             elif isinstance(command, CancelCommand):
@@ -471,7 +475,7 @@ class Machine(RuleBasedStateMachine):
             *("steps_waited", "shared", "shortened", "rewound", "rewound_at", "refused", "found", "renamed"),
         )
         assert not any(known[f"_{name}"] for name in forgotten)
-        assert not any(vars(self.scheduler._samples)[name] for name in ("_kept",))
+        assert not self.scheduler._samples._kept and not self.worker.sampled
         assert not any(vars(self.scheduler._stock_blocks)[name] for name in ("_holders", "_counted", "_names"))
         # What is kept for others can be dropped.
         assert self.scheduler.reset_prefix_cache()
@@ -602,6 +606,30 @@ def test_prompts_that_share_their_blocks_hold_no_more_than_without_compression(m
     assert max(ours) <= max(exact) == 100 + 3
     # Sculpted once, for all four: 29 blocks, and a tail for each.
     assert min(ours[:-3]) <= 30 + 4 * 3
+
+
+HOPELESS = {
+    # What it is, and whether every solve loses too much.
+    "a pattern that stays exact": ([1, 2, 3] * 400, False),
+    "all of it has to be kept": (list(range(1200)), True),
+}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("what", HOPELESS)
+def test_a_request_that_cannot_fit_ends_and_holds_nobody_up(machine, what, asynchronous):
+    """The front end refuses it where it can know: with several API servers not all of them do."""
+    tokens, fails = HOPELESS[what]
+    case = machine()
+    case.start(asynchronous=asynchronous, blocks=29)
+    case.add(tokens, 10, None)
+    case.add([9000 + i for i in range(300)], 10, None)
+    for _ in range(400):
+        if not (case.scheduler.has_requests() or case.in_flight):
+            break
+        case.step(1, fails="loses too much" if fails else False)
+    assert not case.scheduler.has_requests()
+    case.teardown()
 
 
 def test_what_is_saved_is_what_stock_vllm_would_hold_besides(machine):

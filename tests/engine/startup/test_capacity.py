@@ -34,6 +34,8 @@ def test_the_start_up_check_asks_for_what_the_longest_context_takes_compressed()
     assert needed(engine()) == spans.most_blocks(config, LONGEST, BLOCK) + spans.GROWTH < 125
     # A larger segment takes more beside the packed ones.
     assert needed(engine()) < needed(engine(segment=2048)) < LONGEST // BLOCK
+    # What is shorter than --kv-compression-min-tokens stays exact.
+    assert needed(engine(min_tokens=5000)) == -(-5000 // BLOCK)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,7 @@ def params(prompt_logprobs=None, **extra_args):
 
 
 def prompt(tokens):
-    return {"prompt_token_ids": [1] * tokens}
+    return {"prompt_token_ids": list(range(tokens))}
 
 
 def test_a_prompt_that_is_compressed_may_be_longer_than_the_memory():
@@ -76,6 +78,12 @@ def test_one_that_stays_exact_may_not_and_the_error_says_how_long_it_may_be(of, 
     check_length(engine(), prompt(most), of)
     with pytest.raises(VLLMValidationError, match=f"{most + 1} tokens, and at most {most} .* {why}"):
         check_length(engine(), prompt(most + 1), of)
+
+
+def test_a_few_tokens_over_and_over_are_not_compressed_and_may_not_be_longer_either():
+    check_length(engine(), {"prompt_token_ids": [1, 2] * 1900}, params())
+    with pytest.raises(VLLMValidationError, match="over and over"):
+        check_length(engine(), {"prompt_token_ids": [1, 2] * 2100}, params())
 
 
 def test_nothing_is_refused_where_every_context_fits_or_the_memory_is_not_known():

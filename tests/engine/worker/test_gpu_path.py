@@ -10,7 +10,7 @@ from kvsculpt_vllm.kernels.paged_attention import MOST_PARTS, parts_for
 
 ON = on(min_tokens=128, window=32, max_stall_ms=60_000)
 # The prompt becomes a chain of two segments.
-CHAIN = on(min_tokens=64, window=32, max_stall_ms=60_000, segment=64)
+CHAIN = on(min_tokens=64, window=32, max_stall_ms=60_000, segment=64, decode=64)
 
 # Float32, so that other kernels' rounding changes no token. The second prompt, too short to be compressed, is computed
 # beside the first one's decoding from packed pages.
