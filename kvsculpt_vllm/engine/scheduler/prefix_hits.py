@@ -53,13 +53,14 @@ class PrefixHits(KnownRequests):
     def _uses(self, request: Request, chain: list[Segment], tail: int) -> bool:
         """Whether a prompt uses so many blocks behind its chain that are found in the cache.
 
-        Their queries are not seen, so that no segment can be made of them before they are computed again. That is done
-        now where it must be done anyway, and does not cost more than computing what is new once more.
+        Their queries are not seen, so that no segment can be made of them before they are computed again, with all that
+        is new: after the first token, which comes sooner for them. Where much is new they are computed now.
         """
         if request.request_id in self._rewound or self._cannot_be_exact(request):
             return False
         new = request.num_tokens - (chain[-1].end + tail) * self.block_size
-        return not self._is_long_enough(request, chain) or tail * self.block_size > new
+        again = max(self._config(request).segment // 2, tail * self.block_size)
+        return not self._is_long_enough(request, chain) or new <= again
 
     def _is_long_enough(self, request: Request, chain: list[Segment]) -> bool:
         """Whether what lies behind a chain is to become a segment."""
