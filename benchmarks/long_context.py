@@ -102,8 +102,10 @@ def agreement(exact: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]]) -
     """The part of each answer before it leaves the exact one, on average."""
     shares = []
     for one, other in zip(exact, ours, strict=True):
-        same = next((i for i, (a, b) in enumerate(zip(one["tokens"], other["tokens"], strict=True)) if a != b), None)
-        shares.append(1.0 if same is None else same / len(one["tokens"]))
+        # One that ended before it was served has fewer.
+        pairs = list(zip(one["tokens"], other["tokens"], strict=False))
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        shares.append(same / len(one["tokens"]))
     return mean(shares)
 
 

@@ -141,6 +141,8 @@ class KnownRequests(SchedulerHooks):
         request_id, chain = request.request_id, self._segments.chain_of(request.request_id)
         if request_id not in self._told:
             ended = Reason.SHARED_BLOCKS if request_id in self._shared else Reason.ENDED_FIRST
+            if request_id in self._refused:
+                ended = Reason.NO_ROOM_FOR_QUERIES
             self._skip(request, self._why_exact(request) or ended)
         if chain:
             self._stories[request_id] = replace(

@@ -27,7 +27,8 @@ class PrefixHits(KnownRequests):
         """The chain that a prompt begins with, and what follows it in the prefix cache."""
         request_id = request.request_id
         before = self._found.pop(request_id, [])  # a waiting request is looked up anew at every step
-        self._samples.release(request_id)  # what it reserved in a step in which it was not admitted
+        if request_id not in self._rewound:
+            self._samples.release(request_id)  # what it reserved in a step in which it was not admitted
         chain = self._chain_for(request)
         if not chain or not before or chain[-1] is not before[-1]:
             if request_id in self._renamed:
@@ -237,10 +238,14 @@ class PrefixHits(KnownRequests):
             self._samples.begin(request_id, first, needed - first)
         most = self._samples.most(request_id) if request_id in self._samples else request.num_tokens
         # Its own growth is not to take the blocks that its next segment needs, as long as they are there.
-        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        own = 0 if request_id in self._pending else span.packed_blocks
-        if self._cannot_be_exact(request):  # one that loses too much is made again with twice as many
-            own = min(2 * span.packed_blocks, span.blocks)
-        affordable = (held + free - own) * self.block_size if free >= own else request.num_tokens
+        free, own = self.kv_cache_manager.block_pool.get_num_free_blocks(), span.packed_blocks
+        has_to = self._cannot_be_exact(request)
+        if has_to:  # a segment that loses too much is made again with twice as many
+            own = min(2 * own, span.blocks)
+        elif request_id in self._pending:
+            own = 0
+        affordable = (held + max(0, free - own)) * self.block_size
+        if free < own and not has_to:
+            affordable = request.num_tokens  # it goes on uncompressed
         most = min(most, affordable if first >= needed else max(affordable, needed)) - first
         return max(2, most) if first < needed else max(0, most)  # one alone is not computed

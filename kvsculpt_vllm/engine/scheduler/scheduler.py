@@ -123,6 +123,8 @@ class SculptSchedulerMixin(PrefixHits):
                 if request_id in self._shared:  # its queries were not computed: it can adopt one, and not make it
                     self._waiting += 1
                     self._defer(request, Reason.SHARED_BLOCKS, "others hold its blocks, and may be sculpted for all")
+                elif request_id in self._refused and self._rewinds:
+                    self._waiting += 1  # it is computed again when there is room for its queries
                 elif request_id in self._refused:
                     self._fail(request, Reason.NO_ROOM_FOR_QUERIES)
             elif busy or commands or (command := self._start(request, span)) is None:
@@ -151,6 +153,8 @@ class SculptSchedulerMixin(PrefixHits):
         free = pool.get_num_free_blocks()
         if free < span.packed_blocks:
             self._defer(request, Reason.NO_FREE_BLOCKS, f"{span.packed_blocks} free blocks needed, {free} there")
+            if len(self.running) == 1 and self._cannot_be_exact(request):
+                self.end_with_error(request)  # nobody will free any
             return None
         steps = self._speed.steps(config, span.tokens)
         ends = self._is_computed(request) and steps >= request.max_tokens - request.num_output_tokens
@@ -352,19 +356,28 @@ class SculptSchedulerMixin(PrefixHits):
     def _rewind_long_tails(self) -> None:
         """Let requests whose tail has grown by --kv-compression-decode give up the blocks behind their chain.
 
-        Nobody has seen the queries of what was written, or found in the cache. The request is preempted, finds its
-        chain, computes what follows as a prefill, and is compressed again.
+        Nobody has seen the queries of what was written, or found in the cache, or computed while there was no room for
+        them. The request is preempted, finds its chain, computes what follows as a prefill, and is compressed again.
         """
-        if not capacity.packs_answers(self.vllm_config, self.compression):
+        # One at a time: each is to find the room that it was let go for.
+        if not self._rewinds or self._rewound:
             return
-        for request in list(self.running):
+        for request in self.running:
             if self._is_to_be_rewound(request):
+                chain = self._segments.chain_of(request.request_id)
+                first = chain[-1].end * self.block_size if chain else 0
                 self.running.remove(request)
                 self._preempt_request(request, time.monotonic())
+                self._samples.begin(request.request_id, first, request.num_tokens - first)
                 # It may come back in this very step: the workers are to take it for one that does.
                 self.prev_step_scheduled_req_ids.discard(request.request_id)
                 self._rewound.add(request.request_id)
                 self._rewound_at[request.request_id] = request.num_tokens
+                return
+
+    @property
+    def _rewinds(self) -> bool:
+        return capacity.packs_answers(self.vllm_config, self.compression)
 
     def _is_to_be_rewound(self, request: Request) -> bool:
         request_id = request.request_id
@@ -394,7 +407,8 @@ class SculptSchedulerMixin(PrefixHits):
         )
         if span is None or not span.pays(sum(block.ref_cnt <= 1 for block in blocks[: span.blocks])):
             return False
-        if not self._comes_back_at_once(request, span):
+        has_room = self._samples.has_room(span.tokens + config.window)
+        if not has_room or not self._comes_back_at_once(request, span):
             return False
         steps = self._speed.steps(config, span.tokens)
         return self._alone or steps < request.max_tokens - request.num_output_tokens

@@ -608,6 +608,38 @@ def test_prompts_that_share_their_blocks_hold_no_more_than_without_compression(m
     assert min(ours[:-3]) <= 30 + 4 * 3
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_prompts_whose_queries_find_no_room_are_compressed_when_there_is(machine, monkeypatch, asynchronous):
+    """Four prompts at once, and room for the queries of one at a time."""
+    monkeypatch.setattr(Machine, "seen", Counter())
+    case = machine()
+    case.start(asynchronous=asynchronous, blocks=100)
+    case.scheduler._samples._room = 400
+    for number in range(4):
+        case.add([10_000 * number + i for i in range(320)], 200, None)
+    for _ in range(110):
+        case.step(2, fails=False)
+    assert case.seen["commit"] == 4 and case.seen["rewound"] == 3, case.seen
+    assert case.worker.pool.pending == 0
+    case.teardown()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("steps", [0, 3, 9])
+def test_a_prompt_longer_than_the_memory_is_served_without_a_preemption(machine, monkeypatch, steps, asynchronous):
+    monkeypatch.setattr(Machine, "seen", Counter())
+    case = machine()
+    case.start(asynchronous=asynchronous, blocks=40)
+    case.add(list(range(2300)), 20, None)
+    for _ in range(400):
+        if not (case.scheduler.has_requests() or case.in_flight):
+            break
+        case.step(steps, fails=False)
+    assert case.seen["commit"] == 9 and not case.seen["preemption"]
+    assert case.worker.told["r1"] == 9
+    case.teardown()
+
+
 HOPELESS = {
     # What it is, and whether every solve loses too much.
     "a pattern that stays exact": ([1, 2, 3] * 400, False),
