@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -116,6 +116,13 @@ GROWTH = 2
 """Blocks that a request takes besides: one that its answer grows into, and one for a chunk that ends in the middle."""
 
 
+def blocks_up_to(config: CompressionConfig, num_tokens: int, block_size: int) -> int:
+    """Blocks that a context takes at most on its way to `num_tokens`: a prompt of any length up to there, and an answer
+    behind it.
+    """
+    return max(most_blocks(config, tokens, block_size) for tokens in _lengths(config, num_tokens, block_size)) + GROWTH
+
+
 @lru_cache
 def longest_context(config: CompressionConfig, block_size: int, blocks: int, most: int, packs: bool) -> int:
     """Tokens that a request with these settings may come to, prompt and answer, if there are so many blocks for it; at
@@ -127,12 +134,21 @@ def longest_context(config: CompressionConfig, block_size: int, blocks: int, mos
     exact = min(most, blocks * block_size)
     if exact == most or not packs or why_exact(config, most, block_size) is not None or config.min_tokens > exact:
         return exact
-    # The need does not grow evenly: a context just too short for one more segment takes more than one that has it.
-    step = max(1, config.segment // 4 // block_size) * block_size
-    for tokens in (*range(exact, most, step), most):
-        if most_blocks(config, tokens, block_size) + GROWTH > blocks:
-            return max(exact, tokens - step)
-    return most
+    longest = exact
+    for tokens in _lengths(config, most, block_size):
+        if tokens > exact:
+            if most_blocks(config, tokens, block_size) + GROWTH > blocks:
+                break
+            longest = tokens
+    return longest
+
+
+def _lengths(config: CompressionConfig, last: int, block_size: int) -> Iterator[int]:
+    """Lengths to look at. The need does not grow evenly: a context just too short for one more segment takes more than
+    one that has it.
+    """
+    yield from range(1, last, max(1, config.segment // 4 // block_size) * block_size)
+    yield last
 
 
 def is_repetition(tokens: Sequence[int]) -> bool:

@@ -110,7 +110,7 @@ def _as_compressed(stock: Callable[..., int]) -> Callable[..., int]:
         blocks = -(-longest // block_size)
         if not packs_answers(vllm_config, config) or spans.why_exact(config, longest, block_size) is not None:
             return exact
-        needed = spans.most_blocks(config, longest, block_size) + spans.GROWTH
+        needed = spans.blocks_up_to(config, longest, block_size)
         needed = max(needed, -(-config.min_tokens // block_size))  # what is shorter stays exact
         return exact // blocks * min(blocks, needed)
 

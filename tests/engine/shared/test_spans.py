@@ -118,7 +118,7 @@ def test_a_longer_context_fits_where_it_is_compressed_while_it_is_computed():
     few = longest_context(config, 32, 60, 8192, packs=True)
     assert 60 * 32 < few < 8192
     assert all(most_blocks(config, n, 32) + GROWTH <= 60 for n in range(60 * 32, few + 1, 32))
-    assert any(most_blocks(config, n, 32) + GROWTH > 60 for n in range(few, few + 65))
+    assert any(most_blocks(config, n, 32) + GROWTH > 60 for n in range(few, few + 257))
 
 
 @pytest.mark.parametrize(("period", "expected"), [(1, True), (2, True), (7, True), (8, False), (900, False)])

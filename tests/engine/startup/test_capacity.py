@@ -31,7 +31,7 @@ def needed(vllm_config) -> int:
 
 def test_the_start_up_check_asks_for_what_the_longest_context_takes_compressed():
     config = CompressionConfig(method="sculpt", segment=1024)
-    assert needed(engine()) == spans.most_blocks(config, LONGEST, BLOCK) + spans.GROWTH < 125
+    assert needed(engine()) == spans.blocks_up_to(config, LONGEST, BLOCK) < 125
     # A larger segment takes more beside the packed ones.
     assert needed(engine()) < needed(engine(segment=2048)) < LONGEST // BLOCK
     # What is shorter than --kv-compression-min-tokens stays exact.
@@ -95,6 +95,14 @@ def test_nothing_is_refused_where_every_context_fits_or_the_memory_is_not_known(
 
 def test_each_of_several_engines_has_its_part_of_the_memory():
     assert blocks_of_engine(engine(blocks=252, engines=2)) == 125
+
+
+@pytest.mark.parametrize("settings", [{}, {"segment": 256}, {"keep_ratio": 0.7}, {"segment": 512, "decode": 100}])
+def test_what_start_up_lets_through_is_what_requests_may_come_to(settings):
+    config = CompressionConfig(method="sculpt", **{"segment": 1024, **settings})
+    blocks = needed(engine(**settings))
+    assert most_tokens(engine(**settings), config, blocks) == LONGEST
+    assert blocks == LONGEST // BLOCK or most_tokens(engine(**settings), config, blocks - 1) < LONGEST
 
 
 def test_answers_end_where_the_memory_does():
