@@ -27,17 +27,34 @@ def packed_entries(state: CompressionState, packed: list[list[int]]) -> Earlier:
         torch.cat([own[starts[s][b] : starts[s][b] + lengths[s][b]] for s, own in enumerate(cells)])
         for b in range(state.geometry.num_cells)
     ]
-    return Earlier(_Entries(state, places, 0), _Entries(state, places, 1))
+    heads = _Heads(state, places)
+    every = range(len(places))
+    return Earlier(_Entries(heads, every, 0), _Entries(heads, every, 1))
+
+
+class _Heads:
+    """Reads keys and values of a head, which lie in the same pages, at once: whoever wants the ones wants the others
+    next.
+    """
+
+    def __init__(self, state: CompressionState, places: list[Tensor]) -> None:
+        self._state, self._places = state, places
+        self._last, self._pair = -1, tuple[Tensor, ...]()
+
+    def read(self, head: int) -> tuple[Tensor, ...]:
+        if head != self._last:
+            self._last, self._pair = head, self._state.pages.read(self._places[head])
+        return self._pair
 
 
 class _Entries(Sequence[Tensor]):
-    """Keys (0) or values (1), (entries, D) of each head, of the pages in `places`."""
+    """Keys (0) or values (1), (entries, D) of each of some heads."""
 
-    def __init__(self, state: CompressionState, places: list[Tensor], which: int) -> None:
-        self._state, self._places, self._which = state, places, which
+    def __init__(self, heads: _Heads, numbers: range, which: int) -> None:
+        self._heads, self._numbers, self._which = heads, numbers, which
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._numbers)
 
     @overload
     def __getitem__(self, index: int) -> Tensor: ...
@@ -47,5 +64,5 @@ class _Entries(Sequence[Tensor]):
 
     def __getitem__(self, index: int | slice) -> Tensor | _Entries:
         if isinstance(index, slice):
-            return _Entries(self._state, self._places[index], self._which)
-        return self._state.pages.read(self._places[index])[self._which]
+            return _Entries(self._heads, self._numbers[index], self._which)
+        return self._heads.read(self._numbers[index])[self._which]
