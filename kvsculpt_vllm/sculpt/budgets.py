@@ -34,8 +34,13 @@ def span_sizes(num_tokens: int, window: int, block_size: int, keep_ratio: float)
     tokens stay outside the span.
     """
     blocks = max(num_tokens - window, 0) // block_size
+    return blocks, blocks_kept(keep_ratio, blocks)
+
+
+def blocks_kept(keep_ratio: float, blocks: int) -> int:
+    """Count the blocks that a fraction of `blocks` comes to, rounded up and at least one."""
     # 0.07 * 100 is 7.000000000000001: what a rounding error adds must not cost a block.
-    return blocks, max(1, math.ceil(keep_ratio * blocks - 1e-9))
+    return max(1, math.ceil(keep_ratio * blocks - 1e-9))
 
 
 def grid_of(plan: PagePlan, fractions: Sequence[float]) -> list[int]:

@@ -5,9 +5,10 @@ Engine and evaluation both ask here, so that what is measured is what is served.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from kvsculpt_vllm.sculpt.budgets import blocks_kept
 
 AGED = 0.8
 """A segment that others follow keeps this part of the keep ratio. What it gives up goes to the last segment, because
@@ -62,9 +63,9 @@ def next_piece(
         more = min((MOST_OF_THE_LAST - 1) * keep_ratio, 1 - keep_ratio)  # that it may keep, of its blocks
         shared = more * each / (chain_blocks + left - each)  # between all before it
         given_up = min((1 - AGED) * min(keep_ratio, 1 - keep_ratio), shared)
-        return Piece(chain_blocks, blocks, packed_blocks(keep_ratio - given_up, blocks), followed=True)
-    rest = packed_blocks(keep_ratio, chain_blocks + blocks) - chain_packed
-    least, most = packed_blocks(AGED * keep_ratio, blocks), packed_blocks(MOST_OF_THE_LAST * keep_ratio, blocks)
+        return Piece(chain_blocks, blocks, blocks_kept(keep_ratio - given_up, blocks), followed=True)
+    rest = blocks_kept(keep_ratio, chain_blocks + blocks) - chain_packed
+    least, most = blocks_kept(AGED * keep_ratio, blocks), blocks_kept(MOST_OF_THE_LAST * keep_ratio, blocks)
     return Piece(chain_blocks, blocks, min(max(rest, least), most, blocks))
 
 
@@ -76,9 +77,3 @@ def pieces(num_tokens: int, window: int, block_size: int, keep_ratio: float, seg
     ):
         yield piece
         end, packed = piece.end, packed + piece.packed_blocks
-
-
-def packed_blocks(keep_ratio: float, blocks: int) -> int:
-    """Count the blocks that a fraction of `blocks` comes to, rounded up and at least one."""
-    # 0.07 * 100 is 7.000000000000001: what a rounding error adds must not cost a block.
-    return max(1, math.ceil(keep_ratio * blocks - 1e-9))

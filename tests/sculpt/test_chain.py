@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvsculpt_vllm.sculpt.chain import packed_blocks, pieces
+from kvsculpt_vllm.sculpt.budgets import blocks_kept
+from kvsculpt_vllm.sculpt.chain import pieces
 
 WINDOW, BLOCK, SEGMENT = 64, 32, 2048
 
@@ -17,7 +18,7 @@ def test_segments_cover_the_context_and_keep_the_fraction_that_was_asked_for(num
     assert made[-1].end == (num_tokens - WINDOW) // BLOCK
     assert all(1 <= piece.packed_blocks <= piece.blocks <= 1.5 * SEGMENT / BLOCK for piece in made)
     # A segment's pages are whole, so that each may keep one more than its part.
-    asked = packed_blocks(keep_ratio, made[-1].end)
+    asked = blocks_kept(keep_ratio, made[-1].end)
     assert asked - len(made) <= sum(piece.packed_blocks for piece in made) <= asked + len(made)
 
 

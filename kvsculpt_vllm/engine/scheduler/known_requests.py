@@ -14,7 +14,7 @@ from vllm.v1.request import Request, RequestStatus
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.compat.scheduler import SchedulerHooks
 from kvsculpt_vllm.engine.scheduler.samples import Samples
-from kvsculpt_vllm.engine.scheduler.segments import Segment, Segments
+from kvsculpt_vllm.engine.scheduler.segments import Segment, Segments, end_of, packed_in
 from kvsculpt_vllm.engine.scheduler.speed import Speed
 from kvsculpt_vllm.engine.scheduler.stock_blocks import StockBlocks
 from kvsculpt_vllm.engine.scheduler.story import Story
@@ -148,7 +148,7 @@ class KnownRequests(SchedulerHooks):
             self._stories[request_id] = replace(
                 self._stories[request_id],
                 segments=len(chain),
-                entries_held=sum(len(segment.packed) for segment in chain) * self.block_size,
+                entries_held=packed_in(chain) * self.block_size,
                 held_out_error=max(segment.error for segment in chain),
             )
 
@@ -180,9 +180,8 @@ class KnownRequests(SchedulerHooks):
 
     def _cannot_be_exact(self, request: Request) -> bool:
         """Whether its known tokens are more than the whole pool holds, what is packed of them aside."""
-        blocks = -(-(self._num_known(request) + 1) // self.block_size)
-        for segment in self._segments.chain_of(request.request_id):
-            blocks += len(segment.packed) - segment.blocks
+        chain = self._segments.chain_of(request.request_id)
+        blocks = -(-(self._num_known(request) + 1) // self.block_size) - end_of(chain) + packed_in(chain)
         return blocks > self.kv_cache_manager.block_pool.num_gpu_blocks - 1
 
     def _next_span(self, request: Request) -> spans.Span | None:
@@ -199,8 +198,8 @@ class KnownRequests(SchedulerHooks):
             self._config(request),
             self._num_known(request),
             self.block_size,
-            chain[-1].end if chain else 0,
-            sum(len(segment.packed) for segment in chain),
+            end_of(chain),
+            packed_in(chain),
         )
 
     def _needed_for(self, request: Request, span: spans.Span) -> int:

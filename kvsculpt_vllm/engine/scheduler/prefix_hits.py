@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from vllm.logger import init_logger
@@ -10,7 +11,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from kvsculpt_vllm.engine.compat.scheduler import GROUP, name_by_tokens, name_from
 from kvsculpt_vllm.engine.scheduler.known_requests import KnownRequests
-from kvsculpt_vllm.engine.scheduler.segments import Segment
+from kvsculpt_vllm.engine.scheduler.segments import Segment, end_of
 from kvsculpt_vllm.engine.scheduler.story import Story
 from kvsculpt_vllm.engine.shared import spans
 from kvsculpt_vllm.engine.shared.commands import Settled
@@ -65,8 +66,8 @@ class PrefixHits(KnownRequests):
 
     def _is_long_enough(self, request: Request, chain: list[Segment]) -> bool:
         """Whether what lies behind a chain is to become a segment."""
-        config, end = self._config(request), chain[-1].end * self.block_size if chain else 0
-        return 0 < config.decode <= request.num_tokens - config.window - end
+        config = self._config(request)
+        return 0 < config.decode <= request.num_tokens - config.window - end_of(chain) * self.block_size
 
     def _chain_for(self, request: Request) -> list[Segment]:
         # An answer that is too short to have its prompt compressed is not too short to find it.
@@ -124,17 +125,19 @@ class PrefixHits(KnownRequests):
         planned = [span for span in to_come if span is not None and 2 * span.packed_blocks < span.blocks]
         if not planned:
             return True
-        shared = sum(block.is_null or block.ref_cnt > 0 for block in hit.blocks[0]) if hit is not None else 0
-        needed = self._blocks_to_come(request, len(hit.blocks[0]) if hit is not None else 0)
-        needed += (len(hit.blocks[0]) if hit is not None else 0) - shared
-        # What prompts that are computed in chunks have still to get.
-        begun = sum(
-            self._blocks_to_come(r, len(self.block_lists.of(r.request_id)))
-            for r in self.running
-            if not self._is_computed(r)
-        )
-        needed += begun + max(span.packed_blocks for span in planned) + len(self.running) + 1
+        found = hit.blocks[0] if hit is not None else ()
+        needed = self._blocks_to_come(request, len(found))
+        needed += sum(not block.is_null and block.ref_cnt == 0 for block in found)
+        needed += self._begun(self.running) + max(span.packed_blocks for span in planned) + len(self.running) + 1
         return needed <= self.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def _begun(self, requests: Iterable[Request]) -> int:
+        """Blocks that those of the running requests have still to get that are computed in chunks."""
+        return sum(
+            self._blocks_to_come(request, len(self.block_lists.of(request.request_id)))
+            for request in requests
+            if not self._is_computed(request)
+        )
 
     def _blocks_to_come(self, request: Request, has: int) -> int:
         """Blocks that a prompt whose list has so many entries takes besides, at most: once its segments are made while
@@ -187,11 +190,10 @@ class PrefixHits(KnownRequests):
             self._news.append(Settled(request_id, request.num_prompt_tokens, reason.outcome, reason))
         self._told.add(request_id)
         found = sum(segment.tokens for segment in segments)
-        if reason == Reason.ADOPTED:
-            self._count(adopted=len(segments), tokens_found=found)
-        elif request.num_preemptions == 0:
+        if reason == Reason.CACHED and request.num_preemptions == 0:
             self._count(tokens_found=found)
         if reason == Reason.ADOPTED:
+            self._count(adopted=len(segments), tokens_found=found)
             story = replace(story, tokens_found=story.tokens_found + found)
         elif not story.tokens_sculpted:  # else it finds its own again, after it lost its blocks
             story = replace(story, tokens_found=found)

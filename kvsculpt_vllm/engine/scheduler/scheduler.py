@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,10 +14,10 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from kvsculpt_vllm.engine.scheduler.known_requests import Pending
-from kvsculpt_vllm.engine.scheduler.prefix_hits import PrefixHits
-from kvsculpt_vllm.engine.scheduler.segments import Segment
+from kvsculpt_vllm.engine.scheduler.long_tails import LongTails
+from kvsculpt_vllm.engine.scheduler.segments import Segment, end_of
 from kvsculpt_vllm.engine.scheduler.story import Story
-from kvsculpt_vllm.engine.shared import capacity, spans
+from kvsculpt_vllm.engine.shared import spans
 from kvsculpt_vllm.engine.shared.commands import (
     AdoptCommand,
     CancelCommand,
@@ -35,7 +34,7 @@ from kvsculpt_vllm.engine.shared.commands import (
 from kvsculpt_vllm.engine.shared.reasons import Outcome, Reason
 
 
-class SculptSchedulerMixin(PrefixHits):
+class SculptSchedulerMixin(LongTails):
     """Takes fresh blocks for a segment and, once they are filled, gives the span's blocks back to vLLM's pool.
 
     Both phases run at the start of `schedule`. What has been *scheduled* of a prompt will be computed when the workers
@@ -137,7 +136,7 @@ class SculptSchedulerMixin(PrefixHits):
         """Whether all that a segment is made from has been given to the workers."""
         if not self._samples.cover(request.request_id, span.first_token, self._needed_for(request, span)):
             return False
-        return self._is_made_meanwhile(request) or self._is_computed(request)
+        return self._may_be_packed(request)
 
     def _start(self, request: Request, span: spans.Span) -> SolveCommand | None:
         """Take blocks for the segment; None if it has to wait: for free blocks, or for others to finish.
@@ -211,9 +210,8 @@ class SculptSchedulerMixin(PrefixHits):
         would free nothing.
         """
         packed = min(2 * span.packed_blocks, span.blocks)
-        if packed < span.blocks:
-            return replace(span, packed_blocks=packed)
-        return replace(span, packed_blocks=packed) if span.followed and span.packed_blocks < span.blocks else None
+        is_copy_of_use = span.followed and span.packed_blocks < span.blocks
+        return replace(span, packed_blocks=packed) if packed < span.blocks or is_copy_of_use else None
 
     def _fail(self, request: Request, reason: Reason, told: bool = False) -> None:
         """Nothing more of a request is compressed; `told` says that the workers' books know."""
@@ -311,13 +309,12 @@ class SculptSchedulerMixin(PrefixHits):
             self._looked_at[request_id] = self._segments.version
         if self._why_exact(request) is not None or not self._may_be_packed(request):
             return False
-        config, adopted = self._config(request), False
-        most = min(request.num_computed_tokens, self._num_known(request) - config.window)
+        config, adopted, most = self._config(request), False, self._most_packed(request)
         parent = self._segments.root(request, config)
         chain = self._segments.chain_of(request_id)
         if chain:
             parent = chain[-1].key if chain[-1].shared else None
-        first = chain[-1].end * self.block_size if chain else 0
+        first = end_of(chain) * self.block_size
         while parent is not None:
             segment = self._segments.after(parent, request, config, first, most)
             if segment is None:
@@ -330,6 +327,10 @@ class SculptSchedulerMixin(PrefixHits):
 
     def _may_be_packed(self, request: Request) -> bool:
         return self._is_made_meanwhile(request) or self._is_computed(request)
+
+    def _most_packed(self, request: Request) -> int:
+        """Tokens of a request that segments may stand for now."""
+        return min(request.num_computed_tokens, self._num_known(request) - self._config(request).window)
 
     def _row(self, request: Request) -> list[int]:
         return [block.block_id for block in self.block_lists.of(request.request_id)]
@@ -353,87 +354,6 @@ class SculptSchedulerMixin(PrefixHits):
         else:
             self._samples.drop(request_id, span.first_token, self._needed_for(request, span) - span.first_token)
 
-    def _rewind_long_tails(self) -> None:
-        """Let requests whose tail has grown by --kv-compression-decode give up the blocks behind their chain.
-
-        Nobody has seen the queries of what was written, or found in the cache, or computed while there was no room for
-        them. The request is preempted, finds its chain, computes what follows as a prefill, and is compressed again.
-        """
-        # One at a time: each is to find the room that it was let go for.
-        if not self._rewinds or self._rewound:
-            return
-        for request in self.running:
-            if self._is_to_be_rewound(request):
-                chain = self._segments.chain_of(request.request_id)
-                first = chain[-1].end * self.block_size if chain else 0
-                self.running.remove(request)
-                self._preempt_request(request, time.monotonic())
-                self._samples.begin(request.request_id, first, request.num_tokens - first)
-                # It may come back in this very step: the workers are to take it for one that does.
-                self.prev_step_scheduled_req_ids.discard(request.request_id)
-                self._rewound.add(request.request_id)
-                self._rewound_at[request.request_id] = request.num_tokens
-                return
-
-    @property
-    def _rewinds(self) -> bool:
-        return capacity.packs_answers(self.vllm_config, self.compression)
-
-    def _is_to_be_rewound(self, request: Request) -> bool:
-        request_id = request.request_id
-        chain = self._segments.chain_of(request_id)
-        if not self._is_computed(request) or not self._is_long_enough(request, chain):
-            return False
-        config = self._config(request)
-        again = self._rewound_at.get(request_id)
-        if (
-            request_id in self._pending
-            or request_id in self._failed
-            or request_id in self._shared
-            or request_id in self._samples
-            or self._why_exact(request) not in (None, Reason.SHORT)
-            or (chain and not chain[-1].shared)
-            or not self._may_be_rewound(request)
-            or (again is not None and request.num_tokens < again + config.decode)
-        ):
-            return False
-        blocks = self.block_lists.of(request_id)[chain[-1].end if chain else 0 :]
-        span = spans.next_span(
-            config,
-            request.num_tokens,
-            self.block_size,
-            chain[-1].end if chain else 0,
-            sum(len(segment.packed) for segment in chain),
-        )
-        if span is None or not span.pays(sum(block.ref_cnt <= 1 for block in blocks[: span.blocks])):
-            return False
-        has_room = self._samples.has_room(span.tokens + config.window)
-        if not has_room or not self._comes_back_at_once(request, span):
-            return False
-        steps = self._speed.steps(config, span.tokens)
-        return self._alone or steps < request.max_tokens - request.num_output_tokens
-
-    def _comes_back_at_once(self, request: Request, span: spans.Span) -> bool:
-        """Whether `admits` will let it in again: an answer that is being written is not to wait for others' ends."""
-        others = [r for r in self.running if r is not request]
-        begun = sum(
-            self._blocks_to_come(r, len(self.block_lists.of(r.request_id))) for r in others if not self._is_computed(r)
-        )
-        to_come = [span, *(self._next_span(r) for r in others if r.request_id not in self._failed)]
-        largest = max(one.packed_blocks for one in to_come if one is not None)
-        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        return not others or begun + largest + len(others) + 1 <= free
-
-    def _may_be_rewound(self, request: Request) -> bool:
-        """Whether it would find its chain again, and be compressed then."""
-        config = self._config(request)
-        is_found = self._segments.root(request, config) is not None
-        return (
-            is_found
-            and self.kv_cache_manager.prefix_cache_lookup_enabled(request)
-            and request.num_tokens >= config.min_tokens
-        )
-
     def _adopters(self, request: Request, span: spans.Span) -> list[Request]:
         """The other running requests that a segment of this one's may serve as well."""
         root = self._segments.root(request, self._config(request))
@@ -451,14 +371,13 @@ class SculptSchedulerMixin(PrefixHits):
             request_id in self._pending
             or self._why_exact(request) is not None
             or not self._may_be_packed(request)
-            or (chain[-1].end if chain else 0) != span.first
+            or end_of(chain) != span.first
             or len(request.block_hashes) < span.end
             or request.block_hashes[span.end - 1] != name
         ):
             return False
-        config = self._config(request)
-        most = min(request.num_computed_tokens, self._num_known(request) - config.window)
-        return span.end_token <= most and self._segments.root(request, config) == root
+        root_of_its = self._segments.root(request, self._config(request))
+        return span.end_token <= self._most_packed(request) and root_of_its == root
 
     def _pays(self, request: Request, span: spans.Span) -> bool:
         """Whether a compression frees more blocks than it takes, if those that adopt the segment let go of theirs, too.

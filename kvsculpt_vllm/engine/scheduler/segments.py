@@ -66,6 +66,16 @@ class Segment:
         return BlockHash(hashlib.sha256(self.key + self.serial.to_bytes(8, "little")).digest())
 
 
+def end_of(chain: list[Segment]) -> int:
+    """The block behind a chain."""
+    return chain[-1].end if chain else 0
+
+
+def packed_in(chain: list[Segment]) -> int:
+    """Blocks that a chain's entries take."""
+    return sum(len(segment.packed) for segment in chain)
+
+
 class Segments:
     """All of them, and the chains that requests hold."""
 
