@@ -31,6 +31,7 @@ setup(
     # pull the CUDA one. They come with the extra `cpu` or `cuda`.
     install_requires=[
         "fastapi",
+        "fsspec",
         "gguf>=0.17",
         "numpy",
         "prometheus_client",

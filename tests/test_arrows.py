@@ -1,4 +1,4 @@
-"""Arrows between the package's rooms point one way: serving → engine → sculpt → kernels."""
+"""Arrows between the package's rooms point one way: serving → engine → sculpt → kernels, engine → store."""
 
 import ast
 from collections.abc import Iterator
@@ -11,10 +11,12 @@ import kvsculpt_vllm
 PACKAGE = Path(kvsculpt_vllm.__file__).parent
 KERNELS = PACKAGE.parent / "kernels"
 
+BEHIND = ("kvsculpt_vllm.engine", "kvsculpt_vllm.serving", "kvsculpt_vllm.evaluation", "vllm", "transformers")
 FORBIDDEN = {
-    "kernels": ("vllm", "kvsculpt_vllm.sculpt", "kvsculpt_vllm.engine", "kvsculpt_vllm.serving", "transformers"),
-    "sculpt": ("vllm", "kvsculpt_vllm.engine", "kvsculpt_vllm.serving", "kvsculpt_vllm.evaluation", "transformers"),
-    "evaluation": ("vllm", "kvsculpt_vllm.engine", "kvsculpt_vllm.serving"),
+    "kernels": (*BEHIND, "kvsculpt_vllm.sculpt", "kvsculpt_vllm.store"),
+    "sculpt": (*BEHIND, "kvsculpt_vllm.store"),
+    "store": BEHIND,
+    "evaluation": ("vllm", "kvsculpt_vllm.engine", "kvsculpt_vllm.serving", "kvsculpt_vllm.store"),
     "engine": ("kvsculpt_vllm.serving", "kvsculpt_vllm.evaluation"),
     "engine/shared": ("kvsculpt_vllm.engine.startup", "kvsculpt_vllm.engine.scheduler", "kvsculpt_vllm.engine.worker"),
     "engine/compat": ("kvsculpt_vllm.engine.startup", "kvsculpt_vllm.engine.scheduler", "kvsculpt_vllm.engine.worker"),

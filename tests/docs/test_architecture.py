@@ -18,10 +18,11 @@ def test_every_file_that_a_document_names_is_there():
     assert not missing
 
 
-def test_every_file_of_the_engine_and_the_algorithm_is_on_the_map():
+def test_every_file_of_the_engine_the_algorithm_and_the_store_is_on_the_map():
     architecture = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     tree = architecture.partition("\n## Layout\n")[2].partition("\n## ")[0]
     on_map = set(NAMED.findall(tree))
     package = ROOT / "kvsculpt_vllm"
-    files = [*package.glob("*.py"), *(package / "sculpt").rglob("*.py"), *(package / "engine").rglob("*.py")]
+    rooms = [package / room for room in ("sculpt", "store", "engine")]
+    files = [*package.glob("*.py"), *(file for room in rooms for file in room.rglob("*.py"))]
     assert {path.name for path in files} - {"__init__.py"} <= on_map
