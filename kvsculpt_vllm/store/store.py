@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from threading import Lock
 
@@ -74,6 +74,16 @@ class StoredEntry:
         )
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """What a `Store` has moved."""
+
+    reads: int = 0  # segments
+    bytes_read: int = 0  # of their files
+    writes: int = 0
+    bytes_written: int = 0
+
+
 class Store:
     """A directory, or what an fsspec URL means. All methods raise OSError where that does not do its part."""
 
@@ -92,6 +102,7 @@ class Store:
         self._lock = Lock()  # of what follows
         self._estimate = 0  # bytes in the store, as far as this process knows
         self._listed: float | None = None  # monotonic
+        self._traffic = Traffic()
 
     def check(self) -> None:
         """See at start-up whether the store can be used, making its directory if it is writable.
@@ -141,6 +152,7 @@ class Store:
             if self.writable and error.reason in (Reason.CUT_OFF, Reason.ALTERED):
                 self._place.remove(path)
             raise
+        self._moved(reads=1, bytes_read=len(data))
         if self.writable:
             self._place.mark_used(path)
         return segment
@@ -191,6 +203,7 @@ class Store:
         if self._too_large(len(data) * segment.ranks):
             return Refusal.TOO_LARGE
         self._place.write(segment.path, data)
+        self._moved(writes=1, bytes_written=len(data))
         self._avoided.discard((name, segment.ranks))
         everything = list(self._following(name.parent, avoided=True))
         if any(entry.name == name and entry.ranks == segment.ranks and entry.complete for entry in everything):
@@ -251,6 +264,16 @@ class Store:
             if current and (self.size is None or self._estimate <= self.size):
                 return
         self._sweep(SLACK)
+
+    def traffic(self) -> Traffic:
+        """What was read and written so far."""
+        with self._lock:
+            return self._traffic
+
+    def _moved(self, **more: int) -> None:
+        with self._lock:
+            now = {key: getattr(self._traffic, key) + count for key, count in more.items()}
+            self._traffic = replace(self._traffic, **now)
 
     def _too_large(self, size: int) -> bool:
         return self.size is not None and size > self.size
