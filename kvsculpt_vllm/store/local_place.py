@@ -29,10 +29,12 @@ class LocalPlace(Place):
 
     def files_in(self, folder: str) -> list[Found]:
         try:
-            return list(self._files(folder))
+            found = list(self._files(folder))
         except FileNotFoundError:
             self._raise_if_vanished()
             return []
+        self._was_there = True
+        return found
 
     def files(self) -> Iterator[Found]:
         for folder in ("", *self.folders()):
@@ -84,7 +86,7 @@ class LocalPlace(Place):
             finally:
                 os.close(descriptor)
             os.replace(partial, self._at(path))
-            complete = True
+            complete = self._was_there = True
         finally:
             if not complete:
                 with suppress(OSError):  # the error that has brought us here is to be told
