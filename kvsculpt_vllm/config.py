@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
 from pydantic_core import CoreSchema, core_schema
 
 from kvsculpt_vllm.sculpt.effort import EFFORTS
@@ -23,7 +32,16 @@ ON_FAILURE = {
 }
 """What a prompt keeps whose compression fails."""
 
-SERVER_ONLY = {"calibration", "decode", "max_effort", "max_stall_ms", "segment"}
+STORE_MODES = {
+    "read": "segments are read from it",
+    "readwrite": "segments are read from it, and those that are made are written to it",
+}
+"""What a server does with its store."""
+
+SERVER_ONLY = {
+    *("calibration", "decode", "max_effort", "max_stall_ms", "pin_blocks", "segment"),
+    *("store", "store_mode", "store_size"),
+}
 """Settings that no request can change."""
 
 
@@ -35,6 +53,12 @@ class OneOf:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
         return core_schema.literal_schema(list(self.options))
+
+
+Size = Annotated[int, BeforeValidator(lambda given: int(_AS_BYTES.validate_python(given)))]
+"""Bytes, given as a number or as a text with a unit."""
+
+_AS_BYTES: TypeAdapter[ByteSize] = TypeAdapter(ByteSize)
 
 
 class WrongSetting(NamedTuple):
@@ -124,6 +148,25 @@ class CompressionConfig(BaseModel):
         description="What adaptive budgets of the method sculpt follow: a file that `kvsculpt calibrate` wrote, or "
         "none, a pilot on each prompt, which takes longer. auto: kvsculpt-calibration.json in the model's directory, "
         "or what comes with the plugin for the model, else none. The server's only.",
+    )
+
+    store: str = Field(
+        default="none",
+        description="Where segments are kept beyond a server's life, and shared with other servers: a directory, or a "
+        "URL that fsspec knows (s3://…). It needs prefix caching. The server's only.",
+    )
+    store_mode: Annotated[str, OneOf(STORE_MODES)] = Field(
+        default="readwrite", description=f"What happens to the store. {described(STORE_MODES)} The server's only."
+    )
+    store_size: Size = Field(
+        default=100 * 2**30,
+        ge=0,
+        description="Bytes that the store may take, with or without a unit (500GB, 64GiB): what was used longest ago "
+        "goes first. 0: as many as there are. The server's only.",
+    )
+    pin_blocks: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        default="auto",
+        description="KV cache blocks that pinned prefixes may take together. auto: a quarter. The server's only.",
     )
 
     @field_validator("*", mode="before")
@@ -274,7 +317,13 @@ def allowed(field: str) -> str:
         for name, symbol in symbols.items()
         if hasattr(rule, name)
     ]
-    return f"{'a whole number' if info.annotation is int else 'a number'} {' and '.join(bounds)}"
+    if field == "store_size":
+        return "a number of bytes, with or without a unit, such as 64GiB"
+    if field == "pin_blocks":
+        return "auto, or a whole number >= 0"
+    if field == "store":
+        return "none, a directory, or a URL that fsspec knows"
+    return f"{'a number' if info.annotation is float else 'a whole number'} {' and '.join(bounds)}"
 
 
 def _build(values: dict[str, Any], spell: Callable[[str], str], wrong: list[WrongSetting]) -> CompressionConfig:

@@ -31,6 +31,10 @@ configs = st.builds(
     max_error=st.floats(1e-9, 1e9),
     max_stall_ms=st.floats(0, 1e9),
     calibration=st.text(),
+    store=st.text(),
+    store_mode=st.sampled_from(["read", "readwrite"]),
+    store_size=st.integers(0, 2**60),
+    pin_blocks=st.just("auto") | st.integers(0, 2**40),
 )
 
 

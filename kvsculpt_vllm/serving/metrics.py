@@ -29,6 +29,16 @@ FOUND = {
     "adopted": ("segments_adopted", "Segments that took the place of tokens that a request had computed itself."),
     "evicted": ("segments_evicted", "Segments that could be found and cannot any more: their memory was needed."),
     "tokens_found": ("tokens_found", "Prompt tokens that were not computed, or not compressed, thanks to segments."),
+    "store_hits": ("store_hits", "Look-ups in the store that found segments."),
+    "store_misses": ("store_misses", "Look-ups in the store that found none, or had no answer in time."),
+    "read": ("segments_read", "Segments that were read from the store into the KV cache."),
+    "unreadable": ("segments_unreadable", "Segments that the store has and that could not be used."),
+}
+STORE = {
+    "bytes_read": "Bytes of segments' files that the first rank has read from the store.",
+    "bytes_written": "Bytes of segments' files that the first rank has written to the store.",
+    "failures": "Operations on the store that the file system has refused.",
+    "unanswered": "Look-ups and reads that the store has not answered in time, or was not asked.",
 }
 POOL = {
     "total": ("pool_blocks", "KV cache blocks there are for requests."),
@@ -92,6 +102,22 @@ def families(stats: list[dict[str, Any]]) -> Iterable[Metric]:
         "error, mean over layers and heads). stage before: of selection alone; after: of what is in use.",
         labels=["engine", "stage"],
     )
+    store = {
+        name: CounterMetricFamily(f"kvsculpt:store_{name}", text, labels=["engine"]) for name, text in STORE.items()
+    }
+    refused = CounterMetricFamily(
+        "kvsculpt:store_writes_refused",
+        "Segments that were not written to the store, by reason; there: it has one that is as good.",
+        labels=["engine", "reason"],
+    )
+    unusable = CounterMetricFamily(
+        "kvsculpt:store_files_unusable",
+        "Files in the store that were not used, by reason.",
+        labels=["engine", "reason"],
+    )
+    away = GaugeMetricFamily(
+        "kvsculpt:store_away", "1 while the store is left alone, as it does not answer.", labels=["engine"]
+    )
     for index, totals in enumerate(stats):
         engine = str(index)
         for outcome, reasons in totals["requests"].items():
@@ -105,10 +131,19 @@ def families(stats: list[dict[str, Any]]) -> Iterable[Metric]:
             counter.add_metric([engine], totals["found"][key])
         for key, gauge in gauges.items():
             gauge.add_metric([engine], totals["pool"][key])
+        if counts := totals["store"]:
+            for name, counter in store.items():
+                counter.add_metric([engine], counts[name])
+            for reason, count in counts["refused"].items():
+                refused.add_metric([engine, reason], count)
+            for reason, count in counts["unusable"].items():
+                unusable.add_metric([engine, reason], count)
+            away.add_metric([engine], int(counts["away"]))
         seconds.add_metric([engine], *_buckets(totals["seconds"]))
         for stage, histogram in totals["held_out_error"].items():
             error.add_metric([engine, stage], *_buckets(histogram))
     yield from (requests, deferred, *counters.values(), *found.values(), *gauges.values(), seconds, error)
+    yield from (family for family in (*store.values(), refused, unusable, away) if family.samples)
 
 
 def _buckets(histogram: dict[str, Any]) -> tuple[list[tuple[str, float]], float]:

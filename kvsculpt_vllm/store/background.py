@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from kvsculpt_vllm.store.file import StoredSegment
 from kvsculpt_vllm.store.health import Health
+from kvsculpt_vllm.store.names import StoredName
 from kvsculpt_vllm.store.places import told
 from kvsculpt_vllm.store.store import Refusal, Store
 from kvsculpt_vllm.store.unusable import Reason, Unusable
@@ -145,6 +146,23 @@ class BackgroundStore:
             self._start("write", self._write_all)
             self._to_write.notify()
         return True
+
+    @property
+    def writable(self) -> bool:
+        """Whether segments are written to it at all."""
+        return self._store.writable
+
+    def avoid(self, name: StoredName, ranks: int) -> None:
+        """See `Store.avoid`; it takes no look at the store."""
+        self._store.avoid(name, ranks)
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until nothing waits to be written, for `timeout` seconds at most. Returns whether all that was to be
+        written so far is in the store.
+        """
+        with self._lock:
+            done = self._written.wait_for(lambda: not self._writes and self._writing is None, timeout)
+            return done and not any(n for reason, n in self._refused.items() if reason != Refusal.THERE)
 
     def counts(self) -> StoreCounts:
         """What has become of all operations so far; every reason is there."""

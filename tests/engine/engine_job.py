@@ -6,7 +6,7 @@ The first job starts the engine; jobs after it may differ in `batches` and `abor
 A job has `engine` (arguments of `LLM`), `batches` (lists of requests that run together, one list after the other; a
 request is `start`, `length` and `max_tokens` plus optionally `extra_args`, `priority`, `fault`, `sampling` (more of its
 `SamplingParams`) and the step it arrives after), and `identity`/`poison`/`v2`/`gpu_path`/`asynchronous`. With several
-ranks each is a fork of this process.
+ranks each is a fork of this process. Before the batches named in `empty_before` the prefix cache is emptied.
 """
 
 import json
@@ -253,7 +253,7 @@ def forget_stories(worker) -> None:
     """The books of the job to come alone."""
     worker = worker.worker  # vLLM hands over a wrapper, on which it would be set
     runtime = worker.kv_compression
-    runtime.ledger = type(runtime.ledger)(runtime.block_bytes)
+    runtime.ledger = type(runtime.ledger)(runtime.block_bytes, runtime.stored and runtime.stored.store)
 
 
 def count_published(worker) -> int:
@@ -285,6 +285,9 @@ def run(job: dict, llm, tokens: list[int]) -> dict:
         "free_at_start": pool.get_num_free_blocks(),
     }
     for b, batch in enumerate(job["batches"]):
+        if b in job.get("empty_before", ()):
+            # What comes is found in the store, or not at all.
+            assert all(llm.collective_rpc("kv_compression_flush", args=(60,))) and llm.reset_prefix_cache()
         ids, final, samples, free = [f"{b}-{r}" for r in range(len(batch))], {}, {}, []
         waiting = dict(zip(ids, batch, strict=True))
         while waiting or engine.has_unfinished_requests():
@@ -318,6 +321,7 @@ def run(job: dict, llm, tokens: list[int]) -> dict:
     if ours:
         report = llm.collective_rpc("kv_compression_report", args=(1000,))[0]
         result["stats"], result["stories"] = report["stats"], report["newest"][::-1]
+        result["in_store"] = all(llm.collective_rpc("kv_compression_flush", args=(60,)))
         result["compressions"] = [story["compression"] for story in result["stories"] if story["compression"]]
     result["scheduler"] = type(scheduler).__name__
     result["published"] = sum(llm.collective_rpc(count_published)) if ours else None

@@ -5,6 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+ASK_SCHEDULER = "kv_compression_ask_scheduler"
+"""The method that our scheduler adds to the engine core it is in."""
+QUESTIONS = ("kept_prefixes", "remove_prefix")
+"""Methods of our scheduler that a front end may call."""
+
 if TYPE_CHECKING:  # the start-up hooks import this file in every vLLM process: it must stay light
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -26,6 +31,14 @@ async def ask_engines(client: AsyncLLM, method: str, args: tuple) -> list[Any]:
     """
     call = ("collective_rpc", method, None, args, None)
     return [workers[0] for workers in await client.engine_core.call_utility_all_async(*call)]
+
+
+async def ask_schedulers(client: AsyncLLM, method: str, *args: Any) -> list[Any]:
+    """What the scheduler of every engine answers to one of `QUESTIONS`.
+
+    Can go when `EngineClient` has a public way to.
+    """
+    return await client.engine_core.call_utility_all_async(ASK_SCHEDULER, method, *args)
 
 
 def find_option(parser: argparse.ArgumentParser, option: str) -> argparse.Action:

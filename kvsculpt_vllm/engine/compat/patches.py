@@ -101,6 +101,11 @@ ADD_REQUEST = Patch(
     ("self", "request"),
     "vLLM's scheduler has a public hook for admission",
 )
+HANDLE_BLOCKED_WAITING_REQUEST = Patch(
+    "vllm.v1.core.sched.scheduler:Scheduler._handle_blocked_waiting_request",
+    ("self", "request"),
+    "vLLM's scheduler has a public hook for a request that is not begun yet",
+)
 RESERVE_PREFILL_LOOKAHEAD = Patch(
     "vllm.v1.core.sched.scheduler:Scheduler._reserve_prefill_lookahead",
     ("self", "request", "num_computed_tokens", "num_new_tokens"),

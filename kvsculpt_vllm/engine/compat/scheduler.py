@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 
+from kvsculpt_vllm.engine.compat.frontend import ASK_SCHEDULER, QUESTIONS
 from kvsculpt_vllm.engine.compat.patcher import apply
 from kvsculpt_vllm.engine.compat.patches import ALLOCATE_SLOTS
 
@@ -99,6 +100,22 @@ class BlockLists:
         self._manager.num_cached_block[request.request_id] = max(first, full)
 
 
+def _answer_front_ends() -> None:
+    """Let an engine core of this process pass a front end's question to its scheduler: it calls its methods by name.
+
+    Can go when vLLM lets a front end ask the scheduler, as `collective_rpc` asks the workers.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    setattr(EngineCore, ASK_SCHEDULER, _ask_scheduler)
+
+
+def _ask_scheduler(engine_core: Any, method: str, *args: Any) -> Any:
+    if method not in QUESTIONS:
+        raise ValueError(f"{method} is no question to the scheduler, there are {', '.join(QUESTIONS)}")
+    return getattr(engine_core.scheduler, method)(*args)
+
+
 class SchedulerHooks(Scheduler):
     """Gives the scheduler mixin public names for hooks that vLLM's scheduler does not offer. It overrides the private
     methods that are declared in `patches`, which says when each can go.
@@ -107,6 +124,7 @@ class SchedulerHooks(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.block_lists = BlockLists(self.kv_cache_manager)
+        _answer_front_ends()
 
         def if_admitted(allocate_slots: Callable[..., KVCacheBlocks | None]) -> Callable[..., KVCacheBlocks | None]:
             def wrapped(request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
@@ -132,6 +150,10 @@ class SchedulerHooks(Scheduler):
 
     def admits(self, request: Request, hit: KVCacheBlocks | None) -> bool:
         """Whether a request may get blocks now; `hit` are those that one not yet running found in the prefix cache."""
+        raise NotImplementedError
+
+    def is_awaited(self, request: Request) -> bool:
+        """Whether a waiting request is passed over in this step."""
         raise NotImplementedError
 
     def fits_as_it_is_computed(self, request: Request) -> bool:
@@ -168,6 +190,9 @@ class SchedulerHooks(Scheduler):
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         blocks, num_tokens = self.limit_prefix_hit(request, blocks, num_tokens)
         return blocks, num_tokens, boundary, diverged
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        return super()._handle_blocked_waiting_request(request) and not self.is_awaited(request)
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)

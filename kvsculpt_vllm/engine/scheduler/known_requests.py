@@ -13,6 +13,8 @@ from vllm.v1.request import Request, RequestStatus
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.compat.scheduler import SchedulerHooks
+from kvsculpt_vllm.engine.scheduler.names import Names
+from kvsculpt_vllm.engine.scheduler.prefixes import Prefixes
 from kvsculpt_vllm.engine.scheduler.samples import Samples
 from kvsculpt_vllm.engine.scheduler.segments import Segment, Segments, end_of, packed_in
 from kvsculpt_vllm.engine.scheduler.speed import Speed
@@ -20,6 +22,7 @@ from kvsculpt_vllm.engine.scheduler.stock_blocks import StockBlocks
 from kvsculpt_vllm.engine.scheduler.story import Story
 from kvsculpt_vllm.engine.shared import capacity, sample_room, spans
 from kvsculpt_vllm.engine.shared.commands import Deferred, PoolState, SegmentCounts, Settled, Solved
+from kvsculpt_vllm.engine.shared.prefix_wish import Wish, wish_of
 from kvsculpt_vllm.engine.shared.reasons import Reason
 from kvsculpt_vllm.engine.shared.record import printable
 from kvsculpt_vllm.engine.startup.refusals import check_kv_cache_config
@@ -68,14 +71,18 @@ class KnownRequests(SchedulerHooks):
         self._refused: set[str] = set()  # there was no room for its queries
         self._unsampled: list[str] = []  # requests whose queries the workers need not keep any more
         self._schedules = False  # vLLM's scheduler is at work
-        model = self.vllm_config.model_config
+        names = Names(self.vllm_config, self.compression)
         self._segments = Segments(
             self.kv_cache_manager.block_pool,
-            f"{model.model} {model.revision} {model.dtype}",
-            self.compression.calibration,
+            names.model,
+            names.calibration,
             self.block_size,
             spans.MOST_SEGMENTS,
+            names.adapter,
         )
+        pool = self.kv_cache_manager.block_pool
+        pins = self.compression.pin_blocks
+        self._prefixes = Prefixes(self._segments, pool, pool.num_gpu_blocks // 4 if pins == "auto" else pins)
         self._samples = Samples(sample_room.positions(self.vllm_config, self.compression))
         self._found: dict[str, list[Segment]] = {}  # by waiting requests
         self._renamed: set[str] = set()  # requests whose blocks are named after the chain that they begin with
@@ -147,10 +154,22 @@ class KnownRequests(SchedulerHooks):
         if chain:
             self._stories[request_id] = replace(
                 self._stories[request_id],
+                pinned=self._keep_prefix(request, chain),
                 segments=len(chain),
                 entries_held=packed_in(chain) * self.block_size,
                 held_out_error=max(segment.error for segment in chain),
             )
+
+    def _keep_prefix(self, request: Request, chain: list[Segment]) -> bool:
+        """List what a request made of a prefix; returns whether that is pinned."""
+        if (wish := self._wish(request)) is None or request.status != RequestStatus.FINISHED_LENGTH_CAPPED:
+            return False
+        return self._prefixes.keep(wish, request.num_prompt_tokens, chain)
+
+    @staticmethod
+    def _wish(request: Request) -> Wish | None:
+        """That its prompt is sculpted to the end, for others, and no answer is wanted."""
+        return None if request.sampling_params is None else wish_of(request.sampling_params.extra_args)
 
     def _why_exact(self, request: Request) -> Reason | None:
         """Why nothing of a request is compressed, as far as is known of it now; None where something is."""
@@ -166,7 +185,7 @@ class KnownRequests(SchedulerHooks):
             return Reason.NO_SAMPLING
         config = self._config(request)
         why = spans.why_exact(config, self._num_known(request), self.block_size, params.max_tokens)
-        if why == Reason.FEW_OUTPUT_TOKENS and self._cannot_be_exact(request):
+        if why == Reason.FEW_OUTPUT_TOKENS and (self._cannot_be_exact(request) or self._wish(request)):
             why = None
         # The tokens of embeddings are placeholders, or not there.
         tokens = request.all_token_ids if request.prompt_embeds is None else None

@@ -69,7 +69,7 @@ class LongTails(PrefixHits):
         if not has_room or not self._comes_back_at_once(request, span):
             return False
         steps = self._speed.steps(config, span.tokens)
-        return self._alone or steps < request.max_tokens - request.num_output_tokens
+        return self._alone or self._wish(request) is not None or steps < request.max_tokens - request.num_output_tokens
 
     def _comes_back_at_once(self, request: Request, span: spans.Span) -> bool:
         """Whether `admits` will let it in again: an answer that is being written is not to wait for others' ends."""

@@ -10,8 +10,8 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.request import Request, RequestStatus
 
 from kvsculpt_vllm.engine.compat.scheduler import GROUP, name_by_tokens, name_from
-from kvsculpt_vllm.engine.scheduler.known_requests import KnownRequests
 from kvsculpt_vllm.engine.scheduler.segments import Segment, end_of
+from kvsculpt_vllm.engine.scheduler.store_hits import StoreHits
 from kvsculpt_vllm.engine.scheduler.story import Story
 from kvsculpt_vllm.engine.shared import spans
 from kvsculpt_vllm.engine.shared.commands import Settled
@@ -21,7 +21,7 @@ from kvsculpt_vllm.engine.shared.record import printable
 logger = init_logger("vllm.kvsculpt")
 
 
-class PrefixHits(KnownRequests):
+class PrefixHits(StoreHits):
     """The answers to what vLLM's scheduler asks of a prompt before it is computed."""
 
     def find_prefix(self, request: Request) -> tuple[KVCacheBlocks, int] | None:
@@ -58,7 +58,7 @@ class PrefixHits(KnownRequests):
         Their queries are not seen, so that no segment can be made of them before they are computed again, with all that
         is new: after the first token, which comes sooner for them. Where much is new they are computed now.
         """
-        if request.request_id in self._rewound or self._cannot_be_exact(request):
+        if request.request_id in self._rewound or self._cannot_be_exact(request) or self._wish(request):
             return False
         new = request.num_tokens - (chain[-1].end + tail) * self.block_size
         again = max(self._config(request).segment // 2, tail * self.block_size)
@@ -68,14 +68,6 @@ class PrefixHits(KnownRequests):
         """Whether what lies behind a chain is to become a segment."""
         config = self._config(request)
         return 0 < config.decode <= request.num_tokens - config.window - end_of(chain) * self.block_size
-
-    def _chain_for(self, request: Request) -> list[Segment]:
-        # An answer that is too short to have its prompt compressed is not too short to find it.
-        wanted = self._why_exact(request) in (None, Reason.FEW_OUTPUT_TOKENS)
-        if not wanted or not self.kv_cache_manager.prefix_cache_lookup_enabled(request):
-            return []
-        config = self._config(request)
-        return self._segments.find(request, config, request.num_tokens - config.window)
 
     def _rename(self, request: Request) -> None:
         """The names of its blocks are about to change."""
@@ -96,7 +88,7 @@ class PrefixHits(KnownRequests):
             return blocks, num_tokens
         (found,) = blocks.blocks
         held = sum(block.ref_cnt > 0 for block in found[: span.blocks])
-        if not span.pays(span.blocks - held) and not self._cannot_be_exact(request):
+        if not (span.pays(span.blocks - held) or self._cannot_be_exact(request) or self._wish(request)):
             self._shared.add(request_id)
             return blocks, num_tokens
         self._shortened[request_id] = {block.block_id for block in found}
@@ -120,6 +112,8 @@ class PrefixHits(KnownRequests):
         """
         if request.status == RequestStatus.RUNNING or not self.running:
             return True
+        if self.waits_for_room(request):
+            return False
         own = self._span_behind(request, self._found.get(request.request_id, []))
         to_come = [own, *(self._next_span(r) for r in self.running if r.request_id not in self._failed)]
         planned = [span for span in to_come if span is not None and 2 * span.packed_blocks < span.blocks]
@@ -170,6 +164,8 @@ class PrefixHits(KnownRequests):
             found = request_id in self._found
             if request.num_preemptions == 0 and (found or self._why_exact(request) is None):
                 self._count(hits=int(found), misses=int(not found))
+                if not self._wish(request):
+                    self._prefixes.used(self._found.get(request_id, ()))
             self._known[request_id] = request.num_tokens
             self._rewound.discard(request_id)
         if chain := self._found.pop(request_id, None):
@@ -197,18 +193,22 @@ class PrefixHits(KnownRequests):
             story = replace(story, tokens_found=story.tokens_found + found)
         elif not story.tokens_sculpted:  # else it finds its own again, after it lost its blocks
             story = replace(story, tokens_found=found)
+        read = sum(segment.tokens for segment in segments if segment.read_for == request_id)
+        story = replace(story, tokens_read=max(story.tokens_read, read))
         self._stories[request_id] = story
 
     def limit_chunk(self, request: Request, first: int, num_tokens: int) -> int:
         """Tokens to compute now, of `num_tokens` from position `first` on.
 
         None while the end of a prompt is compressed and alone, so that its answer is not over before anything could
-        read the segment. No more than there is room for, of queries and of blocks, while its segments are made. And
-        never a single one, if a step can be waited for: on a GPU a chunk of one token runs as a decode, from a recorded
-        graph, where its query is not sampled.
+        read the segment; nor while a prefix is sculpted that wants no answer. No more than there is room for, of
+        queries and of blocks, while its segments are made. And never a single one, if a step can be waited for: on a
+        GPU a chunk of one token runs as a decode, from a recorded graph, where its query is not sampled.
         """
         request_id, left = request.request_id, request.num_tokens - first - num_tokens
         if request.status == RequestStatus.RUNNING and first >= self._num_known(request):
+            if self._wish(request) and self._next_span(request) is not None and request_id not in self._failed:
+                return 0  # it has nothing to do but to wait for its segments
             pending = self._pending.get(request_id)
             return 0 if pending is not None and not pending.solved and self._alone else num_tokens
         if self._why_exact(request) is not None:

@@ -23,6 +23,7 @@ from kvsculpt_vllm.engine.shared.commands import (
     CancelCommand,
     CommitCommand,
     ForgetCommand,
+    Loaded,
     Pace,
     SampleCommand,
     SolveCommand,
@@ -56,12 +57,13 @@ class SculptSchedulerMixin(LongTails):
         output = super().schedule(*args, **kwargs)
         self._schedules = False
         meant = [*self._still_meant(commands, output), *self._cancel_what_does_not_pay(), *self._sample(output)]
+        # What ended goes first: a load may be given its blocks.
         gone = [ForgetCommand(blocks)] if (blocks := self._segments.gone()) else []
-        pace: list[Any] = [Pace(self._alone)] if self._pending else []
+        pace: list[Any] = [Pace(self._alone)] if self._pending or self._load else []
         if self._unsampled:
             pace.append(UnsampleCommand(self._unsampled))
             self._unsampled = []
-        attach(output, [*meant, *gone, *pace, *self._take_news(), self._pool_state()])
+        attach(output, [*meant, *gone, *self._take_new_loads(), *pace, *self._take_news(), self._pool_state()])
         return output
 
     def _still_meant(
@@ -80,8 +82,11 @@ class SculptSchedulerMixin(LongTails):
                 yield command
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
-        for solved in attached(model_runner_output):
-            self._hear(solved)
+        for answer in attached(model_runner_output):
+            if isinstance(answer, Loaded):
+                self._hear_loaded(answer)
+            else:
+                self._hear(answer)
         self._end_hopeless()
         return super().update_from_output(scheduler_output, model_runner_output)
 
@@ -154,10 +159,12 @@ class SculptSchedulerMixin(LongTails):
             self._defer(request, Reason.NO_FREE_BLOCKS, f"{span.packed_blocks} free blocks needed, {free} there")
             if len(self.running) == 1 and self._cannot_be_exact(request):
                 self.end_with_error(request)  # nobody will free any
+            elif not self._pending and all(self._wish(r) and self._is_computed(r) for r in self.running):
+                self._fail(request, Reason.NO_ROOM)  # prefixes that wait for each other
             return None
         steps = self._speed.steps(config, span.tokens)
         ends = self._is_computed(request) and steps >= request.max_tokens - request.num_output_tokens
-        if ends and not self._alone:
+        if ends and not self._alone and not self._wish(request):
             if self._defer(request, Reason.ENDS_TOO_SOON, f"its answer would end before the {steps} steps it takes"):
                 self._speed.doubt(config)
             return None
@@ -279,7 +286,7 @@ class SculptSchedulerMixin(LongTails):
         self._told.add(request_id)
         return CommitCommand(
             request_id=request_id,
-            first_block=segment.packed[0].block_id,
+            packed=[block.block_id for block in segment.packed],
             rows={reader.request_id: self._row(reader) for reader in (request, *adopted)},
             samples_from={reader.request_id: self._samples.first(reader.request_id) for reader in (request, *adopted)},
             # Counted with the blocks that the segment took.
@@ -287,6 +294,7 @@ class SculptSchedulerMixin(LongTails):
             steps_waited=self._steps_waited.pop(request_id, 0),
             times_made=1 + self._times_made.pop(request_id, 0),
             first_of_request=first_of_request,
+            store_as=self._name_to_store(segment),
         )
 
     def _adopt_later(self) -> Iterator[AdoptCommand]:
@@ -381,13 +389,28 @@ class SculptSchedulerMixin(LongTails):
 
     def _pays(self, request: Request, span: spans.Span) -> bool:
         """Whether a compression frees more blocks than it takes, if those that adopt the segment let go of theirs, too.
-        A copy frees none, and is made for what follows it.
+        A copy frees none, and is made for what follows it; a prefix is made for those to come.
         """
-        if span.packed_blocks == span.blocks:
+        if span.packed_blocks == span.blocks or self._wish(request):
             return True
         holders = 1 + len(self._adopters(request, span))
         own = self.block_lists.of(request.request_id)[span.first : span.end]
         return span.pays(sum(block.ref_cnt <= holders for block in own))
+
+    def kept_prefixes(self) -> dict[str, Any]:
+        """The prefixes that were sculpted by name, for the front end."""
+        return self._prefixes.told()
+
+    def remove_prefix(self, prefix_id: str, and_its_segments: bool = True) -> bool:
+        """Forget one of them, by its id or name, and free its blocks; returns whether there was one."""
+        return self._prefixes.remove(prefix_id, and_its_segments)
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """See vLLM's; pinned prefixes go, too: they are of the same weights as the rest of the cache."""
+        pinned = self._prefixes.unpin_all()
+        if not (done := super().reset_prefix_cache(*args, **kwargs)):
+            self._prefixes.pin_again(pinned)
+        return done
 
 
 class SculptScheduler(SculptSchedulerMixin, Scheduler):

@@ -11,10 +11,12 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
+from vllm.lora.request import LoRARequest
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.request import Request
@@ -40,6 +42,7 @@ class Segment:
     effort: str  # that it took
     error: float  # held-out
     shared: bool  # its blocks are hashed, so that it is found by others and outlives its holders
+    read_for: str = ""  # the request that it was read from the store for
     serial: int = field(default_factory=count().__next__)  # tells it from another one of the same key
     holders: set[str] = field(default_factory=set)  # requests whose block lists have it
     alive: bool = True
@@ -76,14 +79,31 @@ def packed_in(chain: list[Segment]) -> int:
     return sum(len(segment.packed) for segment in chain)
 
 
+def keys(parent: bytes, tokens: Sequence[int], first: int, lengths: list[int]) -> Iterator[bytes]:
+    """Names of the segments behind `parent` that would stand for so many tokens from position `first` on."""
+    digest, done = hashlib.sha256(parent), first
+    for length in lengths:
+        digest.update(array("i", tokens[done : first + length]).tobytes())
+        done = first + length
+        yield digest.digest()
+
+
 class Segments:
     """All of them, and the chains that requests hold."""
 
-    def __init__(self, pool: BlockPool, model: str, calibration: str, block_size: int, most: int) -> None:
-        """`model` and `calibration` are what entries depend on besides a request's settings; `most` segments are kept,
-        as a worker's directory has room for no more.
+    def __init__(
+        self,
+        pool: BlockPool,
+        model: str,
+        calibration: str,
+        block_size: int,
+        most: int,
+        adapter: Callable[[LoRARequest], Any],
+    ) -> None:
+        """`model` and `calibration` are what entries depend on besides a request's settings, and what `adapter` says of
+        a LoRA adapter; `most` segments are kept, as a worker's directory has room for no more.
         """
-        self._pool, self._block_size, self._most = pool, block_size, most
+        self._pool, self._block_size, self._most, self._adapter = pool, block_size, most, adapter
         self._of_server = [FORMAT, model, calibration, block_size]
         self._by_key: dict[bytes, Segment] = {}  # the oldest first
         self._held: dict[str, list[Segment]] = {}
@@ -107,14 +127,15 @@ class Segments:
         lora = request.lora_request
         parts = [
             *(*self._of_server, config.method, config.keep_ratio, config.budget, config.sink, config.window),
-            None if lora is None else [lora.lora_name, lora.lora_int_id, lora.lora_path],
+            None if lora is None else self._adapter(lora),
             request.cache_salt,
         ]
         return hashlib.sha256(json.dumps(parts).encode()).digest()
 
-    def key(self, parent: bytes, request: Request, first: int, end: int) -> bytes:
+    @staticmethod
+    def key(parent: bytes, request: Request, first: int, end: int) -> bytes:
         """The name of the segment behind `parent` that stands for a request's tokens from position `first` to `end`."""
-        return next(self._keys(parent, request, first, [end - first]))
+        return next(keys(parent, request.all_token_ids, first, [end - first]))
 
     def find(self, request: Request, config: CompressionConfig, most: int) -> list[Segment]:
         """The chain that serves a prompt and stands for at most `most` of its tokens; empty if there is none."""
@@ -133,14 +154,16 @@ class Segments:
         `most` at most.
         """
         lengths = sorted(n for n in self._lengths.get(parent, ()) if first + n <= most)
-        for key in reversed(list(self._keys(parent, request, first, lengths))):
+        for key in reversed(list(keys(parent, request.all_token_ids, first, lengths))):
             segment = self._by_key.get(key)
             if segment is not None and segment.serves(config):
                 return segment
         return None
 
-    def add(self, segment: Segment, first_holder: str) -> None:
-        """A segment that was just made."""
+    def add(self, segment: Segment, first_holder: str | None) -> None:
+        """A segment that was just made, for a request, or read from the store, for whoever comes: its blocks are the
+        caller's to free then.
+        """
         if segment.shared and (older := self._by_key.get(segment.key)) is not None:
             if older.holders or (older.effort == segment.effort and older.error <= segment.error):
                 segment.shared = False  # made twice at once: the older one is found
@@ -154,11 +177,14 @@ class Segments:
             self._by_key[segment.key] = segment
             self._lengths.setdefault(segment.parent, Counter())[segment.tokens] += 1
         self.version += 1
-        self.hold(segment, first_holder)
+        if first_holder is not None:
+            self.hold(segment, first_holder)
+        elif not segment.shared:
+            self._end(segment)
         for old in list(self._by_key.values()):
             if len(self._by_key) <= self._most:
                 break
-            if not old.holders:
+            if not old.holders and old is not segment:
                 self._end(old)
 
     def hold(self, segment: Segment, request_id: str) -> None:
@@ -179,6 +205,18 @@ class Segments:
             if not segment.holders and not segment.shared:
                 self._end(segment)
 
+    def has(self, segment: Segment) -> bool:
+        """Whether a segment, or another make of it, can be found."""
+        return segment.key in self._by_key
+
+    def drop(self, segment: Segment) -> bool:
+        """Forget a segment that may be found and that nobody holds; returns whether it was so."""
+        found = self._by_key.get(segment.key)
+        if found is None or found.holders:
+            return False
+        self._end(found)
+        return True
+
     def gone(self) -> list[int]:
         """First blocks of the segments that have ended since the last call: what they hold now is something else."""
         gone, self._gone = self._gone, []
@@ -188,14 +226,6 @@ class Segments:
         """Those that somebody holds or may find."""
         held = (segment for chain in self._held.values() for segment in chain)
         yield from {id(segment): segment for segment in (*self._by_key.values(), *held)}.values()
-
-    def _keys(self, parent: bytes, request: Request, first: int, lengths: list[int]) -> Iterator[bytes]:
-        """Names of the segments that would stand for so many tokens, ascending, behind `parent`."""
-        digest, done, tokens = hashlib.sha256(parent), first, request.all_token_ids
-        for length in lengths:
-            digest.update(array("i", tokens[done : first + length]).tobytes())
-            done = first + length
-            yield digest.digest()
 
     def _end(self, segment: Segment) -> None:
         """One of its blocks is another's now, or it is not wanted any more."""

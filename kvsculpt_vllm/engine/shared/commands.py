@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvsculpt_vllm.engine.shared.reasons import Outcome, Reason
+from kvsculpt_vllm.store.names import StoredName
 
 _ATTRIBUTE = "kv_compression"
 
@@ -65,7 +66,7 @@ class CommitCommand:
     """From this step on, read what was solved: whoever's block list begins with it."""
 
     request_id: str  # it was solved for
-    first_block: int  # of the segment's packed blocks
+    packed: list[int]  # the segment's blocks
     rows: dict[str, list[int]]
     """New block lists: for each segment its packed blocks and null (0) up to its length, then the tail. Of the request
     itself, unless it has lost its blocks in this very step, and of those that adopt the segment."""
@@ -74,6 +75,7 @@ class CommitCommand:
     steps_waited: int  # scheduler steps in which it could not begin: no blocks were free, or its own were shared
     times_made: int = 1  # more than once where it lost too much
     first_of_request: bool = True  # or the request has segments already
+    store_as: StoredName | None = None  # to be written to the store under this name
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,17 @@ class AdoptCommand:
 
     rows: dict[str, list[int]]
     samples_from: dict[str, int]  # queries of positions before this one are not needed any more, by request
+
+
+@dataclass(frozen=True)
+class LoadCommand:
+    """Read segments from the store into blocks that were taken for them, and publish as many as can be read: the first
+    ones, as each follows the one before it.
+    """
+
+    number: int  # tells loads apart
+    names: list[StoredName]
+    packed: list[list[int]]  # the blocks to fill, by segment
 
 
 @dataclass(frozen=True)
@@ -103,6 +116,14 @@ class Solved:
     by_method: bool = True  # it is what was asked for, and not selection after a failure
     reason: Reason | None = None  # why it failed
     told: bool = False  # the books have heard of the failure
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A worker's answer to a `LoadCommand`."""
+
+    number: int
+    usable: int  # segments, of the first ones, that all ranks have read and published
 
 
 @dataclass(frozen=True)
@@ -145,6 +166,10 @@ class SegmentCounts:
     adopted: int = 0  # segments that a running request took in the place of tokens that it had computed
     evicted: int = 0  # that could be found, and cannot any more
     tokens_found: int = 0  # that were not computed, or not sculpted
+    store_hits: int = 0  # look-ups in the store that found segments
+    store_misses: int = 0  # and those that found none
+    read: int = 0  # segments that were read from the store
+    unreadable: int = 0  # and those that were found there and could not be used
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from kvsculpt_vllm.engine.shared import request_ids
 from kvsculpt_vllm.engine.shared.commands import Deferred, PoolState, SegmentCounts, Settled
 from kvsculpt_vllm.engine.shared.reasons import Outcome, Reason
 from kvsculpt_vllm.engine.shared.record import CompressionRecord, of_all_segments
+from kvsculpt_vllm.store.background import BackgroundStore
 
 STORIES_KEPT = 256
 """Requests of which more is kept than their share in the totals: so many with a compression, and so many without, so
@@ -46,8 +47,9 @@ class Histogram:
 class Ledger:
     """The books of one worker. A request that is preempted and comes back is settled, and counted, again."""
 
-    def __init__(self, block_bytes: int) -> None:
-        self._block_bytes = block_bytes
+    def __init__(self, block_bytes: int, store: BackgroundStore | None = None) -> None:
+        """`store` is what this worker keeps segments in."""
+        self._block_bytes, self._store = block_bytes, store
         self._requests: Counter[tuple[str, str]] = Counter()
         self._deferred: Counter[str] = Counter()
         self._totals: Counter[str] = Counter(
@@ -114,6 +116,7 @@ class Ledger:
             "deferred": {str(reason): count for reason, count in self._deferred.items()},
             **self._totals,
             "found": asdict(self._segments),
+            "store": {} if self._store is None else asdict(self._store.counts()),
             "bytes_freed": self._totals["blocks_freed"] * self._block_bytes,
             "seconds": self._seconds.as_dict(),
             "held_out_error": {stage: histogram.as_dict() for stage, histogram in self._errors.items()},

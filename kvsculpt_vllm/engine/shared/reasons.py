@@ -63,6 +63,11 @@ class Reason(StrEnum):
         Outcome.FALLBACK,
         "too many prompts at once are computed or wait for their compression",
     )
+    NO_ROOM = (
+        "no_room",
+        Outcome.FALLBACK,
+        "of a prefix that is sculpted by name: the pool has no room for its entries beside the blocks they replace",
+    )
     SHARED_BLOCKS = (
         "shared_blocks",
         Outcome.SKIPPED,
@@ -87,3 +92,7 @@ class Reason(StrEnum):
         Outcome.DEFERRED,
         "the pool has no room for the packed prefix beside the blocks it will replace",
     )
+
+
+MEANINGS = {reason.value: reason.meaning for reason in Reason}
+"""By the name, as reports and metrics have it."""

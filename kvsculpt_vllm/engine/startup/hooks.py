@@ -30,6 +30,8 @@ from kvsculpt_vllm.engine.startup.refusals import (
     requested_layout,
 )
 from kvsculpt_vllm.engine.startup.request_checks import install_request_checks
+from kvsculpt_vllm.engine.startup.store_setting import check_store
+from kvsculpt_vllm.store.places import shown
 
 # vLLM sets up handlers for its own loggers only.
 logger = init_logger("vllm.kvsculpt")
@@ -89,6 +91,7 @@ def _with_compression(stock: Callable[..., VllmConfig]) -> Callable[..., VllmCon
         check_config(self, vllm_config)
         config.check_block_size(vllm_config.cache_config.block_size, flag)
         config = resolved(config, vllm_config.model_config)
+        check_store(config, vllm_config)
         _use_our_classes(vllm_config, config)
         _allow_long_steps()
         global _compresses
@@ -152,6 +155,7 @@ def _start_up_line(vllm_config: VllmConfig, config: CompressionConfig, block_siz
     return (
         f"KV compression: active, because --kv-compression is {config.method}. "
         f"Keep ratio {config.keep_ratio:g}, budget {budgets}, prompts from {config.min_tokens} tokens, "
+        f"store {shown(config.store)}, "
         f"block size {vllm_config.cache_config.block_size}{' (chosen, the smallest)' if block_size_chosen else ''}, "
         f"layout {requested_layout() or DEFAULT_LAYOUT}, "
         f"model runner {'V2' if vllm_config.use_v2_model_runner else 'V1'}."

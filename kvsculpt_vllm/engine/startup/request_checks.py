@@ -21,6 +21,7 @@ from kvsculpt_vllm.engine.compat.patches import (
     RENDER,
 )
 from kvsculpt_vllm.engine.shared.capacity import blocks_of_engine, most_tokens
+from kvsculpt_vllm.engine.shared.prefix_wish import WISH_KEY
 from kvsculpt_vllm.engine.shared.spans import is_repetition
 
 if TYPE_CHECKING:
@@ -131,6 +132,10 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 async def _check_at_the_entrance(vllm_config: VllmConfig, request: Any, raw_request: Request | None) -> None:
+    if WISH_KEY in _mapping(getattr(request, "vllm_xargs", None)):
+        from vllm.exceptions import VLLMValidationError
+
+        raise VLLMValidationError(f"{WISH_KEY} is the server's own: POST /kvsculpt/prefixes", parameter=WISH_KEY)
     beam_search = getattr(request, "use_beam_search", False)
     check_request(vllm_config, await settings_of(request, raw_request), beam_search)
 

@@ -45,6 +45,9 @@ class Ranks:
         tensor, pipeline = get_tp_group(), get_pp_group()
         self._groups = tensor, pipeline
         self.place = (pipeline.rank_in_group, tensor.rank_in_group)
+        self.count = tensor.world_size * pipeline.world_size
+        self.number = pipeline.rank_in_group * tensor.world_size + tensor.rank_in_group
+        """Of `count`, which one this is."""
         self.is_first = self.place == (0, 0)
         """The one that speaks for all: it logs, and front ends ask it."""
         self.is_heard = pipeline.is_last_rank and tensor.rank_in_group == 0

@@ -114,7 +114,7 @@ class Compressor:
     def commit(self, command: CommitCommand, block_bytes: int) -> CompressionRecord:
         """Publish what was solved: block lists have it from now on."""
         record = self.state.solved.pop(command.request_id)
-        self.state.directory.publish(command.request_id, command.first_block)
+        self.state.directory.publish(command.request_id, command.packed[0])
         return replace(
             record,
             blocks_freed=command.blocks_freed,

@@ -41,6 +41,7 @@ class Directory:
         self._free_slots = list(range(num_slots, 0, -1))
         self._prepared: dict[str, int] = {}  # request -> slot
         self._published: dict[int, int] = {}  # first block -> slot
+        self._places: dict[int, tuple[list[int], list[int]]] = {}  # by slot, what the table says: to be read at once
 
     def __len__(self) -> int:
         return len(self._prepared) + len(self._published)
@@ -58,6 +59,7 @@ class Directory:
         self._prepared[request_id] = slot
         table = self.prefixes
         table.starts[slot], table.lengths[slot], table.span_blocks[slot] = starts, lengths, span_blocks
+        self._places[slot] = starts.flatten().tolist(), lengths.flatten().tolist()
 
     def publish(self, request_id: str, first_block: int) -> None:
         """From now on, rows with a segment that begins with `first_block` read what was prepared."""
@@ -72,8 +74,7 @@ class Directory:
 
     def places(self, first_block: int) -> tuple[list[int], list[int]]:
         """The first cell and the number of pages of every (layer, head) of a published segment, layers outermost."""
-        slot = self._published[first_block]
-        return self.prefixes.starts[slot].flatten().tolist(), self.prefixes.lengths[slot].flatten().tolist()
+        return self._places[self._published[first_block]]
 
     def forget(self, first_block: int) -> None:
         """The block holds something else now; one that no packed prefix begins with is fine."""

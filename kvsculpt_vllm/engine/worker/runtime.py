@@ -20,6 +20,8 @@ from kvsculpt_vllm.engine.shared.commands import (
     CancelCommand,
     CommitCommand,
     ForgetCommand,
+    LoadCommand,
+    Loaded,
     Pace,
     SampleCommand,
     SolveCommand,
@@ -34,6 +36,7 @@ from kvsculpt_vllm.engine.shared.record import CompressionRecord, log, printable
 from kvsculpt_vllm.engine.worker.agreement import Failure, Ranks, agreed
 from kvsculpt_vllm.engine.worker.compressor import Compressor
 from kvsculpt_vllm.engine.worker.state import CompressionState
+from kvsculpt_vllm.engine.worker.stored import Loading, StoredSegments
 from kvsculpt_vllm.sculpt.slices import Slices
 
 logger = init_logger("vllm.kvsculpt")
@@ -47,7 +50,7 @@ is noticed after it.
 class AnsweringOutput(AsyncModelRunnerOutput):
     """An output that is still being computed, with messages to the scheduler."""
 
-    def __init__(self, output: AsyncModelRunnerOutput, answers: list[Solved]) -> None:
+    def __init__(self, output: AsyncModelRunnerOutput, answers: list[Solved | Loaded]) -> None:
         self._output, self._answers = output, answers
 
     def get_output(self) -> ModelRunnerOutput:
@@ -78,7 +81,7 @@ def _all_through(
     return all(outcome is not None for stage in outcomes for outcome in stage)
 
 
-def _answering(output: ModelRunnerOutput, answers: list[Solved]) -> ModelRunnerOutput:
+def _answering(output: ModelRunnerOutput, answers: list[Solved | Loaded]) -> ModelRunnerOutput:
     output = copy(output)  # vLLM shares one empty output among steps
     attach(output, answers)
     return output
@@ -96,14 +99,17 @@ class Runtime:
         ranks: Ranks,
         block_rows: BlockRows,
         wait_for_device: Callable[[], None],
+        stored: StoredSegments | None = None,
     ) -> None:
         self.state, self.compressor, self.ranks, self.block_rows = state, compressor, ranks, block_rows
+        self.stored = stored
         self._wait_for_device = wait_for_device
         self.block_bytes = sum(map(sum, ranks.gather(state.block_bytes)))  # on all ranks
-        self.ledger = Ledger(self.block_bytes)
+        self.ledger = Ledger(self.block_bytes, None if stored is None else stored.store)
         self._solving: Solving | None = None
+        self._loading: Loading | None = None
         self._alone = False
-        self._answers: list[Solved] = []
+        self._answers: list[Solved | Loaded] = []
         self._failed_at: set[tuple[str, int | None] | None] = set()
 
     def before_step(self, output: SchedulerOutput) -> None:
@@ -132,11 +138,21 @@ class Runtime:
             elif isinstance(command, CancelCommand):
                 self._forget([command.request_id])
                 self.state.unsolve(command.request_id)
+            elif isinstance(command, LoadCommand):
+                # One at a time: the scheduler gives no second one before it has heard of the first.
+                assert self.stored is not None
+                self._loading = self.stored.begin(command)
             elif isinstance(command, Pace):
                 self._alone = command.alone
             elif not isinstance(command, CommitCommand | AdoptCommand | ForgetCommand):
                 self.ledger.hear(command)
-        self._go_on_solving()
+        deadline = time.perf_counter() + self._stall_seconds()
+        self._go_on_loading(deadline)
+        self._go_on_solving(deadline)
+
+    def _stall_seconds(self) -> float:
+        stall_ms = self.state.config.max_stall_ms
+        return (max(stall_ms, ALONE_MS) if self._alone else stall_ms) / 1000
 
     def after_step(self) -> None:
         """What is computed until the next step begins serves no request."""
@@ -155,6 +171,8 @@ class Runtime:
         record = self.compressor.commit(command, self.block_bytes)
         self._replace_rows(command)
         self.ledger.compressed(record, command.first_of_request)
+        if command.store_as is not None and self.stored is not None:
+            self.stored.save(command.store_as, command.packed)
         if self.ranks.is_first:
             log(record)
 
@@ -173,7 +191,22 @@ class Runtime:
         fallback = first_failure.reason if first_failure else None
         self._solving = Solving(command, self.compressor.solve(command, fallback), first_failure)
 
-    def _go_on_solving(self) -> None:
+    def _go_on_loading(self, deadline: float) -> None:
+        """Write what has been read from the store into its blocks. It is published once every rank is through."""
+        if self._loading is None or self.stored is None:
+            return
+        if self._loading.outcome is None:
+            self.stored.go_on(self._loading, deadline, self._alone)
+        outcomes = [count for stage in self.ranks.gather(self._loading.outcome) for count in stage]
+        counts = [count for count in outcomes if count is not None]
+        if len(counts) < len(outcomes):
+            return
+        loading, self._loading, usable = self._loading, None, min(counts)
+        self.stored.conclude(loading, usable)
+        if self.ranks.is_heard:
+            self._answers.append(Loaded(loading.command.number, usable))
+
+    def _go_on_solving(self, deadline: float) -> None:
         """Work on the compression in hand until it is over, or has kept this step waiting for long enough.
 
         It is over once every rank is through with its part.
@@ -181,16 +214,12 @@ class Runtime:
         if self._solving is None:
             return
         if self._solving.outcome is None:
-            self._work(self._solving)
+            self._work(self._solving, deadline)
         outcomes = self.ranks.gather(self._solving.outcome)
         if _all_through(outcomes):
             self._conclude(self._solving, outcomes)
 
-    def _work(self, solving: Solving) -> None:
-        stall_ms = self.state.config.max_stall_ms
-        if self._alone:
-            stall_ms = max(stall_ms, ALONE_MS)
-        deadline = time.perf_counter() + stall_ms / 1000
+    def _work(self, solving: Solving, deadline: float) -> None:
         while True:
             try:
                 next(solving.slices)

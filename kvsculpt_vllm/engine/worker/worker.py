@@ -6,15 +6,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
+import vllm
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
+from kvsculpt_vllm import __version__
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.compat.worker import BlockRows
 from kvsculpt_vllm.engine.shared.ledger import Ledger
+from kvsculpt_vllm.engine.shared.stores import PATIENCE_SECONDS, opened
 from kvsculpt_vllm.engine.startup.refusals import check_attention_layers
 from kvsculpt_vllm.engine.worker.agreement import Ranks
 from kvsculpt_vllm.engine.worker.compressor import Compressor
@@ -23,6 +26,7 @@ from kvsculpt_vllm.engine.worker.pages import PageFormat
 from kvsculpt_vllm.engine.worker.rank_curves import curves_of_rank
 from kvsculpt_vllm.engine.worker.runtime import Runtime
 from kvsculpt_vllm.engine.worker.state import BoundLayer, CompressionState
+from kvsculpt_vllm.engine.worker.stored import StoredSegments
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker
@@ -75,7 +79,9 @@ class SculptWorkerMixin(Worker):
         )
         compressor = Compressor(state, rotaries, layers[0].impl.scale, curves)
         block_rows = BlockRows(self.model_runner)
-        self.kv_compression = Runtime(state, compressor, ranks, block_rows, self.wait_for_device)
+        store = opened(state.config)
+        stored = None if store is None else StoredSegments(state, store, ranks.number, ranks.count, self._about(state))
+        self.kv_compression = Runtime(state, compressor, ranks, block_rows, self.wait_for_device, stored)
         for index, layer in enumerate(layers):
             assert isinstance(layer.impl, Bindable)
             layer.impl.bound = BoundLayer(state, index)
@@ -105,6 +111,37 @@ class SculptWorkerMixin(Worker):
     def kv_compression_request(self, request_id: str) -> dict[str, Any] | None:
         """What became of one request, None if it is not known (any more); for `collective_rpc`."""
         return self._ledger.find(request_id)
+
+    def kv_compression_block_bytes(self) -> int:
+        """Bytes of a block on all ranks; for `collective_rpc`."""
+        assert self.kv_compression is not None
+        return self.kv_compression.block_bytes
+
+    def kv_compression_flush(self, seconds: float) -> bool:
+        """Wait until all segments that were made are in the store, or some time is over; for `collective_rpc`. Returns
+        whether they are.
+        """
+        assert self.kv_compression is not None
+        return self.kv_compression.stored is None or self.kv_compression.stored.store.flush(seconds)
+
+    def shutdown(self) -> None:
+        """See vLLM's; what is still to be written to the store gets some time for it."""
+        if self.kv_compression is not None and self.kv_compression.stored is not None:
+            self.kv_compression.stored.store.close(PATIENCE_SECONDS)
+        super().shutdown()
+
+    def _about(self, state: CompressionState) -> dict[str, str]:
+        """What a file in the store says of who wrote it, for people: its name says what it is."""
+        config, model = state.config, self.model_config
+        return {
+            "model": str(model.model),
+            "dtype": str(model.dtype),
+            "block_size": str(self.cache_config.block_size),
+            "method": config.method,
+            "keep_ratio": f"{config.keep_ratio:g}",
+            "budget": config.budget,
+            "written_by": f"kvsculpt-vllm {__version__}, vLLM {vllm.__version__}",
+        }
 
     @property
     def _ledger(self) -> Ledger:

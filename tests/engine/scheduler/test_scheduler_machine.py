@@ -6,8 +6,9 @@ After every step no block may be lost, owned twice, hashed wrongly, or read by a
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import pytest
@@ -33,6 +34,8 @@ from kvsculpt_vllm.engine.shared.commands import (
     CommitCommand,
     Deferred,
     ForgetCommand,
+    LoadCommand,
+    Loaded,
     PoolState,
     SampleCommand,
     Settled,
@@ -42,7 +45,10 @@ from kvsculpt_vllm.engine.shared.commands import (
     attach,
     attached,
 )
+from kvsculpt_vllm.engine.shared.prefix_wish import TOKENS, Wish
 from kvsculpt_vllm.engine.shared.reasons import Reason
+from kvsculpt_vllm.store.background import StoreAway
+from kvsculpt_vllm.store.names import StoredName
 
 BLOCK, NUM_BLOCKS, MAX_TOKENS, GENERATED = 32, 40, 4096, 5
 EVENTS = (
@@ -58,6 +64,11 @@ EVENTS = (
     "rewound",
     "chain",
     "found",
+    "read",
+    "unreadable",
+    "prefix",
+    "pin",
+    "no room to pin",
 )
 SETTINGS = {"method": "select", "keep_ratio": 0.3, "min_tokens": 64, "window": 32, "segment": 256, "decode": 256}
 
@@ -106,10 +117,48 @@ class Packed:
         return ("packed", self.command.request_id, self.command.attempt)
 
 
+class Store:
+    """What was written, found after some look-ups or never: a double of the store, for scheduler and workers."""
+
+    writable = True
+
+    def __init__(self) -> None:
+        self.names: dict[bytes, list[StoredName]] = defaultdict(list)
+        self.packed: dict[StoredName, Packed] = {}
+        self.late: list[tuple[Future, object]] = []  # answers that are not there yet
+        self.away = False
+
+    def submit(self, work) -> Future:
+        future: Future = Future()
+        self.late.append((future, work))
+        return future
+
+    def answer(self) -> None:
+        """Give the oldest answer that is missing."""
+        if self.late:
+            future, work = self.late.pop(0)
+            future.set_exception(StoreAway()) if self.away else future.set_result(work(self))
+
+    def find(self, parent: bytes, ranks: int) -> list[StoredName]:
+        assert ranks == 1
+        return list(self.names[parent])
+
+    def avoid(self, name: StoredName, ranks: int) -> None:
+        self.names[name.parent] = [other for other in self.names[name.parent] if other != name]
+
+    def save(self, name: StoredName, packed: Packed) -> None:
+        assert name.tokens == packed.command.span_tokens and name.blocks == len(packed.command.packed)
+        self.names[name.parent].append(name)
+        self.packed[name] = packed
+
+
 class Worker:
     """What the workers would know and hold: block lists, the content of blocks, segments."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.loading_fails = False
+        self.loading: tuple[LoadCommand, int, int] | None = None  # steps that it still takes, segments that are usable
         self.content: dict[int, list] = {}  # block -> what each slot holds
         self.rows: dict[str, list[int]] = {}
         self.prompts: dict[str, list[int]] = {}
@@ -123,7 +172,7 @@ class Worker:
         self.told: Counter[str] = Counter()  # how often the books heard what became of a request
         self.pool: PoolState | None = None
 
-    def execute(self, output, steps: int, fails: bool | str) -> list[Solved]:
+    def execute(self, output, steps: int, fails: bool | str) -> list[Solved | Loaded]:
         """One step; a solve that begins takes so many more, and `fails` says whether it does at the end, or that it
         loses too much.
         """
@@ -131,8 +180,10 @@ class Worker:
             if isinstance(command, CommitCommand):
                 self.told[command.request_id] += 1
                 solved = self.solved.pop(command.request_id)
-                assert command.first_block == solved.command.packed[0]
-                self.directory[command.first_block] = solved
+                assert command.packed[0] == solved.command.packed[0]
+                self.directory[command.packed[0]] = solved
+                if command.store_as is not None:
+                    self.store.save(command.store_as, solved)
                 assert all(solved in self.replace(request_id, row) for request_id, row in command.rows.items())
             elif isinstance(command, AdoptCommand):
                 for request_id, row in command.rows.items():
@@ -175,6 +226,10 @@ class Worker:
                     self.sampled.pop(request_id, None)
             elif isinstance(command, SolveCommand):
                 self.begin(command, steps, fails)
+            elif isinstance(command, LoadCommand):
+                assert self.loading is None
+                self.loading_fails = bool(fails) or steps == 1
+                self.loading = command, steps, len(command.names) - self.loading_fails
             elif isinstance(command, CancelCommand):
                 if self.solving is not None and self.solving[0].request_id == command.request_id:
                     self.solving, self.cancelled = None, self.cancelled + 1
@@ -183,6 +238,12 @@ class Worker:
                 self.told[command.request_id] += 1
             elif isinstance(command, PoolState):
                 self.pool = command
+        if self.loading is not None:
+            load, left, usable = self.loading
+            self.loading = load, left - 1, usable
+            if left == 0:
+                self.loading = None
+                answers.append(self.publish(load, usable))
         if self.solving is not None:
             command, left, failed = self.solving
             self.solving = command, left - 1, failed
@@ -223,6 +284,17 @@ class Worker:
             return Solved(command.request_id, command.attempt, succeeded=False, reason=Reason.EXCEPTION, told=True)
         self.solved[command.request_id] = packed
         return Solved(command.request_id, command.attempt)
+
+    def publish(self, load: LoadCommand, usable: int) -> Loaded:
+        """A load ends. What is unusable may have been written, too."""
+        for name, blocks in zip(load.names, load.packed, strict=True):
+            stored = self.store.packed[name]
+            packed = replace(stored, command=replace(stored.command, packed=blocks))
+            for block in blocks:
+                self.content[block] = [packed.content] * BLOCK
+            if load.names.index(name) < usable:
+                self.directory[blocks[0]] = packed
+        return Loaded(load.number, usable)
 
     def replace(self, request_id: str, commanded: list[int]) -> list[Packed]:
         """A new block list for a request; returns the segments that it begins with."""
@@ -300,7 +372,8 @@ class Machine(RuleBasedStateMachine):
         # Steps that are scheduled before the first one's tokens are known.
         self.depth = depth if asynchronous else 0
         self.pool = self.scheduler.kv_cache_manager.block_pool
-        self.blocks, self.worker, self.count = blocks, Worker(), 0
+        self.blocks, self.worker, self.count = blocks, Worker(Store()), 0
+        self.scheduler._store = self.worker.store
         self.in_flight, self.hashed = [], {}
 
     @rule(
@@ -345,12 +418,40 @@ class Machine(RuleBasedStateMachine):
     def write_a_long_answer(self, length, generate):
         self.add([30_000 + 2000 * self.count + i for i in range(length)], generate, None)
 
-    def add(self, tokens, generate, compress):
+    @rule(data=st.data(), more=st.integers(1, 200))
+    @precondition(lambda self: self.worker.store.packed and len(self.scheduler.requests) < 6)
+    def arrive_with_a_prompt_that_was_stored(self, data, more):
+        stored = data.draw(st.sampled_from(sorted(self.worker.store.packed.values(), key=lambda p: p.tokens)))
+        self.add(stored.tokens[:560] + [9001 + self.count] * more, 20, None)
+
+    @rule(
+        length=st.integers(100, 560),
+        family=st.integers(0, 2),
+        pin=st.booleans(),
+        ttl=st.sampled_from([None, None, 0.001]),
+    )
+    @precondition(lambda self: len(self.scheduler.requests) < 6)
+    def have_a_prefix_sculpted(self, length, family, pin, ttl):
+        wish = Wish(f"p{self.count}", pin=pin, ttl=ttl)
+        self.add([family * 1000 + i % 900 for i in range(length)], TOKENS, None, wish)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.scheduler._prefixes._prefixes)
+    def remove_a_prefix(self, data):
+        prefix_id = data.draw(st.sampled_from(sorted(self.scheduler._prefixes._prefixes)))
+        assert self.scheduler.remove_prefix(prefix_id)
+
+    @rule(away=st.booleans())
+    def the_store_comes_and_goes(self, away):
+        self.worker.store.away = away
+
+    def add(self, tokens, generate, compress, wish=None):
         self.count += 1
+        extra_args = {} if compress is None else {"kv_compression": compress}
         params = SamplingParams(
             max_tokens=generate,
             ignore_eos=True,
-            extra_args=None if compress is None else {"kv_compression": compress},
+            extra_args=extra_args | (wish.as_extra_arg() if wish else {}),
         )
         params.update_from_generation_config({}, eos_token_id=0)
         self.scheduler.add_request(Request(f"r{self.count}", tokens, params, None, block_hasher=self.hasher))
@@ -359,6 +460,8 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.scheduler.has_requests() or self.in_flight)
     def step(self, steps, fails):
         """Schedule one step, execute it, and hear of the oldest one in flight."""
+        if steps < 5:
+            self.worker.store.answer()
         if self.scheduler.has_requests():
             output = self.scheduler.schedule()
             answers = self.worker.execute(output, steps, fails)
@@ -375,7 +478,15 @@ class Machine(RuleBasedStateMachine):
             )
             held = map(len, self.scheduler._segments._held.values())
             self.seen["chain"] += any(length > 1 for length in held)
-            self.seen["failure"] += sum(not answer.succeeded for answer in answers)
+            solved = [answer for answer in answers if isinstance(answer, Solved)]
+            self.seen["failure"] += sum(not answer.succeeded for answer in solved)
+            loads = [command for command in attached(output) if isinstance(command, LoadCommand)]
+            self.seen["read"] += len(loads)
+            self.seen["unreadable"] += bool(loads) and self.worker.loading_fails
+            kept = self.scheduler._prefixes._prefixes.values()
+            self.seen["prefix"] += any(prefix.chain for prefix in kept)
+            self.seen["pin"] += any(prefix.pinned for prefix in kept)
+            self.seen["no room to pin"] += any(p.wish.pin and p.chain and not p.pinned for p in kept)
             self.seen["deferral"] += sum(isinstance(command, Deferred) for command in attached(output))
             self.seen["preemption"] += len(output.preempted_req_ids or ())
             self.seen["hit"] += any(new.num_computed_tokens for new in output.scheduled_new_reqs)
@@ -419,6 +530,10 @@ class Machine(RuleBasedStateMachine):
         (manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         owners = Counter(b.block_id for blocks in manager.req_to_blocks.values() for b in blocks if not b.is_null)
         owners.update(b.block_id for pending in self.scheduler._pending.values() for b in pending.packed)
+        load = self.scheduler._load
+        owners.update(b.block_id for blocks in (load.packed if load else ()) for b in blocks)
+        pinned = (prefix for prefix in self.scheduler._prefixes._prefixes.values() if prefix.pinned)
+        owners.update(b.block_id for prefix in pinned for segment in prefix.chain for b in segment.packed)
         for block in self.pool.blocks:
             if not block.is_null:
                 assert block.ref_cnt == owners[block.block_id]
@@ -444,6 +559,7 @@ class Machine(RuleBasedStateMachine):
     def the_directory_knows_what_packed_blocks_hold(self):
         if hasattr(self, "scheduler") and not self.in_flight:
             published = {segment.packed[0].block_id for segment in self.scheduler._segments.alive()}
+            assert self.scheduler._prefixes.pinned_blocks <= self.scheduler._prefixes.most_pinned
             ended = set(self.scheduler._segments._gone)  # the workers hear of them before the next step
             assert set(self.worker.directory) - ended == published
             for segment in self.scheduler._segments.alive():
@@ -456,11 +572,13 @@ class Machine(RuleBasedStateMachine):
         """Let everything finish: all blocks come back."""
         if not hasattr(self, "scheduler"):
             return
-        for _ in range(2000):
+        for number in range(2000):
             if not (self.scheduler.has_requests() or self.in_flight):
                 break
-            self.step(0, fails=False)
+            self.step(number % 2, fails=False)  # of the loads every other one fails
         assert not self.scheduler.has_requests()
+        for prefix_id in list(self.scheduler._prefixes._prefixes):
+            self.scheduler.remove_prefix(prefix_id)
         self.worker.execute(self.scheduler.schedule(), 0, fails=False)
         assert self.pool.get_num_free_blocks() == self.blocks - 1
         assert not self.worker.solved and not self.worker.solving and not self.scheduler._pending
@@ -473,6 +591,7 @@ class Machine(RuleBasedStateMachine):
         forgotten = (
             *("configs", "whys", "known", "spans", "looked_at", "pending", "times_made", "stories", "told", "failed"),
             *("steps_waited", "shared", "shortened", "rewound", "rewound_at", "refused", "found", "renamed"),
+            *("look_ups", "new_loads"),
         )
         assert not any(known[f"_{name}"] for name in forgotten)
         assert not self.scheduler._samples._kept and not self.worker.sampled

@@ -62,7 +62,7 @@ def let_go(segments, pool, segment, holder="maker"):
 
 
 def make(pool, most=100, calibration="none"):
-    return Segments(pool, "model", calibration, BLOCK, most)
+    return Segments(pool, "model", calibration, BLOCK, most, lambda lora: lora.lora_path)
 
 
 LORA = LoRARequest("a", 1, "/a")

@@ -1,0 +1,33 @@
+"""The wish to have a prefix sculpted and kept, without an answer: what an engine's request carries for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+WISH_KEY = "kvsculpt_prefix"
+"""The entry of a request's extra arguments. No client can send it: the API server refuses it at its entrance."""
+
+TOKENS = 2
+"""Of the answer: the first comes with the prompt, and then the request waits until its last segment is made."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Keep the beginning of a prompt."""
+
+    prefix_id: str
+    name: str = ""
+    pin: bool = False  # it is not evicted
+    ttl: float | None = None  # seconds for which it is kept as one, and pinned
+
+    def as_extra_arg(self) -> dict[str, Any]:
+        """The entry."""
+        return {WISH_KEY: asdict(self)}
+
+
+def wish_of(extra_args: Mapping[str, Any] | None) -> Wish | None:
+    """The wish that a request's extra arguments carry."""
+    given = (extra_args or {}).get(WISH_KEY)
+    return None if given is None else Wish(**given)
