@@ -19,14 +19,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
 from vllm import envs
 from vllm.logger import init_logger
-from vllm.v1.engine.exceptions import EngineDeadError
 
 from kvsculpt_vllm.config import CompressionConfig
+from kvsculpt_vllm.serving import prefixes
 from kvsculpt_vllm.serving.metrics import text_of
 from kvsculpt_vllm.serving.monitor import NEWEST, Monitor, totals_of_all
-
-SHORT_SECONDS, PATIENCE_SECONDS = 1.0, 10.0
-"""How long a question waits for an engine that is in a long step: for news, and where nothing is known otherwise."""
+from kvsculpt_vllm.serving.patience import PATIENCE_SECONDS, SHORT_SECONDS, answered
+from kvsculpt_vllm.store.places import shown
 
 logger = init_logger("vllm.kvsculpt")
 
@@ -48,6 +47,7 @@ class Stats(BaseModel):
     segments: int  # made
     remade: int
     found: dict[str, int]
+    store: dict[str, Any]  # what became of its files; empty without one
     seconds: dict[str, Any]
     held_out_error: dict[str, Any]
     pool: dict[str, int]
@@ -86,6 +86,7 @@ def _require_key(request: Request) -> None:
 
 
 router = APIRouter(prefix="/kvsculpt", dependencies=[Depends(_require_key)])
+router.include_router(prefixes.router)
 
 
 def _monitor(request: Request) -> Monitor:
@@ -96,7 +97,7 @@ async def _refreshed(request: Request) -> Monitor:
     """What is known after a short wait for news; a longer one where nothing is known."""
     monitor = _monitor(request)
     for patience in (SHORT_SECONDS, PATIENCE_SECONDS):
-        await _answered(monitor.refresh(patience))
+        await answered(monitor.refresh(patience))
         if monitor.age is not None:
             return monitor
     raise HTTPException(503, "the engine is in a long step and has not answered yet: try again")
@@ -108,7 +109,8 @@ async def stats(request: Request) -> Stats:
     monitor = await _refreshed(request)
     config = CompressionConfig.from_additional_config(monitor.client.vllm_config.additional_config)
     assert monitor.age is not None  # or `_refreshed` had raised
-    return Stats(settings=config.model_dump(), age_seconds=monitor.age, **totals_of_all(monitor.stats))
+    settings = config.model_dump() | {"store": shown(config.store)}
+    return Stats(settings=settings, age_seconds=monitor.age, **totals_of_all(monitor.stats))
 
 
 @router.get("/requests")
@@ -120,7 +122,7 @@ async def newest_requests(request: Request, limit: int = Query(NEWEST, ge=1, le=
 @router.get("/requests/{request_id:path}")
 async def one_request(request: Request, request_id: str) -> dict[str, Any]:
     """What became of one request, by the id in its answer; with budgets and errors by head."""
-    stories = await _answered(_monitor(request).ask("kv_compression_request", request_id, patience=PATIENCE_SECONDS))
+    stories = await answered(_monitor(request).ask("kv_compression_request", request_id, patience=PATIENCE_SECONDS))
     found = [story for story in stories if story is not None]
     if not found:
         raise HTTPException(404, "no such request among the newest ones whose prompt was computed")
@@ -142,16 +144,6 @@ def _digest_of(tag: str) -> str:
     """A Content-Security-Policy source for the page's one inline element `tag`."""
     content = PAGE.split(f"<{tag}>", 1)[1].split(f"</{tag}>", 1)[0]
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
-
-
-async def _answered(question: Any) -> Any:
-    """The answer, or the HTTP error that says why there is none."""
-    try:
-        return await question
-    except TimeoutError:
-        raise HTTPException(503, "the engine is in a long step and has not answered in time: try again") from None
-    except EngineDeadError:
-        raise HTTPException(503, "the engine has stopped") from None
 
 
 class SculptEndpoints:

@@ -8,11 +8,12 @@ from openai import OpenAI
 
 from kvsculpt_vllm.models import fast_dtype
 from kvsculpt_vllm.serving.launch import serve
+from servers import KEY, PIN_BLOCKS
 
-KEY = "a secret"
 FLAGS = ("--max-model-len", "4096", "--kv-cache-memory-bytes", str(1 << 29), "--enforce-eager", "--block-size", "32")
 FLAGS += ("--dtype", fast_dtype())
 FLAGS += ("--kv-compression", "sculpt", "--kv-compression-effort", "fast", "--served-model-name", "tiny")
+FLAGS += ("--kv-compression-pin-blocks", str(PIN_BLOCKS))
 FLAGS += ("--enable-scale-out",)  # /inference/v1/generate and what renders requests for it
 
 
