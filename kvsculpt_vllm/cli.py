@@ -279,6 +279,59 @@ def doctor(
     raise typer.Exit(0 if well else 1)
 
 
+class _WithEngineFlags(TyperCommand):
+    """Takes what follows ``--`` for flags of ``vllm serve``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        ctx.meta["engine_flags"] = args[end + 1 :]
+        return super().parse_args(ctx, args[:end])
+
+
+@app.command(cls=_WithEngineFlags, options_metavar="[OPTIONS] [-- FLAGS OF VLLM SERVE]")
+def precompute(
+    ctx: typer.Context,
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE…",
+            show_default=False,
+            help="Texts, one prefix each, or .jsonl files with a list of chat messages on each line.",
+        ),
+    ],
+    store: Annotated[str, typer.Option(help="The server's --kv-compression-store.")],
+    model: Model = "smollm2-135m",
+    effort: Annotated[
+        str, typer.Option(help="How well segments are made: fast, balanced, thorough. Servers of any effort use them.")
+    ] = "thorough",
+    json: Annotated[Path | None, typer.Option(metavar="OUT", help="A file for what was made of each prefix.")] = None,
+) -> None:
+    """Sculpt documents and system prompts into a store, before a server is asked about them.
+
+    Requests find them by their tokens: a text as completions begin with it, messages as the chat template renders them.
+    Settings that segments depend on (model, data type, keep ratio, budget, sinks, window, block size, parallelism) must
+    be those of the servers: give their flags behind --.
+    """
+    from kvsculpt_vllm.sculpt.effort import EFFORTS
+
+    if effort not in EFFORTS:
+        raise typer.BadParameter(f"'{effort}' is none of: {', '.join(EFFORTS)}", param_hint="--effort")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from kvsculpt_vllm.precompute import WrongInput
+    from kvsculpt_vllm.precompute import precompute as run
+
+    try:
+        code = run(_directory(model), store, effort, files, ctx.meta["engine_flags"], json)
+    except WrongInput as error:
+        raise typer.BadParameter(str(error), param_hint="FILE…") from None
+    raise typer.Exit(code)
+
+
+def _directory(model: str) -> str:
+    """A model as vLLM takes it: one of ours by its directory."""
+    return str(models.prepare(model)) if model in models.MODELS else model
+
+
 def _names(given: str) -> list[str]:
     return [name.strip() for name in given.split(",") if name.strip()]
 
