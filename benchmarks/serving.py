@@ -1,8 +1,9 @@
 """Stock vLLM and the plugin at the same KV memory, same model, same prompts, alternating in one run.
 
 (a) how many sequences are held at once before one is preempted; (b) throughput, TTFT and TPOT by `vllm bench serve`;
-(c) KV bytes a sequence; (d) how often greedy answers from the sculpted cache agree with exact ones. Prints a table,
-draws a PNG, ends with one JSON line. `pip install '.[bench]'` first; run it on a machine that does nothing else.
+(c) KV bytes a sequence; (d) how often greedy answers from the sculpted cache agree with exact ones; (e) throughput by
+the length of answers, with memory short and with plenty. Prints tables, draws a PNG, ends with one JSON line.
+`pip install '.[bench]'` first; run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from kvsculpt_vllm.serving.launch import Server, read_metrics, serve
 MODEL = "model"  # the name it is served under
 POLL_SECONDS = 0.1
 BLOCK_SIZE = {"cpu": 32, "cuda": 16}
-PARTS = ("capacity", "throughput", "quality")
+PARTS = ("capacity", "throughput", "quality", "answers")
 
 console = Console(stderr=True, log_path=False)
 
@@ -169,6 +170,20 @@ def throughput(system: System, model: Path, prompts: list[str], output_tokens: i
     return {"system": system.name, "concurrency": concurrency} | {name: result[name] for name in numbers}
 
 
+def by_answer(systems: list[System], model: Path, prompts: list[str], lengths: list[int]) -> list[dict[str, Any]]:
+    """Throughput of answers of these lengths, all prompts at a time, the systems in turn."""
+    rows = []
+    for length in lengths:
+        fresh = [f"{length}. {prompt}" for prompt in prompts]  # nothing is found in a prefix cache
+        for system in systems:
+            console.log(f"{system.name}, answers of {length} …")
+            before = system.gauges()["vllm:num_preemptions_total"]
+            row = throughput(system, model, fresh, length, len(fresh))
+            preemptions = int(system.gauges()["vllm:num_preemptions_total"] - before)
+            rows.append({"answer": length, "preemptions": preemptions} | row)
+    return rows
+
+
 def agreement(exact: System, sculpted: System, prompts: list[str], tokens: int) -> dict[str, Any]:
     """How far greedy answers agree, and what the engine says of the compressions they came from."""
     shares, equal_answers, errors, before, after = [], 0, [], [], []
@@ -199,11 +214,12 @@ def agreement(exact: System, sculpted: System, prompts: list[str], tokens: int) 
 
 @contextmanager
 def servers(
-    model: Path, device: str, blocks: int, max_tokens: int, dtype: str, flags: list[str]
+    model: Path, device: str, blocks: int, max_tokens: int, dtype: str, flags: list[str], prefix_caching: bool = False
 ) -> Iterator[tuple[Server, Server]]:
     """Stock vLLM and one with compression, each with so many KV blocks for requests."""
     common = ["--served-model-name", MODEL, "--max-model-len", str(max_tokens), "--block-size", str(BLOCK_SIZE[device])]
-    common += ["--num-gpu-blocks-override", str(blocks + 1), "--no-enable-prefix-caching"]  # one is the null block
+    common += ["--num-gpu-blocks-override", str(blocks + 1)]  # one is the null block
+    common += ["--enable-prefix-caching" if prefix_caching else "--no-enable-prefix-caching"]
     if device == "cpu":
         common += ["--enforce-eager", "--kv-cache-memory-bytes", str(1 << 30)]
     common += ["--dtype", dtype]
@@ -236,6 +252,19 @@ def show(results: dict[str, Any]) -> None:
         out.print(table)
         ratio = results["none_over_stock"]
         out.print(f"plugin, every request none, against stock: {ratio:.3f} of its throughput (median)")
+    if answers := results["answers"]:
+        table = Table("answer", "KV room for", "stock, tokens/s", "sculpt, tokens/s", "ratio", "preemptions")
+        table.title = f"(e) {results['answer_prompt_tokens']}-token prompts, {answers[0]['concurrency']} at a time"
+        for stock, sculpt in zip(answers[::2], answers[1::2], strict=True):
+            rates = stock["output_throughput"], sculpt["output_throughput"]
+            table.add_row(
+                str(stock["answer"]),
+                str(stock["room"]),
+                *(f"{rate:.1f}" for rate in rates),
+                f"{rates[1] / rates[0]:.2f}",
+                f"{stock['preemptions']}, {sculpt['preemptions']}",
+            )
+        out.print(table)
     if (quality := results.get("quality")) is None:
         return
     table = Table("", "exact", "sculpted", title="(c), (d)")
@@ -250,7 +279,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """Two pictures: sequences held, and throughput by concurrency."""
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    figure, (left, right, far) = plt.subplots(1, 3, figsize=(14, 4))
     rows = results["capacity"]
     left.bar([row["system"] for row in rows], [row["held_at_once"] for row in rows])
     left.set_ylabel("sequences held at once")
@@ -264,6 +293,14 @@ def draw(results: dict[str, Any], path: Path) -> None:
         right.plot(levels, medians, "o-", label=name)
     right.set(xlabel="concurrency", ylabel="output tokens/s", ylim=(0, None))
     right.legend()
+    for room in sorted({row["room"] for row in results["answers"]}):
+        for name in ("stock", "sculpt"):
+            rows = [row for row in results["answers"] if row["system"] == name and row["room"] == room]
+            lengths, rates = [row["answer"] for row in rows], [row["output_throughput"] for row in rows]
+            far.plot(lengths, rates, "o-", label=f"{name}, memory for {room}")
+    far.set(xlabel="tokens of an answer", ylabel="output tokens/s", ylim=(0, None))
+    if results["answers"]:
+        far.legend()
     figure.suptitle(f"{results['model']}, {results['prompt_tokens']}-token prompts, {results['device']}")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -280,7 +317,9 @@ def main(
     keep_ratio: float = 0.3,
     effort: str = "fast",
     dtype: Annotated[str, typer.Option(help="On a CPU without bfloat16 instructions float32.")] = fast_dtype(),
-    parts: Annotated[str, typer.Option(help="Separated by commas: capacity, throughput, quality.")] = ",".join(PARTS),
+    parts: Annotated[str, typer.Option(help=f"Separated by commas: {', '.join(PARTS)}.")] = ",".join(PARTS),
+    answers: Annotated[list[int], typer.Option(help="Tokens, of the part `answers`.")] = [64, 256, 1000],  # noqa: B006
+    answer_prompt_tokens: Annotated[int, typer.Option(help="Of the part `answers`.")] = 600,
     rounds: Annotated[int, typer.Option(help="Of stock and none, alternating, for their ratio.")] = 3,
     json_path: Annotated[Path | None, typer.Option("--json")] = None,
     png: Annotated[Path | None, typer.Option("--png")] = None,
@@ -311,8 +350,10 @@ def main(
         "effort": effort,
         "dtype": dtype,
         "sequences": sequences,
+        "answer_prompt_tokens": answer_prompt_tokens,
         "capacity": [],
         "throughput": [],
+        "answers": [],
     }
 
     def measure(room: int, levels: list[int], systems: list[System]) -> None:
@@ -322,6 +363,18 @@ def main(
                 row = throughput(system, directory, prompts[: max(sequences, level)], output_tokens, level)
                 results["throughput"].append({"room": room} | row)
 
+    if "answers" in chosen:
+        short = prompts_of(read_text(text), directory, answer_prompt_tokens, 2 * sequences)
+        longest = answer_prompt_tokens + max(answers) + 64
+        one = math.ceil(longest / BLOCK_SIZE[device])
+        for room in (sequences, 2 * sequences):
+            # Answers are packed as they grow, which takes the prefix cache.
+            with servers(directory, device, room * one, longest, dtype, flags, prefix_caching=True) as pair:
+                both = [System("stock", pair[0], {}), System("sculpt", pair[1], {})]
+                results["answers"] += [{"room": room} | row for row in by_answer(both, directory, short, answers)]
+    if chosen == ["answers"]:
+        finish(results, json_path, png)
+        return
     with servers(directory, device, sequences * blocks, max_tokens, dtype, flags) as (stock_server, plugin_server):
         stock = System("stock", stock_server, {})
         none = System("none", plugin_server, {"kv_compression": "none"})
@@ -352,6 +405,11 @@ def main(
         ):
             roomy = [System("stock", stock_server, {}), System("sculpt", plugin_server, {})]
             measure(4 * sequences, [max(concurrency)], roomy)
+    finish(results, json_path, png)
+
+
+def finish(results: dict[str, Any], json_path: Path | None, png: Path | None) -> None:
+    """Tables, picture, and the JSON line."""
     show(results)
     if png is not None:
         draw(results, png)

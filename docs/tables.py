@@ -350,9 +350,9 @@ def cost() -> str:
     return table(["", "stock vLLM", "every request `none`", "every one sculpted"], rows)
 
 
-def reuse() -> str:
+def sharing() -> str:
     """What a prompt gains that begins like one that was sculpted."""
-    found = json.loads((RESULTS / "reuse-smollm2-135m-cpu.json").read_text(encoding="utf-8"))
+    found = json.loads((RESULTS / "sharing-smollm2-135m-cpu.json").read_text(encoding="utf-8"))
     second, turns, together = (found[name] for name in ("second_question", "conversation", "at_once"))
     rows = [
         [
@@ -468,7 +468,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "paper": paper,
     "cost-small": cost_small,
     "cost": cost,
-    "reuse": reuse,
+    "sharing": sharing,
     "flags": flags,
     "efforts": efforts,
     "refusals": refusals,
