@@ -1,10 +1,7 @@
 """The content of a stored segment: a safetensors file, with a checksum over all of it.
 
-    8 bytes: length n of the header | n bytes: header, JSON | data: keys, values, pages
-
-The header begins with the checksum, whose digits count as zeros in it: SHA-256 of header and data. So a flipped bit is
-found wherever it is, also in what the file says about itself. Any reader of safetensors can open the file. It is
-written and parsed here because the library's functions copy the tensors once more, and check no content.
+The library writes and reads it. A file's metadata has SHA-256 of the file, whose digits count as zeros in it: so a
+flipped bit is found wherever it is, also in what the file says about itself.
 """
 
 from __future__ import annotations
@@ -15,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from kvsculpt_vllm.store.names import StoredName
@@ -25,18 +24,11 @@ FORMAT = 1
 LONGEST_HEADER = 1 << 20
 """Bytes; ours have about a thousand. What claims more is not read."""
 
-_BEGINNING = b'{"__metadata__":{"sha256":"'
-_DIGITS = slice(len(_BEGINNING), len(_BEGINNING) + 64)
-_ZEROS = b"0" * 64
-_DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "U8": torch.uint8,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8)
+"""That entries may have."""
+
+_SIGNED = b'"sha256":"'
+_DIGITS = 64
 
 
 @dataclass
@@ -63,70 +55,65 @@ class StoredSegment:
 
 
 def encode(segment: StoredSegment) -> bytes:
-    """Write a segment as the bytes of a file. They are the only copy that is made of contiguous tensors on the CPU.
+    """Write a segment as the bytes of a file.
 
     Raises:
         ValueError: the tensors do not fit one another, or have a dtype that no file can hold.
     """
     if wrong := _misfit(segment.pages, segment.keys, segment.values):
         raise ValueError(f"cannot be stored: {wrong}")
-    if segment.keys.dtype not in _NAMES:
-        raise ValueError(f"entries are {segment.keys.dtype}, allowed: {', '.join(map(str, _NAMES))}")
-    parts = [_bytes_of(tensor) for tensor in (segment.keys, segment.values, segment.pages)]
-    header = _header(segment)
-    digest = hashlib.sha256(header)
-    for part in parts:
-        digest.update(part)
-    header[_DIGITS] = digest.hexdigest().encode()
-    return b"".join([len(header).to_bytes(8, "little"), header, *parts])
+    if segment.keys.dtype not in DTYPES:
+        raise ValueError(f"entries are {segment.keys.dtype}, allowed: {', '.join(map(str, DTYPES))}")
+    tensors = {"keys": segment.keys, "values": segment.values, "pages": segment.pages}
+    metadata = {
+        "format": str(FORMAT),
+        "name": segment.path,
+        "about": json.dumps(segment.about),
+        "sha256": "0" * _DIGITS,
+    }
+    data = bytearray(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata))
+    if (end := header_end(data[:8])) == 8:
+        raise ValueError(f"`about` is too long: the header may have {LONGEST_HEADER} bytes")
+    data[_digits_of(data, end)] = hashlib.sha256(data).hexdigest().encode()
+    return bytes(data)
 
 
 def decode(data: bytes | bytearray | memoryview, name: StoredName, rank: int, ranks: int) -> StoredSegment:
-    """Read the bytes of the file that has this name. The tensors share the memory of a writable `data`.
+    """Read the bytes of the file that has this name.
 
     Raises:
         Unusable: they are not what was written under this name.
     """
-    path, whole = name.path(rank, ranks), memoryview(data).cast("B")
-    header = read_header(bytes(whole[: header_end(bytes(whole[:8]))]), path)
-    if whole.nbytes != header.file_bytes:
-        short = whole.nbytes < header.file_bytes
-        reason = Reason.CUT_OFF if short else Reason.ALTERED
-        raise Unusable(reason, f"{path} has {whole.nbytes} bytes instead of {header.file_bytes}")
-    begin = header.file_bytes - header.data_bytes
-    digest = hashlib.sha256(header.hashed)
-    digest.update(whole[begin:])
-    if digest.hexdigest().encode() != header.digest:
+    path, whole = name.path(rank, ranks), bytearray(data)
+    end = header_end(whole[:8])
+    header = read_header(bytes(whole[:end]), path)
+    if len(whole) != header.file_bytes:
+        reason = Reason.CUT_OFF if len(whole) < header.file_bytes else Reason.ALTERED
+        raise Unusable(reason, f"{path} has {len(whole)} bytes instead of {header.file_bytes}")
+    digits = _digits_of(whole, end)
+    digest = bytes(whole[digits])
+    whole[digits] = b"0" * _DIGITS
+    if hashlib.sha256(whole).hexdigest().encode() != digest:
         raise Unusable(Reason.ALTERED, f"{path} was altered: its checksum is not the one that it was written with")
     if header.path != path:
         raise Unusable(Reason.FOREIGN, f"{path} holds another segment, {header.path}")
-    keys, values, pages = (_tensor(whole, begin, part) for part in header.parts)
+    try:
+        tensors = load(bytes(whole))
+        pages, keys, values = (tensors.pop(label) for label in ("pages", "keys", "values"))
+    except (SafetensorError, KeyError) as error:
+        raise Unusable(Reason.ALTERED, f"{path} was altered: {error!r:.200}") from None
     if wrong := _misfit(pages, keys, values):
         raise Unusable(Reason.OTHER_SHAPE, f"{path}: {wrong}")
     return StoredSegment(name, rank, ranks, pages, keys, values, header.about)
 
 
 @dataclass(frozen=True)
-class Part:
-    """A tensor in the data of a file."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    first: int  # byte, from the beginning of the data
-    end: int
-
-
-@dataclass(frozen=True)
 class Header:
     """What a file says about itself, which only its checksum proves."""
 
-    hashed: bytes  # the header, with zeros for the digits of the checksum
-    digest: bytes
     path: str  # that it was written under
     about: dict[str, str]
-    parts: list[Part]  # keys, values, pages
     file_bytes: int
-    data_bytes: int
 
 
 def read_header(beginning: bytes, path: str) -> Header:
@@ -135,73 +122,48 @@ def read_header(beginning: bytes, path: str) -> Header:
     Raises:
         Unusable: there is no header of ours.
     """
+    length = int.from_bytes(beginning[:8], "little")
     if len(beginning) < 8:
         raise Unusable(Reason.CUT_OFF, f"{path} has only {len(beginning)} bytes")
-    length = int.from_bytes(beginning[:8], "little")
-    if not len(_BEGINNING) + 64 <= length <= LONGEST_HEADER:
-        raise Unusable(Reason.FOREIGN, f"{path} was not written by kvsculpt: it does not begin as its files do")
     raw = beginning[8 : 8 + length]
-    if not raw.startswith(_BEGINNING[: len(raw)]):
-        raise Unusable(Reason.FOREIGN, f"{path} was not written by kvsculpt: its header does not begin as ours do")
+    if length > LONGEST_HEADER or raw[:2] != b'{"'[: len(raw)]:
+        raise Unusable(Reason.FOREIGN, f"{path} was not written by kvsculpt: it does not begin as its files do")
     if len(raw) < length:
         raise Unusable(Reason.CUT_OFF, f"{path} ends within its header")
     try:
-        return _parse(raw, length, path)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        tensors: dict[str, Any] = json.loads(raw)
+        metadata = tensors.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not metadata.keys() >= {"format", "name", "about", "sha256"}:
+            raise Unusable(Reason.FOREIGN, f"{path} was not written by kvsculpt: it does not say what ours say")
+        version = int(metadata["format"])
+        if version > FORMAT:
+            raise Unusable(Reason.NEWER, f"{path} has format {version}, this version of kvsculpt reads {FORMAT}")
+        if version != FORMAT:
+            raise Unusable(Reason.FOREIGN, f"{path} has format {version}, which there never was")
+        about = {str(key): str(value) for key, value in json.loads(metadata["about"]).items()}
+        end = max(int(tensor["data_offsets"][1]) for tensor in tensors.values())
+        _digits_of(bytearray(beginning), len(beginning))
+        return Header(str(metadata["name"]), about, 8 + length + end)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Unusable(Reason.ALTERED, f"{path} was altered: its header makes no sense ({error!r:.200})") from None
 
 
-def header_end(beginning: bytes) -> int:
+def header_end(beginning: bytes | bytearray) -> int:
     """How many bytes `read_header` needs, by the first 8; of what is no file of ours, no more than these."""
     end = 8 + int.from_bytes(beginning[:8], "little")
     return end if end <= 8 + LONGEST_HEADER else 8
 
 
-def _parse(raw: bytes, length: int, path: str) -> Header:
-    tensors: dict[str, Any] = json.loads(raw)
-    metadata = tensors.pop("__metadata__")
-    version = int(metadata["format"])
-    if version > FORMAT:
-        raise Unusable(Reason.NEWER, f"{path} has format {version}, this version of kvsculpt reads {FORMAT}")
-    if version != FORMAT:
-        raise Unusable(Reason.FOREIGN, f"{path} has format {version}, which there never was")
-    parts, end = [], 0
-    for tensor in (tensors.pop("keys"), tensors.pop("values"), tensors.pop("pages")):
-        dtype = torch.int32 if tensor["dtype"] == "I32" else _DTYPES[tensor["dtype"]]
-        shape = tuple(map(int, tensor["shape"]))
-        if len(shape) != 2 or min(shape) < 0:
-            raise ValueError(f"a tensor of shape {shape}")
-        first, end = end, end + shape[0] * shape[1] * dtype.itemsize
-        if tensor["data_offsets"] != [first, end]:
-            raise ValueError("tensors that do not follow one another")
-        parts.append(Part(dtype, shape, first, end))
-    if tensors:
-        raise ValueError(f"tensors of no use: {sorted(tensors)}")
-    about = {str(key): str(value) for key, value in json.loads(metadata["about"]).items()}
-    hashed = bytearray(raw)
-    hashed[_DIGITS] = _ZEROS
-    return Header(bytes(hashed), raw[_DIGITS], str(metadata["name"]), about, parts, 8 + length + end, end)
+def _digits_of(data: bytearray, header: int) -> slice:
+    """Where the checksum's digits are, in a header that ends at byte `header`.
 
-
-def _header(segment: StoredSegment) -> bytearray:
-    """The header with zeros for its checksum, padded so that the entries are aligned."""
-    tensors: dict[str, Any] = {
-        "__metadata__": {
-            "sha256": _ZEROS.decode(),
-            "format": str(FORMAT),
-            "name": segment.path,
-            "about": json.dumps(segment.about),
-        }
-    }
-    end = 0
-    for label, tensor in (("keys", segment.keys), ("values", segment.values), ("pages", segment.pages)):
-        first, end = end, end + tensor.nbytes
-        dtype = "I32" if tensor.dtype == torch.int32 else _NAMES[tensor.dtype]
-        tensors[label] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [first, end]}
-    text = json.dumps(tensors, separators=(",", ":")).encode()
-    if len(text) + 8 > LONGEST_HEADER:
-        raise ValueError(f"`about` is too long: the header may have {LONGEST_HEADER} bytes, and has {len(text)}")
-    return bytearray(text + b" " * (-len(text) % 8))
+    Raises:
+        ValueError: there is none.
+    """
+    first = data.index(_SIGNED, 8, header) + len(_SIGNED)  # in texts the quotes would be escaped
+    if first + _DIGITS > header:
+        raise ValueError("a checksum that is too short")
+    return slice(first, first + _DIGITS)
 
 
 def _misfit(pages: Tensor, keys: Tensor, values: Tensor) -> str | None:
@@ -216,18 +178,3 @@ def _misfit(pages: Tensor, keys: Tensor, values: Tensor) -> str | None:
     if not total or not keys.numel() or len(keys) % total:
         return f"{len(keys)} entries are no whole number for each of {total} pages"
     return None
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a tensor; of one that is not contiguous or not on the CPU, a copy."""
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-
-
-def _tensor(whole: memoryview, begin: int, part: Part) -> Tensor:
-    first, end = begin + part.first, begin + part.end
-    if first == end:
-        return torch.empty(part.shape, dtype=part.dtype)
-    data: memoryview | bytearray = whole[first:end]
-    if whole.readonly:  # torch has no tensors that may not be written to
-        data = bytearray(data)
-    return torch.frombuffer(data, dtype=part.dtype).view(part.shape)

@@ -1,5 +1,6 @@
 """A file gives back what was written to the bit, or is `Unusable`; nothing else can come of it."""
 
+import hashlib
 import json
 import pickle
 
@@ -48,13 +49,6 @@ def test_what_is_written_is_read_to_the_bit(dtype, pages, block_size, width, abo
     tensors = load(data)  # the library reads it, too
     assert torch.equal(tensors["pages"], counts)
     assert torch.equal(tensors["keys"].view(torch.uint8), keys.view(torch.uint8))
-
-
-def test_tensors_share_the_memory_that_was_read():
-    data = bytearray(DATA)
-    segment = decode(data, name(), 0, 1)
-    segment.keys.view(torch.uint8)[0, 0] ^= 1
-    assert data != DATA
 
 
 @pytest.mark.parametrize(
@@ -146,10 +140,11 @@ def signed(change):
     header = json.loads(DATA[8:HEADER_END])
     change(header)
     header["__metadata__"]["sha256"] = "0" * 64
-    text = bytearray(json.dumps(header, separators=(",", ":")).encode())
-    digest = file.hashlib.sha256(text + DATA[HEADER_END:]).hexdigest()
-    text[file._DIGITS] = digest.encode()
-    return len(text).to_bytes(8, "little") + text + DATA[HEADER_END:]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    data = bytearray(len(text).to_bytes(8, "little") + text + DATA[HEADER_END:])
+    digits = data.index(b'"sha256":"') + len(b'"sha256":"')
+    data[digits : digits + 64] = hashlib.sha256(data).hexdigest().encode()
+    return data
 
 
 def test_signing_a_header_that_is_as_it_was_gives_a_usable_file():
@@ -165,7 +160,7 @@ def test_signing_a_header_that_is_as_it_was_gives_a_usable_file():
         (lambda header: header["keys"].update(dtype=["BF16"]), Reason.ALTERED),
         (lambda header: header["keys"].update(shape=[float("inf"), 8]), Reason.ALTERED),
         (lambda header: header["keys"].update(shape=[-24, -8]), Reason.ALTERED),
-        (lambda header: header["keys"].update(shape=[24 * 8]), Reason.ALTERED),
+        (lambda header: header["keys"].update(shape=[24 * 8]), Reason.OTHER_SHAPE),
         (lambda header: header["keys"].update(shape=[8, 24]), Reason.OTHER_SHAPE),
         (lambda header: header["keys"].update(dtype="F16"), Reason.OTHER_SHAPE),
         (lambda header: header["pages"].update(dtype="F32"), Reason.OTHER_SHAPE),
