@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from kvsculpt_vllm.engine.shared.prefix_wish import TOKENS, Wish
+from kvsculpt_vllm.engine.shared.prefix_wish import TOKENS, Wish, granted
 from kvsculpt_vllm.engine.shared.reasons import MEANINGS
 
 FLUSH_SECONDS = 600.0
@@ -130,15 +130,16 @@ class Sculptor:
 
         wish = Wish(f"precomputed-{self._count}", wanted.name)
         self._count += 1
-        params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, detokenize=False, extra_args=wish.as_extra_arg())
         begin = time.perf_counter()
-        if wanted.messages is None:
-            (output,) = self._llm.generate([wanted.text or ""], params, use_tqdm=False)
-        else:
-            messages: Any = wanted.messages
-            (output,) = self._llm.chat(
-                messages, params, use_tqdm=False, add_generation_prompt=False, tools=wanted.tools
-            )
+        with granted(wish) as extra_args:
+            params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, detokenize=False, extra_args=extra_args)
+            if wanted.messages is None:
+                (output,) = self._llm.generate([wanted.text or ""], params, use_tqdm=False)
+            else:
+                messages: Any = wanted.messages
+                (output,) = self._llm.chat(
+                    messages, params, use_tqdm=False, add_generation_prompt=False, tools=wanted.tools
+                )
         story = (output.kv_transfer_params or {}).get("kv_compression") or {}
         entries = story.get("entries_held", 0)
         return Precomputed(
@@ -150,7 +151,8 @@ class Sculptor:
             bytes=entries // self._block_size * self._block_bytes,
             held_out_error=story.get("held_out_error", 0.0),
             seconds=time.perf_counter() - begin,
-            reason="" if story.get("segments") else story.get("reason", "") or "not told",
+            # Also where the first segments were made and a later one was not, or by selection: that is not stored.
+            reason=story.get("reason", "not told") if story.get("outcome") != "found" else "",
         )
 
     def finish(self) -> bool:

@@ -11,12 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from vllm import SamplingParams
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest, TokenizeCompletionRequest
+from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from kvsculpt_vllm.config import request_key
 from kvsculpt_vllm.engine.compat.frontend import ask_schedulers
-from kvsculpt_vllm.engine.shared.prefix_wish import TOKENS, Wish
+from kvsculpt_vllm.engine.shared.prefix_wish import TOKENS, Wish, granted
 from kvsculpt_vllm.engine.shared.reasons import MEANINGS, Outcome
 from kvsculpt_vllm.engine.startup.request_checks import check_request
 from kvsculpt_vllm.serving.patience import PATIENCE_SECONDS, answered
@@ -46,6 +47,10 @@ class NewPrefix(BaseModel):
     def _one_of_both(self) -> Self:
         if (self.messages is None) == (self.prompt is None):
             raise ValueError("give either messages or prompt")
+        for message in self.messages or ():
+            content = message.get("content")
+            if isinstance(content, list) and any(part.get("type", "text") != "text" for part in content):
+                raise ValueError("messages must be text: of images and the like, tokens do not tell all")
         if self.prompt is not None and (self.tools is not None or self.chat_template_kwargs is not None):
             raise ValueError("tools and chat_template_kwargs belong to messages")
         return self
@@ -88,34 +93,37 @@ class MadePrefix(BaseModel):
     segments: int
     entries_held: int
     held_out_error: float
+    reason: str  # why there is less than there should be; else empty
 
 
 @router.post("", status_code=201)
-async def make_prefix(request: Request, wanted: NewPrefix) -> MadePrefix:
+@with_cancellation
+async def make_prefix(wanted: NewPrefix, raw_request: Request) -> MadePrefix:
     """Sculpt a prefix, without an answer. Requests that begin with it find it by its tokens."""
-    client = request.app.state.kvsculpt_monitor.client
+    request, client = raw_request, raw_request.app.state.kvsculpt_monitor.client
     settings = {} if wanted.effort is None else {request_key("effort"): wanted.effort}
     try:
         check_request(client.vllm_config, settings)
         await _check_conflicts(request, wanted)
         tokens = await _tokens_of(request, wanted)
         wish = Wish(f"prefix-{uuid.uuid4().hex[:16]}", wanted.name, wanted.pin, wanted.ttl)
-        params = SamplingParams(
-            max_tokens=TOKENS, ignore_eos=True, detokenize=False, extra_args=settings | wish.as_extra_arg()
-        )
         prompt: dict[str, Any] = {"prompt_token_ids": tokens}
         if wanted.cache_salt is not None:
             prompt["cache_salt"] = wanted.cache_salt
         final = None
-        async for output in client.generate(prompt, params, wish.prefix_id, lora_request=_adapter(request, wanted)):
-            final = output
+        with granted(wish) as extra_args:
+            params = SamplingParams(
+                max_tokens=TOKENS, ignore_eos=True, detokenize=False, extra_args=settings | extra_args
+            )
+            async for output in client.generate(prompt, params, wish.prefix_id, lora_request=_adapter(request, wanted)):
+                final = output
     except (VLLMValidationError, ValueError) as error:
         raise HTTPException(400, str(error)) from None
     except EngineDeadError:
         raise HTTPException(503, "the engine has stopped") from None
     story = ((final and final.kv_transfer_params) or {}).get("kv_compression")
-    if story is None:
-        raise HTTPException(503, "the engine ended the request without an answer")
+    if story is None or final is None or final.outputs[0].finish_reason != "length":
+        raise HTTPException(503, "the engine ended the request before its prefix was made")
     if not story["segments"]:
         raise HTTPException(
             400 if story["outcome"] == Outcome.SKIPPED else 503,
@@ -141,7 +149,7 @@ async def remove_prefix(request: Request, prefix_id: str) -> None:
     """Free a prefix, by its id or its name: what no other prefix or running request needs of it leaves the memory. What
     is in a store stays there (`kvsculpt store rm`).
     """
-    if not any(await _ask(request, "remove_prefix", prefix_id)):
+    if not prefix_id or not any(await _ask(request, "remove_prefix", prefix_id)):
         raise HTTPException(404, "no such prefix")
 
 
@@ -178,7 +186,7 @@ async def _check_conflicts(request: Request, wanted: NewPrefix) -> None:
     """
     kept = await _kept(request)
     for prefix in kept.prefixes:
-        if wanted.name and prefix.name == wanted.name:
+        if wanted.name and wanted.name in (prefix.name, prefix.id):
             raise HTTPException(409, f"{prefix.id} has the name {prefix.name!r}: delete it first, or give another")
     if wanted.pin and kept.pinned_blocks >= kept.most_pinned_blocks:
         raise HTTPException(409, f"there is no room for another pin: {await _pins(request)}")

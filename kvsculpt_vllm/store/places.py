@@ -108,8 +108,9 @@ _FOR_EXAMPLE = "for example a directory, s3://bucket/folder (pip install s3fs), 
 
 
 def shown(url: str) -> str:
-    """A URL without its password, for logs."""
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", url)
+    """A URL without its password and without what follows a question mark, which may hold a key: for logs."""
+    hidden = re.sub(r"(://[^/@:]*):[^/]*@", r"\1:***@", url)
+    return re.sub(r"(://[^?]*\?).*", r"\1***", hidden)
 
 
 def told(error: BaseException) -> str:

@@ -205,7 +205,7 @@ class Store:
         self._place.write(segment.path, data)
         self._moved(writes=1, bytes_written=len(data))
         self._avoided.discard((name, segment.ranks))
-        everything = list(self._following(name.parent, avoided=True))
+        everything = list(self._following(name.parent))  # not what is avoided: it may be of a later version
         if any(entry.name == name and entry.ranks == segment.ranks and entry.complete for entry in everything):
             self._remove(
                 entry

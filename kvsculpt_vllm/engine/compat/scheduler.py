@@ -133,6 +133,8 @@ class SchedulerHooks(Scheduler):
                 if self.fits_as_it_is_computed(request):
                     kwargs["full_sequence_must_fit"] = False
                 blocks = allocate_slots(request, *args, **kwargs)
+                while blocks is None and self.makes_room(request):
+                    blocks = allocate_slots(request, *args, **kwargs)
                 if blocks is not None:
                     self.got_blocks(request)
                 return blocks
@@ -150,6 +152,10 @@ class SchedulerHooks(Scheduler):
 
     def admits(self, request: Request, hit: KVCacheBlocks | None) -> bool:
         """Whether a request may get blocks now; `hit` are those that one not yet running found in the prefix cache."""
+        raise NotImplementedError
+
+    def makes_room(self, request: Request) -> bool:
+        """Give up blocks for a request that finds none; returns whether some were."""
         raise NotImplementedError
 
     def is_awaited(self, request: Request) -> bool:

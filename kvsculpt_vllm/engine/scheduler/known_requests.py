@@ -71,7 +71,7 @@ class KnownRequests(SchedulerHooks):
         self._refused: set[str] = set()  # there was no room for its queries
         self._unsampled: list[str] = []  # requests whose queries the workers need not keep any more
         self._schedules = False  # vLLM's scheduler is at work
-        names = Names(self.vllm_config, self.compression)
+        names = self._names = Names(self.vllm_config, self.compression)
         self._segments = Segments(
             self.kv_cache_manager.block_pool,
             names.model,
@@ -82,7 +82,8 @@ class KnownRequests(SchedulerHooks):
         )
         pool = self.kv_cache_manager.block_pool
         pins = self.compression.pin_blocks
-        self._prefixes = Prefixes(self._segments, pool, pool.num_gpu_blocks // 4 if pins == "auto" else pins)
+        most = pool.num_gpu_blocks - 1
+        self._prefixes = Prefixes(self._segments, pool, most // 4 if pins == "auto" else min(pins, most))
         self._samples = Samples(sample_room.positions(self.vllm_config, self.compression))
         self._found: dict[str, list[Segment]] = {}  # by waiting requests
         self._renamed: set[str] = set()  # requests whose blocks are named after the chain that they begin with
@@ -125,7 +126,7 @@ class KnownRequests(SchedulerHooks):
             self._drop(request_id)
         if request.is_finished():
             self._end_story(request)
-        elif self._schedules and not self.running:
+        elif self._schedules and not self.running and not self._prefixes.give_way():
             # No other one runs that it could have lost its blocks to: it does not fit, though it was reckoned to (its
             # segments had to keep more than they should), and would begin for ever.
             self.end_with_error(request)

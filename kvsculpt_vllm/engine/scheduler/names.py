@@ -39,13 +39,13 @@ class Names:
         self.calibration = config.calibration
         if config.calibration not in (NONE, AUTO):
             self.calibration = hashlib.sha256(Path(config.calibration).read_bytes()).hexdigest()
-        self._adapters: dict[tuple[str, int], Any] = {}
+        self._adapters: dict[tuple[str, int, float], Any] = {}
 
     def adapter(self, lora: LoRARequest) -> Any:
         """What an adapter is called: one that is loaded again under its number may have changed."""
         if not self._lasting:
             return [lora.lora_name, lora.lora_int_id, lora.lora_path]
-        known = lora.lora_path, lora.lora_int_id
+        known = self._known(lora)
         if known not in self._adapters:
             try:
                 self._adapters[known] = weights_digest(Path(lora.lora_path))
@@ -53,3 +53,16 @@ class Names:
                 logger.warning("kvsculpt: nothing of the adapter %s is kept in the store: %s", lora.lora_name, error)
                 self._adapters[known] = [lora.lora_name, lora.lora_int_id, secrets.token_hex(16)]
         return self._adapters[known]
+
+    def last(self, lora: LoRARequest | None) -> bool:
+        """Whether names that begin with an adapter mean the same to other servers."""
+        return self._lasting and (lora is None or isinstance(self.adapter(lora), str))
+
+    @staticmethod
+    def _known(lora: LoRARequest) -> tuple[str, int, float]:
+        """What tells an adapter that was loaded: the same path and number may hold another one tomorrow."""
+        try:
+            changed = max((file.stat().st_mtime for file in Path(lora.lora_path).iterdir()), default=0.0)
+        except OSError:
+            changed = 0.0
+        return lora.lora_path, lora.lora_int_id, changed

@@ -125,6 +125,12 @@ class PrefixHits(StoreHits):
         needed += self._begun(self.running) + max(span.packed_blocks for span in planned) + len(self.running) + 1
         return needed <= self.kv_cache_manager.block_pool.get_num_free_blocks()
 
+    def makes_room(self, request: Request) -> bool:
+        """Whether a pinned prefix gave up its blocks for a request beside which nobody runs: what fits into the memory
+        is served.
+        """
+        return all(other is request for other in self.running) and self._prefixes.give_way()
+
     def _begun(self, requests: Iterable[Request]) -> int:
         """Blocks that those of the running requests have still to get that are computed in chunks."""
         return sum(
@@ -233,7 +239,7 @@ class PrefixHits(StoreHits):
         needed = self._needed_for(request, span)
         if first == span.first_token:
             if not (request_id in self._samples or self._samples.has_room(needed - first)):
-                if first or self._cannot_be_exact(request):
+                if first or self._cannot_be_exact(request) or self._wish(request):
                     return 0  # until others' segments are made
                 self._refused.add(request_id)
                 return request.num_tokens - first

@@ -7,10 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.block_pool import BlockPool
 
 from kvsculpt_vllm.engine.scheduler.segments import Segment, Segments
 from kvsculpt_vllm.engine.shared.prefix_wish import Wish
+from kvsculpt_vllm.engine.shared.record import printable
+
+logger = init_logger("vllm.kvsculpt")
 
 MOST_PREFIXES = 1024
 """That are listed: the oldest one that is not pinned goes first."""
@@ -97,7 +101,8 @@ class Prefixes:
         """Forget a prefix, by its id or its name, and free its blocks as far as no other one needs them. Returns
         whether there was one.
         """
-        found = [p for p in self._prefixes.values() if prefix_id in (p.wish.prefix_id, p.wish.name)]
+        found = [self._prefixes[prefix_id]] if prefix_id in self._prefixes else []
+        found = found or [p for p in self._prefixes.values() if prefix_id and p.wish.name == prefix_id]
         for prefix in found:
             self._unpin(prefix)
             del self._prefixes[prefix.wish.prefix_id]
@@ -108,6 +113,19 @@ class Prefixes:
                     if segment.key in others or not self._segments.drop(segment):
                         break
         return bool(found)
+
+    def give_way(self) -> bool:
+        """Let go of the blocks of the prefix that was pinned first; returns whether there was one."""
+        first = next((prefix for prefix in self._prefixes.values() if prefix.pinned), None)
+        if first is None:
+            return False
+        logger.warning(
+            "kvsculpt: the prefix %s is not pinned any more: a request needs its blocks that fits into the memory only "
+            "without it; lower --kv-compression-pin-blocks or --max-model-len",
+            printable(first.wish.name or first.wish.prefix_id),
+        )
+        self._unpin(first)
+        return True
 
     def unpin_all(self) -> list[Prefix]:
         """Let go of all blocks, as the cache is to be emptied; returns whose they were."""

@@ -47,6 +47,7 @@ class SculptSchedulerMixin(LongTails):
         num_running, num_waiting = self.get_request_counts()
         # One engine of several (data parallel) keeps step with the others, whose requests it does not see.
         self._alone = num_running + num_waiting == 1 and self.vllm_config.parallel_config.data_parallel_size == 1
+        self._prefixes.expire()
         commands: list[CommitCommand | AdoptCommand | SolveCommand] = [
             *self._commit_solved(),
             *self._adopt_later(),
@@ -159,7 +160,9 @@ class SculptSchedulerMixin(LongTails):
             self._defer(request, Reason.NO_FREE_BLOCKS, f"{span.packed_blocks} free blocks needed, {free} there")
             if len(self.running) == 1 and self._cannot_be_exact(request):
                 self.end_with_error(request)  # nobody will free any
-            elif not self._pending and all(self._wish(r) and self._is_computed(r) for r in self.running):
+            elif not (self._pending or self._load) and all(
+                self._wish(other) and self._is_computed(other) for other in self.running
+            ):
                 self._fail(request, Reason.NO_ROOM)  # prefixes that wait for each other
             return None
         steps = self._speed.steps(config, span.tokens)
@@ -231,6 +234,8 @@ class SculptSchedulerMixin(LongTails):
         self._told.add(request_id)
         if not self._segments.chain_of(request_id):
             self._stories[request_id] = Story(reason.outcome, reason)
+        elif request_id in self._stories:
+            self._stories[request_id] = replace(self._stories[request_id], reason=reason)
 
     def _end_hopeless(self) -> None:
         """End requests with an error that can go on neither compressed, because that failed, nor exact, because there
@@ -294,7 +299,7 @@ class SculptSchedulerMixin(LongTails):
             steps_waited=self._steps_waited.pop(request_id, 0),
             times_made=1 + self._times_made.pop(request_id, 0),
             first_of_request=first_of_request,
-            store_as=self._name_to_store(segment),
+            store_as=self._name_to_store(request, segment),
         )
 
     def _adopt_later(self) -> Iterator[AdoptCommand]:
@@ -407,9 +412,13 @@ class SculptSchedulerMixin(LongTails):
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         """See vLLM's; pinned prefixes go, too: they are of the same weights as the rest of the cache."""
-        pinned = self._prefixes.unpin_all()
-        if not (done := super().reset_prefix_cache(*args, **kwargs)):
-            self._prefixes.pin_again(pinned)
+        pinned, done = self._prefixes.unpin_all(), False
+        self._cancel_load()
+        try:
+            done = super().reset_prefix_cache(*args, **kwargs)
+        finally:
+            if not done:
+                self._prefixes.pin_again(pinned)
         return done
 
 

@@ -165,10 +165,11 @@ class Segments:
         caller's to free then.
         """
         if segment.shared and (older := self._by_key.get(segment.key)) is not None:
-            if older.holders or (older.effort == segment.effort and older.error <= segment.error):
+            efforts = list(EFFORTS)
+            if efforts.index(older.effort) >= efforts.index(segment.effort) and older.error <= segment.error:
                 segment.shared = False  # made twice at once: the older one is found
-            else:  # a better one takes its place
-                self._end(older)
+            else:  # a better one takes its place; who holds the older one keeps that
+                self._unshare(older)
         if segment.shared:
             for i, block in enumerate(segment.packed):
                 name = hashlib.sha256(segment.name + i.to_bytes(4, "little")).digest()
@@ -235,11 +236,22 @@ class Segments:
         self._gone.append(segment.packed[0].block_id)
         if segment.shared:
             self.evicted += 1
-            del self._by_key[segment.key]
-            lengths = self._lengths[segment.parent]
-            lengths[segment.tokens] -= 1
-            if not lengths[segment.tokens]:
-                del lengths[segment.tokens]
-            if not lengths:
-                del self._lengths[segment.parent]
-            self._pool.evict_blocks({block.block_id for block in segment.packed})
+            self._unname(segment)
+
+    def _unshare(self, segment: Segment) -> None:
+        """Nobody finds it any more; it ends with its last holder."""
+        if not segment.holders:
+            self._end(segment)
+            return
+        segment.shared = False
+        self._unname(segment)
+
+    def _unname(self, segment: Segment) -> None:
+        del self._by_key[segment.key]
+        lengths = self._lengths[segment.parent]
+        lengths[segment.tokens] -= 1
+        if not lengths[segment.tokens]:
+            del lengths[segment.tokens]
+        if not lengths:
+            del self._lengths[segment.parent]
+        self._pool.evict_blocks({block.block_id for block in segment.packed})

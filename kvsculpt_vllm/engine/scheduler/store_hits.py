@@ -20,7 +20,7 @@ from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.scheduler.known_requests import KnownRequests
 from kvsculpt_vllm.engine.scheduler.segments import Segment, end_of, keys
 from kvsculpt_vllm.engine.shared import stores
-from kvsculpt_vllm.engine.shared.commands import LoadCommand, Loaded
+from kvsculpt_vllm.engine.shared.commands import CancelLoadCommand, LoadCommand, Loaded
 from kvsculpt_vllm.engine.shared.reasons import Reason
 from kvsculpt_vllm.engine.shared.record import printable
 from kvsculpt_vllm.sculpt.effort import EFFORTS
@@ -56,7 +56,14 @@ class Load:
 
 
 def stored_chain(
-    store: Store, ranks: int, parent: bytes, tokens: Sequence[int], first: int, most: int, config: CompressionConfig
+    store: Store,
+    ranks: int,
+    block_size: int,
+    parent: bytes,
+    tokens: Sequence[int],
+    first: int,
+    most: int,
+    config: CompressionConfig,
 ) -> list[StoredName]:
     """The segments in the store that follow `parent` and stand for `tokens` from position `first` to `most` at most: at
     each step the longest that serves such a request.
@@ -64,6 +71,7 @@ def stored_chain(
     chain: list[StoredName] = []
     while True:
         there = [name for name in store.find(parent, ranks) if first + name.tokens <= most and _serves(name, config)]
+        there = [name for name in there if 0 < name.blocks * block_size <= name.tokens and not name.tokens % block_size]
         lengths = sorted({name.tokens for name in there})
         wanted = dict(zip(lengths, keys(parent, tokens, first, lengths), strict=True))
         fitting = [name for name in there if name.key == wanted[name.tokens]]
@@ -91,15 +99,16 @@ class StoreHits(KnownRequests):
         self._look_ups: dict[str, LookUp] = {}
         self._load: Load | None = None
         self._loads = count()
-        self._new_loads: list[LoadCommand] = []
+        self._new_loads: list[LoadCommand | CancelLoadCommand] = []
 
     def is_awaited(self, request: Request) -> bool:
         """Whether a waiting prompt is not begun yet, because its segments are being read from the store."""
-        if self._store is None or not self._looks_for_chains(request):
+        # One that lost its blocks comes back at once, to the room that it was let go for.
+        if self._store is None or request.num_preemptions or not self._looks_for_chains(request):
             return False
         chain = self._chain_for(request)
         parent = chain[-1].key if chain else self._segments.root(request, self._config(request))
-        if parent is None:
+        if parent is None or not self._names.last(request.lora_request):
             return False
         look_up = self._look_ups.get(request.request_id)
         if look_up is not None and look_up.answer is not None:
@@ -127,10 +136,10 @@ class StoreHits(KnownRequests):
         if most - first < min(config.min_tokens, config.segment):
             return False
         assert self._store is not None
-        tokens, ranks = request.all_token_ids[:most], self._ranks
+        tokens, ranks, block_size = request.all_token_ids[:most], self._ranks, self.block_size
 
         def walk(store: Store) -> list[StoredName]:
-            return stored_chain(store, ranks, parent, tokens, first, most, config)
+            return stored_chain(store, ranks, block_size, parent, tokens, first, most, config)
 
         self._look_ups[request.request_id] = LookUp(parent, self._store.submit(walk), times=times)
         return True
@@ -154,6 +163,9 @@ class StoreHits(KnownRequests):
         try:
             return answer.result()
         except (StoreAway, OSError):
+            return []
+        except Exception:  # a look-up that fails is a miss, whatever it failed by
+            logger.exception("kvsculpt: a look-up in the store failed")
             return []
 
     def _begin_load(self, request: Request, found: list[StoredName], first: int) -> bool:
@@ -182,14 +194,26 @@ class StoreHits(KnownRequests):
         )
         return True
 
-    def _take_new_loads(self) -> list[LoadCommand]:
+    def _cancel_load(self) -> None:
+        """Give back the blocks of the load in flight. That is safe at once: the workers hear of it before the step in
+        which somebody else may write to them.
+        """
+        load, self._load = self._load, None
+        if load is None:
+            return
+        self._new_loads.append(CancelLoadCommand(load.number, [blocks[0].block_id for blocks in load.packed]))
+        for blocks in load.packed:
+            self.kv_cache_manager.block_pool.free_blocks(reversed(blocks))
+
+    def _take_new_loads(self) -> list[LoadCommand | CancelLoadCommand]:
         commands, self._new_loads = self._new_loads, []
         return commands
 
     def _hear_loaded(self, loaded: Loaded) -> None:
         """What could be read is in the pool's prefix cache from now on."""
+        if self._load is None or self._load.number != loaded.number:
+            return  # it was cancelled since
         load, self._load = self._load, None
-        assert load is not None and load.number == loaded.number  # one at a time
         pool, first, look_up = self.kv_cache_manager.block_pool, load.first, self._look_ups.get(load.request_id)
         for name, blocks in zip(load.names[: loaded.usable], load.packed, strict=False):
             segment = Segment(
@@ -206,7 +230,7 @@ class StoreHits(KnownRequests):
             )
             self._segments.add(segment, None)
             first = segment.end
-        for blocks in load.packed:
+        for blocks in reversed(load.packed):  # a chain's end is evicted first
             pool.free_blocks(reversed(blocks))
         self._count(read=loaded.usable, unreadable=len(load.names) - loaded.usable)
         if look_up is not None:
@@ -214,7 +238,8 @@ class StoreHits(KnownRequests):
         if loaded.usable < len(load.names):
             unusable = load.names[loaded.usable]
             assert self._store is not None
-            self._store.avoid(unusable, self._ranks)
+            if loaded.broken:
+                self._store.avoid(unusable, self._ranks)
             # It is computed, and what follows it, by whoever waits for it.
             for waiting in self._look_ups.values():
                 if unusable in waiting.found:
@@ -222,9 +247,10 @@ class StoreHits(KnownRequests):
             if look_up is not None:
                 look_up.found = []
 
-    def _name_to_store(self, segment: Segment) -> StoredName | None:
+    def _name_to_store(self, request: Request, segment: Segment) -> StoredName | None:
         """What a segment that was just made is called in the store; None where it is not written."""
-        if self._store is None or not self._store.writable or not segment.shared:
+        lasts = self._names.last(request.lora_request)
+        if self._store is None or not self._store.writable or not segment.shared or not lasts:
             return None
         made = secrets.token_hex(4)
         return StoredName(
@@ -232,9 +258,12 @@ class StoreHits(KnownRequests):
         )
 
     def forget(self, request: Request) -> None:
-        """See `KnownRequests`; a load that was begun for it serves whoever comes next."""
+        """See `KnownRequests`. Its load ends with a request: nobody may come that it would serve."""
         super().forget(request)
-        self._look_ups.pop(request.request_id, None)
+        if request.is_finished():
+            self._look_ups.pop(request.request_id, None)
+            if self._load is not None and self._load.request_id == request.request_id:
+                self._cancel_load()
 
     def shutdown(self) -> None:
         """See vLLM's."""

@@ -98,6 +98,14 @@ class LoadCommand:
 
 
 @dataclass(frozen=True)
+class CancelLoadCommand:
+    """A load is not wanted any more, and its blocks are others' now, whether it was published or not."""
+
+    number: int
+    first_blocks: list[int]  # of its segments
+
+
+@dataclass(frozen=True)
 class ForgetCommand:
     """These first blocks of segments hold something else from now on."""
 
@@ -124,6 +132,7 @@ class Loaded:
 
     number: int
     usable: int  # segments, of the first ones, that all ranks have read and published
+    broken: bool = False  # the next one's file can never be used, on some rank
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,9 @@ def model_identity(vllm_config: VllmConfig) -> str:
         str(model.dtype),
         str(vllm_config.cache_config.cache_dtype),
         model.quantization,
+        model.quantization_config,
+        # Some rotary embeddings turn by the longest context: those of LongRoPE, by whether it is a long one.
+        model.max_model_len if "longrope" in json.dumps(config, default=str).lower() else None,
         [parallel.tensor_parallel_size, parallel.pipeline_parallel_size],
         # Dummy weights are drawn from the seed.
         ["dummy", model.seed] if load_format == "dummy" else weights_digest(_directory_of(vllm_config)),

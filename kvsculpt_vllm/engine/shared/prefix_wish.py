@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 WISH_KEY = "kvsculpt_prefix"
-"""The entry of a request's extra arguments. No client can send it: the API server refuses it at its entrance."""
+"""The entry of a request's extra arguments. A client cannot send it: only wishes that were granted pass."""
 
 TOKENS = 2
 """Of the answer: the first comes with the prompt, and then the request waits until its last segment is made."""
@@ -25,6 +26,25 @@ class Wish:
     def as_extra_arg(self) -> dict[str, Any]:
         """The entry."""
         return {WISH_KEY: asdict(self)}
+
+
+_granted: dict[str, Wish] = {}
+
+
+@contextmanager
+def granted(wish: Wish) -> Iterator[dict[str, Any]]:
+    """Let a wish of this process pass: what is yielded belongs into its request's extra arguments."""
+    _granted[wish.prefix_id] = wish
+    try:
+        yield wish.as_extra_arg()
+    finally:
+        del _granted[wish.prefix_id]
+
+
+def is_forged(extra_args: Mapping[str, Any] | None) -> bool:
+    """Whether a request carries a wish that this process has not granted."""
+    given = (extra_args or {}).get(WISH_KEY)
+    return given is not None and given not in [asdict(wish) for wish in _granted.values()]
 
 
 def wish_of(extra_args: Mapping[str, Any] | None) -> Wish | None:

@@ -21,7 +21,7 @@ from kvsculpt_vllm.engine.compat.patches import (
     RENDER,
 )
 from kvsculpt_vllm.engine.shared.capacity import blocks_of_engine, most_tokens
-from kvsculpt_vllm.engine.shared.prefix_wish import WISH_KEY
+from kvsculpt_vllm.engine.shared.prefix_wish import WISH_KEY, is_forged
 from kvsculpt_vllm.engine.shared.spans import is_repetition
 
 if TYPE_CHECKING:
@@ -50,6 +50,18 @@ def check_request(vllm_config: VllmConfig, extra_args: Mapping[str, Any] | None,
             raise ConfigError([WrongSetting(key, value, cure) for key, value in given.items()])
     except ConfigError as error:
         raise VLLMValidationError(str(error), parameter=error.option, value=error.given) from None
+
+
+def check_wish(extra_args: Mapping[str, Any] | None) -> None:
+    """Check that a request that wants a prefix to be kept is one of our own.
+
+    Raises:
+        VLLMValidationError: a client has sent it.
+    """
+    if is_forged(extra_args):
+        from vllm.exceptions import VLLMValidationError
+
+        raise VLLMValidationError(f"{WISH_KEY} is the server's own: POST /kvsculpt/prefixes", parameter=WISH_KEY)
 
 
 def check_length(vllm_config: VllmConfig, prompt: Any, params: Any) -> None:
@@ -132,10 +144,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 async def _check_at_the_entrance(vllm_config: VllmConfig, request: Any, raw_request: Request | None) -> None:
-    if WISH_KEY in _mapping(getattr(request, "vllm_xargs", None)):
-        from vllm.exceptions import VLLMValidationError
-
-        raise VLLMValidationError(f"{WISH_KEY} is the server's own: POST /kvsculpt/prefixes", parameter=WISH_KEY)
+    check_wish(_mapping(getattr(request, "vllm_xargs", None)))
     beam_search = getattr(request, "use_beam_search", False)
     check_request(vllm_config, await settings_of(request, raw_request), beam_search)
 
@@ -143,6 +152,7 @@ async def _check_at_the_entrance(vllm_config: VllmConfig, request: Any, raw_requ
 def _checked_process_inputs(stock: Callable) -> Callable:
     def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         # Pooling parameters have no extra_args and pass.
+        check_wish(getattr(params, "extra_args", None))
         check_request(self.vllm_config, getattr(params, "extra_args", None))
         check_length(self.vllm_config, prompt, params)
         return stock(self, request_id, prompt, params, *args, **kwargs)
@@ -152,6 +162,7 @@ def _checked_process_inputs(stock: Callable) -> Callable:
 
 def _checked_generate(stock: Callable) -> Callable:
     def generate(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        check_wish(sampling_params.extra_args)
         check_request(self.vllm_config, sampling_params.extra_args)
         check_length(self.vllm_config, prompt, sampling_params)
         return stock(self, prompt, sampling_params, *args, **kwargs)

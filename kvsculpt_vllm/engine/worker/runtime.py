@@ -18,6 +18,7 @@ from kvsculpt_vllm.engine.compat.worker import BlockRows
 from kvsculpt_vllm.engine.shared.commands import (
     AdoptCommand,
     CancelCommand,
+    CancelLoadCommand,
     CommitCommand,
     ForgetCommand,
     LoadCommand,
@@ -140,8 +141,9 @@ class Runtime:
                 self.state.unsolve(command.request_id)
             elif isinstance(command, LoadCommand):
                 # One at a time: the scheduler gives no second one before it has heard of the first.
-                assert self.stored is not None
-                self._loading = self.stored.begin(command)
+                self._loading = None if self.stored is None else self.stored.begin(command)
+            elif isinstance(command, CancelLoadCommand):
+                self._cancel_load(command)
             elif isinstance(command, Pace):
                 self._alone = command.alone
             elif not isinstance(command, CommitCommand | AdoptCommand | ForgetCommand):
@@ -197,14 +199,22 @@ class Runtime:
             return
         if self._loading.outcome is None:
             self.stored.go_on(self._loading, deadline, self._alone)
-        outcomes = [count for stage in self.ranks.gather(self._loading.outcome) for count in stage]
-        counts = [count for count in outcomes if count is not None]
-        if len(counts) < len(outcomes):
+        outcomes = [outcome for stage in self.ranks.gather(self._loading.outcome) for outcome in stage]
+        through = [outcome for outcome in outcomes if outcome is not None]
+        if len(through) < len(outcomes):
             return
-        loading, self._loading, usable = self._loading, None, min(counts)
+        loading, self._loading, usable = self._loading, None, min(outcome.usable for outcome in through)
         self.stored.conclude(loading, usable)
         if self.ranks.is_heard:
-            self._answers.append(Loaded(loading.command.number, usable))
+            broken = any(outcome.broken and outcome.usable == usable for outcome in through)
+            self._answers.append(Loaded(loading.command.number, usable, broken))
+
+    def _cancel_load(self, command: CancelLoadCommand) -> None:
+        if self.stored is not None and self._loading is not None and self._loading.command.number == command.number:
+            self.stored.conclude(self._loading, 0)
+            self._loading = None
+        for block in command.first_blocks:  # it may have been published, and the scheduler has not heard of that
+            self.state.directory.forget(block)
 
     def _go_on_solving(self, deadline: float) -> None:
         """Work on the compression in hand until it is over, or has kept this step waiting for long enough.

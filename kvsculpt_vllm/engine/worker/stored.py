@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as StillReading
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from kvsculpt_vllm.store.background import BackgroundStore, StoreAway
 from kvsculpt_vllm.store.file import StoredSegment
 from kvsculpt_vllm.store.names import StoredName
 from kvsculpt_vllm.store.store import Store
-from kvsculpt_vllm.store.unusable import Unusable
+from kvsculpt_vllm.store.unusable import Reason, Unusable
 
 if TYPE_CHECKING:
     from kvsculpt_vllm.engine.worker.state import CompressionState
@@ -31,8 +31,18 @@ logger = init_logger("vllm.kvsculpt")
 
 SLICE_BYTES = 16 << 20
 """Of a segment, written between two looks at the clock."""
+AHEAD = 3
+"""Files that are read, or wait to be written, at once."""
 NAP_SECONDS = 0.02
 """For how long a step that nobody else waits for waits for a file."""
+
+
+@dataclass(frozen=True)
+class ReadOutcome:
+    """What became of a load on one rank."""
+
+    usable: int  # segments, of the first ones, that are in their blocks
+    broken: bool = False  # the next one's file can never be used
 
 
 @dataclass
@@ -40,11 +50,11 @@ class Loading:
     """A load in hand, of one rank."""
 
     command: LoadCommand
-    files: list[Future[StoredSegment]]
+    files: dict[int, Future[StoredSegment]] = field(default_factory=dict)  # being read, by the segment's number
     since: float = field(default_factory=time.monotonic)
     written: int = 0  # segments, of the first ones
     under_way: Iterator[None] | None = None  # the next one, being written
-    outcome: int | None = None  # segments that this rank could read, once it is through
+    outcome: ReadOutcome | None = None  # once this rank is through
 
 
 def _cells(
@@ -67,18 +77,42 @@ class StoredSegments:
     ) -> None:
         """`about` is what a file says of who wrote it."""
         self.state, self.store, self.rank, self.ranks, self.about = state, store, rank, ranks, about
+        self._left = False
+
+    def leave(self) -> None:
+        """Neither read nor write any more: what names say of the model's weights is not true any more."""
+        if not self._left:
+            logger.warning("kvsculpt: the model's weights change: the store is not used any more until a restart")
+        self._left = True
 
     def begin(self, command: LoadCommand) -> Loading:
-        """Have the files read."""
-        return Loading(
-            command, [self.store.submit(partial(_read, name, self.rank, self.ranks)) for name in command.names]
-        )
+        """Have the first files read."""
+        loading = Loading(command)
+        if self._left:
+            loading.outcome = ReadOutcome(0)
+        else:
+            self._read_ahead(loading)
+        return loading
+
+    def _read_ahead(self, loading: Loading) -> None:
+        """Have the next files read: a few, as each takes memory until it is written."""
+        for number in range(loading.written, min(loading.written + AHEAD, len(loading.command.names))):
+            if number not in loading.files:
+                read = partial(_read, loading.command.names[number], self.rank, self.ranks)
+                loading.files[number] = self.store.submit(read)
 
     def go_on(self, loading: Loading, deadline: float, alone: bool) -> None:
         """Write what has been read into its blocks, which nobody reads yet, until a deadline of `time.perf_counter`."""
+        try:
+            self._go_on(loading, deadline, alone)
+        except Exception:  # no memory, no slot, a bug: its segments are made anew, and the engine goes on
+            logger.exception("kvsculpt: segments could not be read from the store")
+            loading.outcome = ReadOutcome(loading.written)
+
+    def _go_on(self, loading: Loading, deadline: float, alone: bool) -> None:
         while loading.outcome is None:
-            if loading.written == len(loading.files):
-                loading.outcome = loading.written
+            if loading.written == len(loading.command.names):
+                loading.outcome = ReadOutcome(loading.written)
                 return
             if loading.under_way is None:
                 segment = self._next(loading, NAP_SECONDS if alone else 0)
@@ -86,26 +120,33 @@ class StoredSegments:
                     return
                 loading.under_way = self._write(loading, segment)
             if next(loading.under_way, self) is self:
+                del loading.files[loading.written]
                 loading.under_way, loading.written = None, loading.written + 1
+                self._read_ahead(loading)
             if time.perf_counter() >= deadline:
                 return
 
     def _next(self, loading: Loading, wait: float) -> StoredSegment | None:
         """The next segment's file; None while it is being read, or where it cannot be: then the load is over."""
-        name = loading.command.names[loading.written]
+        name, file = loading.command.names[loading.written], loading.files[loading.written]
+        wait_for([file], wait)
+        if not file.done():
+            if time.monotonic() >= loading.since + PATIENCE_SECONDS * (1 + loading.written):
+                logger.warning("kvsculpt: the store takes more than %g s: not waited for", PATIENCE_SECONDS)
+                loading.outcome = ReadOutcome(loading.written)
+            return None
         try:
-            segment = loading.files[loading.written].result(wait)
+            segment = file.result()
             self._check(segment, len(loading.command.packed[loading.written]))
             return segment
-        except StillReading:
-            if time.monotonic() < loading.since + PATIENCE_SECONDS * (1 + loading.written):
-                return None
-            logger.warning("kvsculpt: the store takes more than %g s: not waited for", PATIENCE_SECONDS)
-        except (Unusable, StoreAway, OSError):
-            pass  # the store has told the log, and counts it
+        except Unusable as error:  # the store has told the log, and counts it
+            loading.outcome = ReadOutcome(loading.written, broken=error.reason != Reason.GONE)
+        except (StoreAway, OSError):  # likewise
+            loading.outcome = ReadOutcome(loading.written)
         except ValueError as error:
             logger.warning("kvsculpt: %s in the store is of no use here: %s", name.path(self.rank, self.ranks), error)
-        loading.outcome = loading.written
+            self.store.avoid(name, self.ranks)
+            loading.outcome = ReadOutcome(loading.written, broken=True)
         return None
 
     def _check(self, segment: StoredSegment, blocks: int) -> None:
@@ -164,6 +205,14 @@ class StoredSegments:
 
     def save(self, name: StoredName, packed: list[int]) -> None:
         """Have a published segment written to the store. Its pages are read now: they may be others' after the step."""
+        if self._left:
+            return
+        try:
+            self._save(name, packed)
+        except Exception:  # no memory, say: the segment is in use all the same
+            logger.exception("kvsculpt: a segment is not written to the store")
+
+    def _save(self, name: StoredName, packed: list[int]) -> None:
         geometry, device = self.state.geometry, self.state.pages.buffer.device
         starts, lengths = self.state.directory.places(packed[0])
         cells = _cells(geometry, packed, starts, lengths, device)

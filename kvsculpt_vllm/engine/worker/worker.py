@@ -124,6 +124,20 @@ class SculptWorkerMixin(Worker):
         assert self.kv_compression is not None
         return self.kv_compression.stored is None or self.kv_compression.stored.store.flush(seconds)
 
+    def update_weights(self, *args: Any, **kwargs: Any) -> None:
+        """See vLLM's; what is in the store is of other weights from now on."""
+        self._leave_store()
+        super().update_weights(*args, **kwargs)
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """See vLLM's; likewise."""
+        self._leave_store()
+        super().reload_weights(*args, **kwargs)
+
+    def _leave_store(self) -> None:
+        if self.kv_compression is not None and self.kv_compression.stored is not None:
+            self.kv_compression.stored.leave()
+
     def shutdown(self) -> None:
         """See vLLM's; what is still to be written to the store gets some time for it."""
         if self.kv_compression is not None and self.kv_compression.stored is not None:

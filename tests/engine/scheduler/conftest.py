@@ -1,0 +1,29 @@
+"""The state machine over the embedded model's configuration."""
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+
+from scheduler_machine import BLOCK, MAX_TOKENS, Machine
+
+
+@pytest.fixture(scope="module")
+def machine(model_path):
+    """The state machine, over the embedded model's configuration (its weights are not loaded)."""
+    vllm_config = EngineArgs(
+        model=str(model_path),
+        block_size=BLOCK,
+        max_model_len=MAX_TOKENS,
+        max_num_seqs=4,
+        max_num_batched_tokens=160,
+        kv_cache_memory_bytes=1 << 26,
+        enforce_eager=True,
+    ).create_engine_config()
+    hash_fn = get_hash_fn_by_name(vllm_config.cache_config.prefix_caching_hash_algo)
+    init_none_hash(hash_fn)
+
+    class Bound(Machine):
+        config, hasher = vllm_config, staticmethod(get_request_block_hasher(BLOCK, hash_fn))
+
+    return Bound
