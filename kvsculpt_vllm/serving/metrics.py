@@ -38,7 +38,7 @@ STORE = {
     "bytes_read": "Bytes of segments' files that the first rank has read from the store.",
     "bytes_written": "Bytes of segments' files that the first rank has written to the store.",
     "failures": "Operations on the store that the file system has refused.",
-    "unanswered": "Look-ups and reads that the store has not answered in time, or was not asked.",
+    "unanswered": "Look-ups and reads that the store has not answered in time, or for which it was not asked.",
 }
 POOL = {
     "total": ("pool_blocks", "KV cache blocks there are for requests."),
@@ -116,7 +116,10 @@ def families(stats: list[dict[str, Any]]) -> Iterable[Metric]:
         labels=["engine", "reason"],
     )
     away = GaugeMetricFamily(
-        "kvsculpt:store_away", "1 while the store is left alone, as it does not answer.", labels=["engine"]
+        "kvsculpt:store_away",
+        "1 while the store is left alone, because it fails or does not answer. operation read: it is not asked for "
+        "segments; write: none are written to it.",
+        labels=["engine", "operation"],
     )
     for index, totals in enumerate(stats):
         engine = str(index)
@@ -138,7 +141,8 @@ def families(stats: list[dict[str, Any]]) -> Iterable[Metric]:
                 refused.add_metric([engine, reason], count)
             for reason, count in counts["unusable"].items():
                 unusable.add_metric([engine, reason], count)
-            away.add_metric([engine], int(counts["away"]))
+            away.add_metric([engine, "read"], int(counts["away"]))
+            away.add_metric([engine, "write"], int(counts["writes_away"]))
         seconds.add_metric([engine], *_buckets(totals["seconds"]))
         for stage, histogram in totals["held_out_error"].items():
             error.add_metric([engine, stage], *_buckets(histogram))

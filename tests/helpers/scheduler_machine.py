@@ -37,6 +37,7 @@ from kvsculpt_vllm.engine.shared.commands import (
     Settled,
     SolveCommand,
     Solved,
+    StoreState,
     UnsampleCommand,
     attach,
     attached,
@@ -104,6 +105,7 @@ class Store:
         self.packed: dict[StoredName, Packed] = {}
         self.late: list[tuple[Future, object]] = []  # answers that are not there yet
         self.away = False
+        self.unanswered = 0
 
     def submit(self, work) -> Future:
         future: Future = Future()
@@ -114,7 +116,11 @@ class Store:
         """Give the oldest answer that is missing."""
         if self.late:
             future, work = self.late.pop(0)
+            self.unanswered += self.away
             future.set_exception(StoreAway()) if self.away else future.set_result(work(self))
+
+    def counts(self) -> StoreState:
+        return StoreState(0, self.unanswered, self.away)
 
     def find(self, parent: bytes, ranks: int) -> list[StoredName]:
         assert ranks == 1
@@ -135,6 +141,7 @@ class Worker:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.loading_fails = False
+        self.store_state = StoreState()  # as the books have it
         self.cancelled_loads = 0
         self.loading: tuple[LoadCommand, int, int] | None = None  # steps that it still takes, segments that are usable
         self.content: dict[int, list] = {}  # block -> what each slot holds
@@ -222,6 +229,9 @@ class Worker:
                 self.told[command.request_id] += 1
             elif isinstance(command, PoolState):
                 self.pool = command
+            elif isinstance(command, StoreState):
+                self.store_state = command
+        assert self.store_state == self.store.counts()
         if self.loading is not None:
             load, left, usable = self.loading
             self.loading = load, left - 1, usable

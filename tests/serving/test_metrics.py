@@ -12,10 +12,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from kvsculpt_vllm.engine.shared.commands import PoolState, Settled
+from kvsculpt_vllm.engine.shared.commands import PoolState, Settled, StoreState
 from kvsculpt_vllm.engine.shared.ledger import Ledger
 from kvsculpt_vllm.serving.metrics import text_of
 from kvsculpt_vllm.serving.monitor import Monitor, totals_of_all
+from kvsculpt_vllm.store.background import BackgroundStore
+from kvsculpt_vllm.store.store import Store
+from stored import segment
 
 
 def report(skipped: int) -> dict:
@@ -63,6 +66,29 @@ def test_several_engines_are_told_apart_in_metrics_and_added_up_in_statistics():
     assert total["pool"]["total"] == 200
     assert total["seconds"]["bounds"] == monitor.stats[0]["seconds"]["bounds"]
     assert len(monitor.newest) == 5
+
+
+def test_a_store_has_metrics_where_there_is_one(tmp_path):
+    def samples(stats):
+        monitor = SimpleNamespace(age=0.0, stats=stats)
+        families = text_string_to_metric_families(text_of(monitor).decode())
+        told = [sample for family in families for sample in family.samples if "store_" in sample.name]
+        return {(s.name, *(v for label, v in sorted(s.labels.items()) if label != "engine")): s.value for s in told}
+
+    assert "kvsculpt:store_away" not in {name for name, *_ in samples([report(1)["stats"]])}
+    background = BackgroundStore(Store(str(tmp_path), None, True), patience_s=30)
+    ledger = Ledger(10, background)
+    background.write(segment)
+    background.write(segment)
+    assert background.close(30)
+    ledger.hear(StoreState(failures=3, unanswered=2, away=True))
+    told = samples([ledger.stats()])
+    assert told["kvsculpt:store_bytes_written_total",] > segment().nbytes
+    assert told["kvsculpt:store_writes_refused_total", "there"] == 1
+    assert told["kvsculpt:store_writes_refused_total", "too_large"] == 0
+    assert told["kvsculpt:store_files_unusable_total", "cut_off"] == 0
+    assert (told["kvsculpt:store_failures_total",], told["kvsculpt:store_unanswered_total",]) == (3, 2)
+    assert (told["kvsculpt:store_away", "read"], told["kvsculpt:store_away", "write"]) == (1, 0)
 
 
 def test_a_long_step_makes_nobody_wait_longer_than_they_want_and_is_asked_into_once():

@@ -20,7 +20,7 @@ from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.scheduler.known_requests import KnownRequests
 from kvsculpt_vllm.engine.scheduler.segments import Segment, end_of, keys
 from kvsculpt_vllm.engine.shared import stores
-from kvsculpt_vllm.engine.shared.commands import CancelLoadCommand, LoadCommand, Loaded
+from kvsculpt_vllm.engine.shared.commands import CancelLoadCommand, LoadCommand, Loaded, StoreState
 from kvsculpt_vllm.engine.shared.reasons import Reason
 from kvsculpt_vllm.engine.shared.record import printable
 from kvsculpt_vllm.sculpt.effort import EFFORTS
@@ -100,6 +100,7 @@ class StoreHits(KnownRequests):
         self._load: Load | None = None
         self._loads = count()
         self._new_loads: list[LoadCommand | CancelLoadCommand] = []
+        self._store_told = StoreState()
 
     def is_awaited(self, request: Request) -> bool:
         """Whether a waiting prompt is not begun yet, because its segments are being read from the store."""
@@ -256,6 +257,16 @@ class StoreHits(KnownRequests):
         return StoredName(
             segment.parent, segment.key, segment.tokens, len(segment.packed), segment.effort, segment.error, made
         )
+
+    def _take_news(self) -> list[Any]:
+        news: list[Any] = super()._take_news()
+        if self._store is not None:
+            counts = self._store.counts()
+            state = StoreState(counts.failures, counts.unanswered, counts.away)
+            if state != self._store_told:
+                self._store_told = state
+                news.append(state)
+        return news
 
     def forget(self, request: Request) -> None:
         """See `KnownRequests`. Its load ends with a request: nobody may come that it would serve."""

@@ -182,6 +182,17 @@ class SegmentCounts:
 
 
 @dataclass(frozen=True)
+class StoreState:
+    """For the books: how the store fares at which the scheduler looks segments up. Workers read and write by
+    themselves.
+    """
+
+    failures: int = 0  # look-ups that the file system has refused, since the engine's start
+    unanswered: int = 0  # that the store has not answered in time, or was not asked
+    away: bool = False  # it is left alone now
+
+
+@dataclass(frozen=True)
 class Pace:
     """For how long the workers may go on with the compression in hand before this step."""
 

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from kvsculpt_vllm.engine.shared import request_ids
-from kvsculpt_vllm.engine.shared.commands import Deferred, PoolState, SegmentCounts, Settled
+from kvsculpt_vllm.engine.shared.commands import Deferred, PoolState, SegmentCounts, Settled, StoreState
 from kvsculpt_vllm.engine.shared.reasons import Outcome, Reason
 from kvsculpt_vllm.engine.shared.record import CompressionRecord, of_all_segments
 from kvsculpt_vllm.store.background import BackgroundStore
@@ -57,16 +57,18 @@ class Ledger:
         )
         self._seconds = Histogram(SECONDS)
         self._errors = {"before": Histogram(ERRORS), "after": Histogram(ERRORS)}
-        self._pool, self._segments = PoolState(0, 0, 0, 0, 0), SegmentCounts()
+        self._pool, self._segments, self._looked_up = PoolState(0, 0, 0, 0, 0), SegmentCounts(), StoreState()
         self._compressed: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._others: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
-    def hear(self, news: Settled | Deferred | PoolState | SegmentCounts) -> None:
+    def hear(self, news: Settled | Deferred | PoolState | SegmentCounts | StoreState) -> None:
         """Enter what the scheduler tells."""
         if isinstance(news, PoolState):
             self._pool = news
         elif isinstance(news, SegmentCounts):
             self._segments = news
+        elif isinstance(news, StoreState):
+            self._looked_up = news
         elif isinstance(news, Settled):
             before = self._others.get(news.request_id)
             if (
@@ -116,11 +118,22 @@ class Ledger:
             "deferred": {str(reason): count for reason, count in self._deferred.items()},
             **self._totals,
             "found": asdict(self._segments),
-            "store": {} if self._store is None else asdict(self._store.counts()),
+            "store": self._store_counts(),
             "bytes_freed": self._totals["blocks_freed"] * self._block_bytes,
             "seconds": self._seconds.as_dict(),
             "held_out_error": {stage: histogram.as_dict() for stage, histogram in self._errors.items()},
             "pool": asdict(self._pool) | {"bytes_saved": self._pool.saved * self._block_bytes},
+        }
+
+    def _store_counts(self) -> dict[str, Any]:
+        """What became of the store's operations: this worker's, and the scheduler's look-ups. Empty without a store."""
+        if self._store is None:
+            return {}
+        counts, looked_up = self._store.counts(), self._looked_up
+        return asdict(counts) | {
+            "failures": counts.failures + looked_up.failures,
+            "unanswered": counts.unanswered + looked_up.unanswered,
+            "away": counts.away or looked_up.away,
         }
 
     def newest(self, limit: int) -> list[dict[str, Any]]:

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvsculpt_vllm.engine.shared.commands import Deferred, PoolState, SegmentCounts, Settled
+from kvsculpt_vllm.engine.shared.commands import Deferred, PoolState, SegmentCounts, Settled, StoreState
 from kvsculpt_vllm.engine.shared.ledger import ERRORS, STORIES_KEPT, Histogram, Ledger
 from kvsculpt_vllm.engine.shared.record import printable
+from kvsculpt_vllm.store.background import BackgroundStore
+from kvsculpt_vllm.store.store import Store
 from records import RECORD
 
 
@@ -27,6 +29,7 @@ def test_totals_are_the_sum_of_what_was_told():
     ledger.compressed(RECORD)
     ledger.compressed(replace(RECORD, request_id="again", method="select", fallback="out_of_memory", seconds=100.0))
     counts = {"hits": 3, "misses": 2, "adopted": 1, "evicted": 4, "tokens_found": 999}
+    counts |= {"store_hits": 5, "store_misses": 6, "read": 7, "unreadable": 8}
     ledger.hear(SegmentCounts(**counts))
     ledger.hear(PoolState(total=50, used=20, saved=13, compressed=1, pending=2, segments=4))
     stats = ledger.stats()
@@ -48,6 +51,19 @@ def test_totals_are_the_sum_of_what_was_told():
         "bytes_saved": 1300,
     }
     assert json.loads(json.dumps(stats)) == stats
+
+
+def test_a_store_that_the_scheduler_cannot_ask_is_away_though_this_worker_never_needed_it(tmp_path):
+    """Who only reads has nothing to read while look-ups have no answer."""
+    assert Ledger(block_bytes=100).stats()["store"] == {}
+    ledger = Ledger(block_bytes=100, store=BackgroundStore(Store(str(tmp_path), None, False), patience_s=1))
+    told = ledger.stats()["store"]
+    assert (told["failures"], told["unanswered"], told["away"], told["writes_away"]) == (0, 0, False, False)
+    ledger.hear(StoreState(failures=3, unanswered=2, away=True))
+    told = ledger.stats()["store"]
+    assert (told["failures"], told["unanswered"], told["away"], told["writes_away"]) == (3, 2, True, False)
+    ledger.hear(StoreState(failures=3, unanswered=2))
+    assert not ledger.stats()["store"]["away"]
 
 
 @given(st.lists(st.floats(0, 10), max_size=30))
