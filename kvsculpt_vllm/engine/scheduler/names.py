@@ -15,7 +15,7 @@ from vllm.logger import init_logger
 
 from kvsculpt_vllm.calibration_file import AUTO, NONE
 from kvsculpt_vllm.config import CompressionConfig
-from kvsculpt_vllm.engine.shared.identity import UnknownWeights, model_identity, weights_digest
+from kvsculpt_vllm.engine.shared.identity import UnknownWeights, adapter_identity, model_identity
 from kvsculpt_vllm.engine.shared.stores import NO_STORE
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Names:
         known = self._known(lora)
         if known not in self._adapters:
             try:
-                self._adapters[known] = weights_digest(Path(lora.lora_path))
+                self._adapters[known] = adapter_identity(Path(lora.lora_path))
             except UnknownWeights as error:
                 logger.warning("kvsculpt: nothing of the adapter %s is kept in the store: %s", lora.lora_name, error)
                 self._adapters[known] = [lora.lora_name, lora.lora_int_id, secrets.token_hex(16)]

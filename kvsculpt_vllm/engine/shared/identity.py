@@ -69,6 +69,20 @@ def weights_digest(path: Path) -> str:
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
+def adapter_identity(path: Path) -> str:
+    """A digest of a LoRA adapter's weights, and of its configuration, which says how much they count for.
+
+    Raises:
+        UnknownWeights: it cannot be read here.
+    """
+    config = path / "adapter_config.json"
+    try:
+        parts = [weights_digest(path), hashlib.sha256(config.read_bytes()).hexdigest()]
+    except OSError as error:
+        raise UnknownWeights(f"{config} cannot be read: {error}") from None
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def _directory_of(vllm_config: VllmConfig) -> Path:
     """Where the model's weights are. vLLM has loaded them, so that a model of Hugging Face's hub is in its cache."""
     from huggingface_hub import snapshot_download
