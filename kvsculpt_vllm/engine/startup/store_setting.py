@@ -19,7 +19,7 @@ def check_store(config: CompressionConfig, vllm_config: VllmConfig) -> None:
         return
     if not vllm_config.cache_config.enable_prefix_caching:
         cure = "none together with --no-enable-prefix-caching, as nothing is found again"
-        raise ConfigError([WrongSetting(flag("store"), config.store, cure)])
+        raise ConfigError([WrongSetting(flag("store"), shown(config.store), cure)])
     try:
         store = store_of(config)
         assert store is not None
