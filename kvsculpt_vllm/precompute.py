@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 
 from kvsculpt_vllm.engine.shared.prefix_wish import TOKENS, Wish, granted
 from kvsculpt_vllm.engine.shared.reasons import MEANINGS
@@ -74,7 +74,7 @@ def read_wanted(files: list[Path]) -> list[Wanted]:
 
 
 def _lines(file: Path, text: str) -> Iterator[Wanted]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{file.name}:{number}"
@@ -90,7 +90,12 @@ def _lines(file: Path, text: str) -> Iterator[Wanted]:
         messages = given.get("messages")
         if not isinstance(messages, list) or not messages or not all(_is_message(message) for message in messages):
             raise WrongInput(f"{where}: messages must be a list of objects with a role")
-        yield Wanted(str(given.get("name") or where), messages=messages, tools=given.get("tools"))
+        tools, name = given.get("tools"), given.get("name")
+        if tools is not None and not isinstance(tools, list):
+            raise WrongInput(f"{where}: tools must be a list, as the API takes them")
+        if name is not None and not isinstance(name, str):
+            raise WrongInput(f"{where}: name must be a text")
+        yield Wanted(name or where, messages=messages, tools=tools)
 
 
 def _is_message(message: Any) -> bool:
@@ -101,7 +106,8 @@ class Sculptor:
     """An engine like that of the server to come, with a store to write to."""
 
     def __init__(self, model: str, store: str, effort: str, flags: list[str]) -> None:
-        """`flags` are those of `vllm serve`; they come after ours.
+        """`flags` are those of the server to come. Where it only reads its store, or makes segments with less effort,
+        ours count: they come last.
 
         Raises:
             SystemExit: a flag is wrong; vLLM's parser has said which.
@@ -113,9 +119,10 @@ class Sculptor:
 
         load_general_plugins()
         parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="kvsculpt precompute … --"))
-        ours = ["--model", model, "--kv-compression", "sculpt", "--kv-compression-effort", effort]
-        ours += ["--kv-compression-store", store, "--kv-compression-store-mode", "readwrite"]
-        self._llm = LLM.from_engine_args(EngineArgs.from_cli_args(parser.parse_args([*ours, *flags])))
+        ours = ["--model", model, "--kv-compression-store", store, "--kv-compression-store-mode", "readwrite"]
+        ours += ["--kv-compression-effort", effort, "--kv-compression-max-effort", "thorough"]
+        args = parser.parse_args(["--kv-compression", "sculpt", *flags, *ours])
+        self._llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))
         (self._block_bytes, *_) = self._llm.collective_rpc("kv_compression_block_bytes")
         self._block_size = self._llm.llm_engine.vllm_config.cache_config.block_size
         self._count = 0
@@ -162,7 +169,9 @@ class Sculptor:
 
 def show(rows: list[Precomputed]) -> Table:
     """The table of what was made."""
-    table = Table("prefix", "tokens", "sculpted", "found", "entries", "MiB", "held-out error", "seconds", "")
+    table = Table(
+        Column("prefix", overflow="fold"), "tokens", "sculpted", "found", "entries", "MiB", "error", "seconds", ""
+    )
     for row in rows:
         table.add_row(
             row.name,
