@@ -65,6 +65,13 @@ def test_a_prefix_is_sculpted_without_an_answer_and_found_by_later_requests(call
     assert status == 409 and made["id"] in told
     assert [prefix["name"] for prefix in call("GET", "")[1]["prefixes"]] == ["chronicle"]
 
+    # One without a name goes by its id, and not with all that have none.
+    status, nameless = call("POST", "", {"messages": messages, "cache_salt": "p"})
+    assert (status, nameless["name"]) == (201, "")
+    assert call("DELETE", "/")[0] == 404
+    assert nameless["id"] in [prefix["id"] for prefix in call("GET", "")[1]["prefixes"]]
+    assert call("DELETE", f"/{nameless['id']}")[0] == 204
+
     assert call("DELETE", "/chronicle") == (204, None)
     assert call("DELETE", "/chronicle")[0] == 404
     told = json.loads(post("/v1/chat/completions", body | {"cache_salt": "p"}))["kv_transfer_params"]["kv_compression"]
