@@ -439,8 +439,11 @@ def metrics() -> str:
     from kvsculpt_vllm.engine.shared.ledger import Ledger
     from kvsculpt_vllm.engine.shared.reasons import Outcome, Reason
     from kvsculpt_vllm.serving.metrics import StatsCollector
+    from kvsculpt_vllm.store.background import BackgroundStore
+    from kvsculpt_vllm.store.store import Store
 
-    ledger = Ledger(block_bytes=1)  # one of each, so that every label shows
+    store = BackgroundStore(Store(str(ROOT), None, False), patience_s=1)  # nothing of it is looked at
+    ledger = Ledger(block_bytes=1, store=store)  # one of each, so that every label shows
     ledger.hear(Settled("request", 1, Outcome.SKIPPED, Reason.OFF))
     ledger.hear(Deferred("request", 1, Reason.NO_FREE_BLOCKS))
     collector = StatsCollector(SimpleNamespace(age=0.0, stats=[ledger.stats()]), math.inf)
@@ -451,6 +454,32 @@ def metrics() -> str:
         body.append([f"`{name}`", family.type, ", ".join(label for label in labels if label != "le"),
                      family.documentation])  # fmt: skip
     return table(["metric", "type", "labels", "meaning"], body)
+
+
+class Shape(NamedTuple):
+    """What a model's KV cache depends on, from its config.json."""
+
+    model: str
+    layers: int
+    heads: int  # KV heads
+    head_size: int
+
+
+SHAPES = (Shape("SmolLM2-135M", 30, 3, 64), Shape("Qwen2.5-1.5B", 28, 2, 128), Shape("Llama-3.1-8B", 32, 8, 128))
+
+
+def store_sizes(keep_ratio: float = 0.3) -> str:
+    """What a store takes for some models, in 16 bits."""
+    body = []
+    for shape in SHAPES:
+        exact = shape.layers * shape.heads * shape.head_size * 2 * 2
+        packed = keep_ratio * exact
+        body.append([shape.model, f"{shape.layers} × {shape.heads} × {shape.head_size}", f"{exact / 1000:.1f} kB",
+                     f"{packed / 1000:.1f} kB", f"{packed * 10_000 / 1e6:.0f} MB",
+                     f"{100 * 2**30 / packed / 1e6:.1f} million tokens"])  # fmt: skip
+    header = ["", "layers × KV heads × head size", "a token, exact", "a token, stored", "a document of 10,000 tokens",
+              "100 GiB hold"]  # fmt: skip
+    return table(header, body)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -472,6 +501,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "flags": flags,
     "efforts": efforts,
     "refusals": refusals,
+    "store-sizes": store_sizes,
     "outcomes": outcomes,
     "reasons": reasons,
     "metrics": metrics,
