@@ -144,7 +144,7 @@ def second_reading(
         (queries.float() for queries in recording.queries),
         model.num_layers,
         positions.to(model.device),
-        held_out_of(len(positions), model.device),
+        held_out_of(len(positions)),
         keys=recording.keys[:, :number],
         values=recording.values[:, :number],
         span=span,

@@ -18,6 +18,7 @@ from kvsculpt_vllm.sculpt.selection import Ranking
 from kvsculpt_vllm.sculpt.slices import Slices, at_once, within
 from kvsculpt_vllm.sculpt.solve import judged_after, solve
 from kvsculpt_vllm.sculpt.survey import Budgets, Survey, survey_in_slices
+from kvsculpt_vllm.sculpt.transfer import on_device
 
 
 @dataclass
@@ -120,12 +121,11 @@ def fit_thinned_in_slices(
             for b in group:
                 result.keys[b], result.values[b] = problems.keys[b], problems.values[b]
             continue
-        index = torch.tensor(group, device=device)
-        group_sizes = torch.tensor([kept[b] for b in group], device=device)
+        index = on_device(group, device)
         fitting = solve(
             problems.take(index),
             ranking.take(index),
-            group_sizes,
+            [kept[b] for b in group],
             method,
             key_steps,
             problems.keys.dtype,

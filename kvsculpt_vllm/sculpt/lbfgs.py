@@ -19,7 +19,7 @@ class BatchedLBFGS:
     next time, while the others move on. So the work is fixed beforehand and no problem waits for another.
     With every trial accepted the iterates are those of `torch.optim.LBFGS(lr=1)`.
 
-    `x`, `loss` and `grad` always belong to the same accepted point.
+    `x`, `loss` and `grad` always belong to the same accepted point. Nothing here waits for the device.
     """
 
     def __init__(self, x: Tensor, loss: Tensor, grad: Tensor, history: int = 10) -> None:
@@ -33,6 +33,7 @@ class BatchedLBFGS:
         self._curvature = x.new_ones(batch)  # s·y / y·y of the newest pair
         self._count = torch.zeros(batch, dtype=torch.long, device=x.device)
         self._length = x.new_ones(batch)  # step length of the next trial
+        self._tried = 0  # steps: no problem has more pairs
         self._set_first_length()
 
     def _set_first_length(self) -> None:
@@ -43,7 +44,7 @@ class BatchedLBFGS:
     def direction(self) -> Tensor:
         """The quasi-Newton descent direction (B, N); steepest descent where it would not descend."""
         rows = torch.arange(len(self.x), device=self.x.device)
-        used = int(self._count.max().clamp_max(self.history)) if len(self.x) else 0
+        used = min(self._tried, self.history)  # a slot that a problem has not filled yet changes nothing
         d = -self.grad
         alphas, slots = [], []
         for age in range(used):
@@ -72,12 +73,14 @@ class BatchedLBFGS:
         s, y = trial - self.x, grad - self.grad
         sy, yy = (s * y).sum(1), (y * y).sum(1)
         keep = accepted & (sy > 1e-10 * yy.clamp_min(torch.finfo(yy.dtype).tiny)) & sy.isfinite()
-        rows = keep.nonzero()[:, 0]
-        slot = self._count[rows] % self.history
-        self._s[rows, slot], self._y[rows, slot] = s[rows], y[rows]
-        self._rho[rows, slot] = 1.0 / sy[rows]
-        self._curvature[rows] = sy[rows] / yy[rows]
-        self._count[rows] += 1
+        rows = torch.arange(len(keep), device=keep.device)
+        slot = self._count % self.history
+        for pairs, newest in ((self._s, s), (self._y, y), (self._rho, 1.0 / sy)):
+            kept = keep.view(-1, *[1] * (newest.dim() - 1))
+            pairs[rows, slot] = torch.where(kept, newest, pairs[rows, slot])
+        self._curvature = torch.where(keep, sy / yy, self._curvature)
+        self._count += keep
+        self._tried += 1
         self.x = torch.where(accepted[:, None], trial, self.x)
         self.grad = torch.where(accepted[:, None], grad, self.grad)
         self.loss = torch.where(accepted, loss, self.loss)

@@ -13,7 +13,12 @@ MOST = 50.0
 """An entry stands for at most so many: beyond it the bias is noise of a few queries."""
 
 
-def match_mass(target: Target, keys: Tensor, valid: Tensor | None = None) -> Tensor:
+def match_mass(
+    target: Target,
+    keys: Tensor,  # (B, m, D)
+    valid: Tensor | None = None,  # (B, m), False for padding
+    weights: Tensor | None = None,  # `target.weights(keys, valid)` if they are there
+) -> Tensor:
     """Keys (B, m, D) moved so that, for each query, their mass comes closer to that of the whole span.
 
     Selection drops entries and with them their part of the softmax's denominator. Attention Matching (arXiv
@@ -23,14 +28,16 @@ def match_mass(target: Target, keys: Tensor, valid: Tensor | None = None) -> Ten
     ridge solution of ``q·u ≈ 1`` over the queries, the key k + β u has the logit k·q + β, nearly
     (docs/algorithm.md#mass).
     """
-    weights = target.weights(keys, valid)  # (B, Q, m), in parts of the teacher's mass
+    if weights is None:
+        weights = target.weights(keys, valid)  # (B, Q, m), in parts of the teacher's mass
     missing = (1.0 - target.retained_mass).clamp_min(0.0)  # (B, Q, 1) the span's share
     transposed = weights.transpose(1, 2)
     wanted = matvec(transposed, missing)
     tiny = torch.finfo(weights.dtype).tiny
     x = torch.ones_like(wanted)
     for _ in range(ITERATIONS):
-        x = x * wanted / matvec(transposed, matvec(weights, x)).clamp_min(tiny)
+        mass = matvec(transposed, matvec(weights, x)).clamp_min_(tiny)
+        x.mul_(wanted).div_(mass)
     # 0/0 for padding and for entries that no query sees: no bias.
     bias = x.clamp(1.0 / MOST, MOST).log().nan_to_num(nan=0.0)
     if valid is not None:
@@ -48,4 +55,5 @@ def _constant_logit(target: Target) -> Tensor:
     diagonal = gram.diagonal(dim1=1, dim2=2)
     foreign = queries.shape[1] * target.foreign_weight[:, None]
     diagonal.add_(1e-3 * diagonal.mean(1, keepdim=True) + foreign + 1e-12)
-    return torch.linalg.solve(gram, queries.sum(1, keepdim=True).transpose(1, 2)).transpose(1, 2)
+    # Without a check for singular matrices, which would wait for the device: none is, with what was added.
+    return torch.linalg.solve_ex(gram, queries.sum(1, keepdim=True).transpose(1, 2)).result.transpose(1, 2)

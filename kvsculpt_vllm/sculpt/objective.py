@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from kvsculpt_vllm.kernels.attention_loss import attention_loss
 from kvsculpt_vllm.kernels.dispatch import use_triton
-from kvsculpt_vllm.kernels.gram import gram
 from kvsculpt_vllm.sculpt.problem import Problems
+from kvsculpt_vllm.sculpt.transfer import on_device
 
 LSE_WEIGHT = 1.0
 """Weight of the log-sum-exp term. Both terms are relative (a squared logit error is a squared relative mass error)."""
@@ -57,7 +58,7 @@ class Target:
         key_spread = spread.clamp_min(torch.finfo(out.dtype).tiny)
 
         def part(mask: Tensor) -> Target:
-            rows = mask.nonzero()[:, 0]
+            rows = on_device(mask.nonzero()[:, 0], lse.device)
             shift = lse[:, rows].unsqueeze(-1)
             mass = (problems.retained_lse[:, rows].unsqueeze(-1) - shift).exp()
             return cls(
@@ -97,7 +98,7 @@ class Target:
 
     def take(self, index: Tensor) -> Target:
         """The target of the problems in `index`."""
-        return Target(**{name: tensor[index] for name, tensor in vars(self).items()})
+        return Target(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
     def weights(self, keys: Tensor, valid: Tensor | None) -> Tensor:
         """Unnormalised weights e^(logit - z*) (B, Q, m) of keys (B, m, D); 0 for padding (`valid` (B, m) False)."""
@@ -105,9 +106,10 @@ class Target:
         mask = torch.zeros_like(ones) if valid is None else (~valid).unsqueeze(-1) * MASKED_LOGIT
         return torch.bmm(self.probes, torch.cat([keys, ones, mask], dim=-1).transpose(1, 2)).exp_()
 
-    def normalised_weights(self, keys: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Softmax weights (B, Q, m) of the compressed entries, and what the retained ones add to the output."""
-        weights = self.weights(keys, valid)
+    def normalise(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Make of `weights` (B, Q, m), in place, the softmax weights of the compressed entries; returns them, and what
+        the retained ones add to the output (B, Q, D).
+        """
         mass = self._mass(weights.sum(-1, keepdim=True))
         return weights.div_(mass), self.retained_sum / mass
 
@@ -135,16 +137,29 @@ class Target:
         d_logits = weights.mul_(torch.bmm(pull, values.transpose(1, 2)))
         return self._loss(out_error, lse_error), torch.bmm(d_logits.transpose(1, 2), self.scaled_queries)
 
-    def gram(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        """PᵀP (B, m, m) of the softmax weights, and Pᵀ(o* - o) (B, m, D) for the output o with `values`; by kernel."""
-        queries, shift, out, mass, summed, _, keys, values, sizes = self._for_kernel(keys, values, valid)
-        return gram(queries, shift, out, mass, summed, keys, values, sizes)
+    def losses(self, keys: Tensor, values: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Losses (R, B) of `values` (R, B, m, D), R candidates for each problem's keys (B, m, D): weights are computed
+        once for all of them.
+        """
+        number, _, _, width = values.shape
+        columns = values.permute(1, 2, 0, 3).flatten(2)  # (B, m, R·D): one product for all
+        both = torch.bmm(self.weights(keys, valid), with_ones(columns))
+        mass = self._mass(both[..., -1:]).unsqueeze(2)  # (B, Q, 1, 1)
+        out = both[..., :-1].unflatten(2, (number, width))  # (B, Q, R, D)
+        out_error = out.add_(self.retained_sum.unsqueeze(2)).div_(mass).sub_(self.out.unsqueeze(2))
+        return self._loss(out_error.transpose(1, 2), mass.log().transpose(1, 2)).T
+
+    @cached_property
+    def _of_kernel(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, Q, D), shift z* (B, Q) and retained mass (B, Q) as kernels load them fast: contiguous."""
+        shift = self.probes[..., -2].neg().contiguous()
+        return self.scaled_queries.contiguous(), shift, self.retained_mass[..., 0].contiguous()
 
     def _for_kernel(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> KernelArguments:
-        """The arguments that all kernels start with."""
+        """The arguments of `attention_loss`."""
         sizes = keys.new_full((len(keys),), keys.shape[1], dtype=torch.long) if valid is None else valid.sum(1)
-        shift, mass = -self.probes[..., -2], self.retained_mass[..., 0]
-        return self.scaled_queries, shift, self.out, mass, self.retained_sum, self.out_norm, keys, values, sizes
+        queries, shift, mass = self._of_kernel
+        return queries, shift, self.out, mass, self.retained_sum, self.out_norm, keys, values, sizes
 
     def _attend(self, weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Output (B, Q, D) and mass e^(z - z*) (B, Q, 1), from values with their column of ones."""
@@ -158,8 +173,10 @@ class Target:
         return mass.clamp_min(torch.finfo(mass.dtype).tiny)
 
     def _loss(self, out_error: Tensor, lse_error: Tensor) -> Tensor:
-        output = out_error.square().sum(-1).mean(-1) / self.out_norm
-        return output + LSE_WEIGHT * lse_error.squeeze(-1).square().mean(-1)
+        """Loss (B,) of errors (B, Q, D) and (B, Q, 1); with one more dimension behind the first, (B, R)."""
+        output = out_error.square().sum(-1).mean(-1)
+        norm = self.out_norm if output.dim() == 1 else self.out_norm.unsqueeze(1)
+        return output / norm + LSE_WEIGHT * lse_error.squeeze(-1).square().mean(-1)
 
 
 def with_ones(values: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvsculpt_vllm.sculpt.attention import attend, merge
 from kvsculpt_vllm.sculpt.memory import max_elements
+from kvsculpt_vllm.sculpt.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Problems:
     values: Tensor  # (B, n, D)
     retained_lse: Tensor  # (B, Q) fp32, -inf where a query sees no retained entry
     retained_out: Tensor  # (B, Q, D) fp32
-    held_out: Tensor  # (Q,) bool, queries that no fit may use
+    held_out: Tensor  # (Q,) bool, queries that no fit may use; on the host, so that nobody waits to know which they are
     scale: float
     group: int = 1  # consecutive query rows that share a position: the query heads of the KV head's group
     # So many of the last query positions ask from their own place in the prompt. The positions before them ask from a
@@ -56,19 +57,20 @@ class Problems:
         )
 
     def thin_rows(self, count: int) -> Tensor:
-        """Choose about `count` query rows (LongTensor): whole positions, spread evenly over the training ones and over
-        the held-out ones.
+        """Choose about `count` query rows (LongTensor, on the host): whole positions, spread evenly over the training
+        ones and over the held-out ones.
         """
         rows = thin_positions(self.held_out.view(-1, self.group)[:, 0], count / self.group)[:, None] * self.group
         return (rows + torch.arange(self.group, device=rows.device)).flatten()
 
     def with_rows(self, rows: Tensor) -> Problems:
-        """Keep only the query rows `rows` (LongTensor) of every problem."""
+        """Keep only the query rows `rows` (LongTensor, on the host) of every problem."""
+        there = on_device(rows, self.keys.device)
         return replace(
             self,
-            queries=self.queries[:, rows],
-            retained_lse=self.retained_lse[:, rows],
-            retained_out=self.retained_out[:, rows],
+            queries=self.queries[:, there],
+            retained_lse=self.retained_lse[:, there],
+            retained_out=self.retained_out[:, there],
             held_out=self.held_out[rows],
             recent=0,  # no longer known
         )

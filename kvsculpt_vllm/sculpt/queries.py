@@ -114,7 +114,7 @@ def build_in_slices(
     # Of the whole model, so that a group of layers has the same positions as all of them at once.
     covered = [rotary.num_positions for rotary in rotaries if rotary is not None]
     future = future_positions(positions, end, min(covered, default=end + FUTURE_TOKENS), followed)
-    held_out = held_out_of(len(positions), keys.device)
+    held_out = held_out_of(len(positions))
     # A query that is asked twice is held out twice or not at all.
     held_out = torch.cat([held_out, held_out[-recent:]])
     asked_at = torch.cat([future, positions[-recent:]])
@@ -142,16 +142,18 @@ def build_in_slices(
     return replace(problems, recent=recent if count is None else 0)
 
 
-def held_out_of(count: int, device: torch.device) -> Tensor:
-    """Say of each of `count` sampled positions whether it is held out (count,) bool: judged on and never fitted to."""
-    return torch.arange(count, device=device) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+def held_out_of(count: int) -> Tensor:
+    """Say of each of `count` sampled positions whether it is held out (count,) bool, on the host: judged on and never
+    fitted to.
+    """
+    return torch.arange(count) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 
 def asked_in_slices(
     asked: Iterable[Tensor],  # for each of `layers` (A, heads, D) fp32
     num_layers: int,  # L, of the whole model
     positions: Tensor,  # (A,) where they are asked
-    held_out: Tensor,  # (A,) bool
+    held_out: Tensor,  # (A,) bool, on the host
     *,
     keys: Tensor,  # these as in `build_in_slices`
     values: Tensor,

@@ -15,6 +15,7 @@ from kvsculpt_vllm.sculpt.matmul import matvec
 from kvsculpt_vllm.sculpt.objective import LSE_WEIGHT, with_ones
 from kvsculpt_vllm.sculpt.problem import Problems
 from kvsculpt_vllm.sculpt.slices import Slices, at_once
+from kvsculpt_vllm.sculpt.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ class Ranking:
         return Ranking(**{name: tensor[index] for name, tensor in vars(self).items()})
 
     def with_rows(self, rows: Tensor) -> Ranking:
-        """The same ranking with the teacher of the query rows `rows` only."""
-        return replace(self, teacher_out=self.teacher_out[:, rows], teacher_lse=self.teacher_lse[:, rows])
+        """The same ranking with the teacher of the query rows `rows` (LongTensor, on the host) only."""
+        there = on_device(rows, self.order.device)
+        return replace(self, teacher_out=self.teacher_out[:, there], teacher_lse=self.teacher_lse[:, there])
 
 
 Score = Callable[[Problems, Teacher], Tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,6 +15,7 @@ from kvsculpt_vllm.sculpt.objective import Target
 from kvsculpt_vllm.sculpt.problem import Problems
 from kvsculpt_vllm.sculpt.selection import Ranking
 from kvsculpt_vllm.sculpt.slices import Slices
+from kvsculpt_vllm.sculpt.transfer import on_device
 from kvsculpt_vllm.sculpt.values import ValueFit
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
@@ -45,7 +47,10 @@ def judged_after(key_steps: int) -> list[int]:
 
 
 class _Best:
-    """Per problem, the candidate with the least held-out loss so far; a non-finite candidate never wins."""
+    """Per problem, the candidate with the least held-out loss so far; a non-finite candidate never wins.
+
+    Candidates are judged as they will be stored: rounding to the cache's dtype is part of the answer.
+    """
 
     def __init__(self, keys: Tensor, values: Tensor, held_out: Target, valid: Tensor, storage: torch.dtype) -> None:
         self.keys, self.values = keys, values
@@ -55,25 +60,64 @@ class _Best:
         self.steps = torch.zeros(len(keys), dtype=torch.long, device=keys.device)
         self.failed_solves = torch.zeros_like(self.steps)
 
-    def offer(self, keys: Tensor, values: Tensor, step: int, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Judge candidates for the problems in `index` (all if None): who improved (bool), and their losses.
-
-        They are judged as they will be stored: rounding to the cache's dtype is part of the answer.
+    def offer_each(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Judge several `values` (R, B, m, D) for the same keys before any key step: the least loss (B,) of each
+        problem, infinite if no loss is a number, and which values (B,) have it.
         """
-        index = torch.arange(len(self.keys), device=keys.device) if index is None else index
-        keys, values = keys.to(self.storage).float(), values.to(self.storage).float()
-        error = self.held_out.take(index).loss(keys, values, self.valid[index])
+        keys, values = self._stored(keys), self._stored(values)
+        least, choice = self.held_out.losses(keys, values, self.valid).nan_to_num(nan=torch.inf).min(0)
+        improved = (least < self.error)[:, None, None]
+        self.keys = torch.where(improved, keys, self.keys)
+        self.values = torch.where(improved, picked(values, choice), self.values)
+        self.error = torch.minimum(least, self.error)
+        return least, choice
+
+    def offer(self, keys: Tensor, values: Tensor, step: int, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Judge candidates for the problems in `index` (all if None): who improved (bool), and their losses."""
+        keys, values = self._stored(keys), self._stored(values)
+        if index is None:
+            index, held_out, valid = torch.arange(len(keys), device=keys.device), self.held_out, self.valid
+        else:
+            held_out, valid = self.held_out.take(index), self.valid[index]
+        error = held_out.loss(keys, values, valid)
         improved = error < self.error[index]
-        winners = index[improved]
-        self.keys[winners], self.values[winners] = keys[improved], values[improved]
-        self.error[winners], self.steps[winners] = error[improved], step
+        self.keys[index] = torch.where(improved[:, None, None], keys, self.keys[index])
+        self.values[index] = torch.where(improved[:, None, None], values, self.values[index])
+        self.error[index] = torch.where(improved, error, self.error[index])
+        self.steps[index] = torch.where(improved, step, self.steps[index])
         return improved, error
+
+    def _stored(self, entries: Tensor) -> Tensor:
+        return entries.to(self.storage).float()
+
+
+@dataclass
+class _Start:
+    """What key steps go on from: the values that held-out queries like most for some keys."""
+
+    keys: Tensor  # (B, m, D)
+    values: Tensor  # (B, m, D)
+    ridge: Tensor  # (B,) that gave the values
+    error: Tensor  # (B,) held-out loss, infinite if it is not a number
+
+    def where_better(self, other: _Start) -> _Start:
+        """The better one of two for every problem."""
+        ours = self.error <= other.error
+        mine, theirs = vars(self), vars(other)
+        return _Start(
+            **{name: torch.where(ours.view(-1, *[1] * (x.dim() - 1)), x, theirs[name]) for name, x in mine.items()}
+        )
+
+
+def picked(candidates: Tensor, choice: Tensor) -> Tensor:
+    """Of `candidates` (R, B, …) for every problem the one whose number is in `choice` (B,)."""
+    return candidates[choice, torch.arange(len(choice), device=choice.device)]
 
 
 def solve(
     problems: Problems,  # fp32
     ranking: Ranking,
-    sizes: Tensor,  # (B,) entries to keep
+    sizes: Sequence[int],  # B numbers of entries to keep
     method: str,
     key_steps: int,
     storage: torch.dtype,
@@ -84,8 +128,8 @@ def solve(
     Keys start from the selected ones with the span's mass restored (`match_mass`); with `both_starts` from the
     selected ones as they are where held-out queries prefer that.
     """
-    largest = int(sizes.max())
-    valid = torch.arange(largest, device=sizes.device)[None, :] < sizes[:, None]
+    largest, device = max(sizes), problems.keys.device
+    valid = torch.arange(largest, device=device)[None, :] < on_device(sizes, device)[:, None]
     chosen = ranking.order[:, :largest].unsqueeze(-1).expand(-1, -1, problems.keys.shape[-1])
     selected, originals = problems.keys.gather(1, chosen), problems.values.gather(1, chosen)
     train, held_out = Target.split(problems, ranking.teacher_out, ranking.teacher_lse)
@@ -93,57 +137,64 @@ def solve(
     best = _Best(selected.clone(), originals.clone(), held_out, valid, storage)
     if method == "select_fit":
         yield from _fit_start(best, train, selected, originals, valid)
-    if method == "sculpt":
-        keys = match_mass(train, selected, valid)
-        yield
-        ridge, error = yield from _fit_start(best, train, keys, originals, valid)
-        if both_starts:
-            plain_ridge, plain_error = yield from _fit_start(best, train, selected, originals, valid)
-            plain = plain_error < error
-            keys, ridge = torch.where(plain[:, None, None], selected, keys), torch.where(plain, plain_ridge, ridge)
     trace = best.error.new_zeros(0, 2, len(sizes))
-    if method == "sculpt" and key_steps:
-        judgements = yield from _sculpt_keys(best, train, keys, selected, originals, valid, ridge, key_steps)
-        judgements += judgements[-1:] * (len(judged_after(key_steps)) - len(judgements))
-        trace = torch.stack(judgements)
+    if method == "sculpt":
+        weights = train.weights(selected, valid)
+        keys = match_mass(train, selected, valid, weights)
+        yield
+        plain = None
+        if both_starts:  # first, because it may write over the weights
+            plain = yield from _fit_start(best, train, selected, originals, valid, weights)
+        del weights
+        start = yield from _fit_start(best, train, keys, originals, valid)
+        if plain is not None:
+            start = start.where_better(plain)
+        if key_steps:
+            judgements = yield from _sculpt_keys(best, train, start, selected, originals, valid, key_steps)
+            judgements += judgements[-1:] * (len(judged_after(key_steps)) - len(judgements))
+            trace = torch.stack(judgements)
     return Fit(best.keys, best.values, best.start_error, best.error, best.steps, best.failed_solves, trace)
 
 
 def _fit_start(
-    best: _Best, train: Target, keys: Tensor, values: Tensor, valid: Tensor
-) -> Slices[tuple[Tensor, Tensor]]:
-    """Offer least-squares values for `keys`; returns the ridge (B,) that held-out queries like most, and its loss."""
-    fit, errors = ValueFit(train, keys, values, valid), []
-    for strength in RIDGES:
-        yield
-        _, error = best.offer(keys, fit.solve(torch.full((len(keys),), strength, device=keys.device)), step=0)
-        errors.append(error.nan_to_num(nan=torch.inf))
+    best: _Best, train: Target, keys: Tensor, values: Tensor, valid: Tensor, weights: Tensor | None = None
+) -> Slices[_Start]:
+    """Offer least-squares values for `keys`, with each of `RIDGES`; returns what held-out queries like most.
+
+    `weights` are those of the keys, if they are there (`ValueFit`).
+    """
+    fit = ValueFit(train, keys, values, valid, weights)
+    del weights
+    yield
+    ridges = on_device(RIDGES, keys.device)
+    candidates = fit.solve_each(ridges)
     best.failed_solves += fit.failed
-    least, choice = torch.stack(errors).min(0)
-    return torch.tensor(RIDGES, device=keys.device)[choice], least
+    del fit
+    yield
+    least, choice = best.offer_each(keys, candidates)
+    return _Start(keys, picked(candidates, choice), ridges[choice], least)
 
 
 def _sculpt_keys(
     best: _Best,
     train: Target,
-    keys: Tensor,
+    start: _Start,
     selected: Tensor,
-    values: Tensor,
+    originals: Tensor,
     valid: Tensor,
-    ridge: Tensor,
     key_steps: int,
 ) -> Slices[list[Tensor]]:
     """Alternate L-BFGS steps on the keys with closed-form values (KVSculpt), each problem until it stops improving.
 
-    `values` are the originals to shrink towards; `selected` are the keys before anything moved them, and moving far
+    `originals` are the values to shrink towards; `selected` are the keys before anything moved them, and moving far
     from them counts as part of the training loss (`Target.foreign_weight`). Returns the trace: (2, B) losses, training
     and held-out, at every judgement; a problem that has stopped keeps its last ones.
     """
+    keys, values, ridge = start.keys, start.values, start.ridge
     shape = keys.shape[1:]
     to_white, from_white = _whitening(train)
     # (B, m, 1): the mean over a problem's keys; padding stays where it is anyway.
     foreign = (valid * (train.foreign_weight / valid.sum(1))[:, None]).unsqueeze(-1)
-    originals, values = values, ValueFit(train, keys, values, valid).solve(ridge)  # as `_fit_start` solved it
 
     def unpack(x: Tensor) -> Tensor:
         return torch.bmm(x.view(len(x), *shape), from_white)
@@ -158,28 +209,35 @@ def _sculpt_keys(
     x = torch.bmm(keys, to_white).flatten(1)
     optimizer = BatchedLBFGS(x, *evaluate(x))
     trace = [torch.stack([optimizer.loss, best.held_out.loss(keys, values, best.valid)])]
-    index = torch.arange(len(keys), device=keys.device)
-    stale = torch.zeros(len(keys), dtype=torch.long, device=keys.device)
-    for before, step in pairwise(judged_after(key_steps)):
+    everyone = torch.arange(len(keys), device=keys.device)
+    index = None  # the problems that are left, None for all
+    stale = torch.zeros_like(everyone)
+    judgements = judged_after(key_steps)
+    for number, (before, step) in enumerate(pairwise(judgements), 1):
         for _ in range(step - before):
             optimizer.step(evaluate)
             yield
         current = unpack(optimizer.x)
         refit = ValueFit(train, current, originals, valid)
         values = refit.solve(ridge)
-        best.failed_solves[index] += refit.failed
-        del refit  # it holds weights, and the steps to come make their own
+        best.failed_solves[everyone if index is None else index] += refit.failed
+        del refit  # it may hold weights, and the steps to come make their own
         improved, error = best.offer(current, values, step, index)
         optimizer.restart_at(*evaluate(optimizer.x))
         losses = trace[-1].clone()
-        losses[:, index] = torch.stack([optimizer.loss, error])
+        losses[:, everyone if index is None else index] = torch.stack([optimizer.loss, error])
         trace.append(losses)
         stale = torch.where(improved, torch.zeros_like(stale), stale + 1)
+        if number < PATIENCE or step == key_steps:
+            continue  # nobody can have stopped yet, or there is no step left to save
+        yield
+        # The one place where the host waits to know more: whoever takes so many steps has the time.
         alive = (stale < PATIENCE).nonzero()[:, 0]
         if len(alive) == 0:
             break
-        if len(alive) < len(index):
-            index, stale, ridge, valid = index[alive], stale[alive], ridge[alive], valid[alive]
+        if len(alive) < len(stale):
+            index = (everyone if index is None else index)[alive]
+            stale, ridge, valid = stale[alive], ridge[alive], valid[alive]
             values, originals, selected, foreign = values[alive], originals[alive], selected[alive], foreign[alive]
             to_white, from_white = to_white[alive], from_white[alive]
             train = train.take(alive)

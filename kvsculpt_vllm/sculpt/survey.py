@@ -160,7 +160,7 @@ def pilot(
         per_batch = max(1, limit // (size * len(rows)))
         parts = []
         for index in torch.arange(problems.num_problems, device=problems.keys.device).split(per_batch):
-            sizes_of = torch.full((len(index),), size, device=index.device)
+            sizes_of = [size] * len(index)
             done = yield from solve(few.take(index), ranking.take(index), sizes_of, method, 0, problems.keys.dtype)
             parts.append(done.error)
             yield

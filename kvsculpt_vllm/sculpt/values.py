@@ -5,20 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvsculpt_vllm.kernels.dispatch import use_triton
+from kvsculpt_vllm.sculpt.memory import max_elements
 from kvsculpt_vllm.sculpt.objective import Target
 
-JITTER = (1e1, 1e2, 1e3)
-"""By what the ridge is multiplied, one after the other, where the system could not be factored."""
+STRONGER = 1e3
+"""By what the ridge of a system that could not be factored is multiplied."""
 
 
 class ValueFit:
     """The least-squares problem of the values for fixed keys; the Gram matrix serves any number of ridges.
 
-    `solve` gives the values (B, m, D) minimising ``Σ_q |Σ_j p_j v_j + p_r o_r - o*|² + λ |v - start|²`` with
+    It gives the values (B, m, D) minimising ``Σ_q |Σ_j p_j v_j + p_r o_r - o*|² + λ |v - start|²`` with
     λ = ridge · mean diagonal of the Gram matrix. Shrinking towards zero instead of towards the start would make a
     little-used entry forget what it holds, which held-out queries punish (docs/algorithm.md#values). Where there are
     fewer queries than entries the equivalent dual system is smaller and is solved instead.
+
+    What cannot be solved with any ridge, which only numbers that are not finite bring about, keeps its start and is
+    counted in `failed`. Nobody waits to know which those are: stronger ridges are always solved along.
     """
 
     def __init__(
@@ -27,52 +30,68 @@ class ValueFit:
         keys: Tensor,  # (B, m, D)
         start: Tensor,  # (B, m, D) the values to shrink towards
         valid: Tensor | None = None,  # (B, m), False for padding
+        weights: Tensor | None = None,  # `target.weights(keys, valid)` if they are there; they are written over
     ) -> None:
         num_queries, num_entries = target.probes.shape[1], keys.shape[1]
         self._start, self._dual = start, num_entries > num_queries
-        if use_triton(keys) and not self._dual:
-            self._gram, self._rhs = target.gram(keys, start, valid)
-        else:
-            weights, retained_out = target.normalised_weights(keys, valid)  # (B, Q, m), (B, Q, D)
-            residual = target.out - retained_out - torch.bmm(weights, start)
-            self._transposed = weights.transpose(1, 2)
-            pair = (weights, self._transposed) if self._dual else (self._transposed, weights)
-            self._gram = torch.bmm(*pair)
-            self._rhs = residual if self._dual else torch.bmm(self._transposed, residual)
+        weights, retained_out = target.normalise(target.weights(keys, valid) if weights is None else weights)
+        residual = target.out - retained_out - torch.bmm(weights, start)
+        transposed = weights.transpose(1, 2)
+        self._gram = torch.bmm(weights, transposed) if self._dual else torch.bmm(transposed, weights)
+        self._rhs = residual if self._dual else torch.bmm(transposed, residual)
+        self._transposed = transposed if self._dual else None
         # Over the real entries only: the ridge of a problem must not depend on what it is padded to.
         num_valid = num_entries if valid is None else valid.sum(1)
         self._mean_diagonal = self._gram.diagonal(dim1=1, dim2=2).sum(1) / num_valid
         self.failed = torch.zeros(len(keys), dtype=torch.long, device=keys.device)  # (B,) solves that kept the start
 
     def solve(self, ridge: Tensor) -> Tensor:
-        """Values (B, m, D) for `ridge` (B,).
-
-        A system that fp32 cannot factor is tried again with the stronger ridges of `JITTER`; what none of them
-        helps, which only numbers that are not finite bring about, keeps its start and is counted in `failed`.
+        """Values (B, m, D) for `ridge` (B,). A system that fp32 cannot factor is solved with a ridge that is
+        `STRONGER`.
         """
-        factor, unsolved = self._factor(ridge)
-        for more in JITTER:
-            if not unsolved.any():
-                break
-            again, still = self._factor(torch.where(unsolved, ridge * more, ridge))
-            factor = torch.where(unsolved[:, None, None], again, factor)
-            unsolved = still
-        # Whatever stands in a factor that failed: a problem is solved alone, and its change is dropped below.
-        change = torch.cholesky_solve(self._rhs, factor)
-        if self._dual:
-            change = torch.bmm(self._transposed, change)
-        unsolved |= ~change.isfinite().flatten(1).all(1)
-        self.failed += unsolved
-        return self._start + change.masked_fill(unsolved[:, None, None], 0.0)
+        changes, solved = self._changes(torch.stack([ridge, STRONGER * ridge]))
+        self.failed += ~solved[0]
+        return self._start + changes[0]
 
-    def _factor(self, ridge: Tensor) -> tuple[Tensor, Tensor]:
-        """The Cholesky factors of the systems with `ridge` (B,), and which could not be factored (B,)."""
+    def solve_each(self, ridges: Tensor) -> Tensor:
+        """Values (R, B, m, D) for each of `ridges` (R,), ascending. A system that fp32 cannot factor is solved with the
+        next ridge that it can be solved with.
+        """
+        changes, solved = self._changes(ridges[:, None].expand(-1, len(self._gram)))
+        self.failed += len(ridges) - solved.sum(0)
+        return changes.add_(self._start)
+
+    def _changes(self, ridges: Tensor) -> tuple[Tensor, Tensor]:
+        """Changes (R, B, m, D) of the values with each of `ridges` (R, B), 0 where nothing helped, and which (R, B)
+        could be solved, if only with a later ridge.
+        """
+        at_once = max(1, max_elements(self._gram.device) // self._gram.numel())
+        parts = [self._solve(some) for some in ridges.split(at_once)]
+        changes, solved = (torch.cat(each) if len(parts) > 1 else each[0] for each in zip(*parts, strict=True))
+        for weaker in reversed(range(len(ridges) - 1)):
+            own = changes[weaker]
+            torch.where(solved[weaker, :, None, None], own, changes[weaker + 1], out=own)
+            solved[weaker] |= solved[weaker + 1]
+        return changes.masked_fill_(~solved[..., None, None], 0.0), solved
+
+    def _solve(self, ridges: Tensor) -> tuple[Tensor, Tensor]:
+        """Changes (R, B, m, D) with `ridges` (R, B), each by a factorisation of its own, and whether that went well.
+
+        All are one batch: a GPU takes about as long for one small matrix as for many.
+        """
         # The floor keeps a head whose queries all look elsewhere (weights underflow) solvable: its values stay.
-        penalty = (ridge * self._mean_diagonal).clamp_min(1e-12)
-        system = self._gram.clone()
-        system.diagonal(dim1=1, dim2=2).add_(penalty[:, None])
-        factor, info = torch.linalg.cholesky_ex(system)
-        return factor, info != 0
+        penalty = (ridges * self._mean_diagonal).clamp_min(1e-12)
+        systems = self._gram.repeat(len(ridges), 1, 1, 1)
+        systems.diagonal(dim1=2, dim2=3).add_(penalty.unsqueeze(2))
+        factors, info = torch.linalg.cholesky_ex(systems)
+        del systems
+        # Whatever stands in a factor that failed: a problem is solved alone, and its change is dropped.
+        changes = torch.cholesky_solve(self._rhs.expand(len(ridges), -1, -1, -1), factors)
+        if self._transposed is not None:
+            columns = torch.bmm(self._transposed, changes.permute(1, 2, 0, 3).flatten(2))  # (B, m, R·D)
+            changes = columns.unflatten(2, (len(ridges), -1)).permute(2, 0, 1, 3)
+        largest = torch.linalg.vector_norm(changes, torch.inf, dim=(2, 3))  # NaN if one is
+        return changes, (info == 0) & (largest < torch.inf)
 
 
 def fit_values(target: Target, keys: Tensor, start: Tensor, ridge: Tensor, valid: Tensor | None = None) -> Tensor:

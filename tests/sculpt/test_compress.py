@@ -158,8 +158,9 @@ def test_a_head_whose_queries_are_not_numbers_does_not_stop_the_others(case, met
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf, 1e3])
 @pytest.mark.parametrize("method", ["select_fit", "sculpt"])
 def test_values_that_come_out_broken_are_not_returned(case, monkeypatch, method, broken):
-    solve = ValueFit.solve
-    monkeypatch.setattr(ValueFit, "solve", lambda fit, ridge: torch.full_like(solve(fit, ridge), broken))
+    for name in ("solve", "solve_each"):
+        solve = getattr(ValueFit, name)
+        monkeypatch.setattr(ValueFit, name, lambda fit, ridge, solve=solve: torch.full_like(solve(fit, ridge), broken))
     result = compress(case.problems, PLAN, method, "uniform", EFFORT)
     selected = fit(
         case.problems,

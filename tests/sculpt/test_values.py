@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from kvsculpt_vllm.sculpt import values as values_module
 from kvsculpt_vllm.sculpt.objective import Target
-from kvsculpt_vllm.sculpt.values import JITTER, ValueFit, fit_values
+from kvsculpt_vllm.sculpt.values import STRONGER, ValueFit, fit_values
 
 RIDGE = torch.tensor([1e-3, 0.1, 2.0], dtype=torch.float64)
 
@@ -74,6 +75,34 @@ def test_a_system_that_cannot_be_factored_gets_stronger_ridges_and_one_that_neve
     values = fit.solve(torch.tensor([1e-8, 1e-3, 1e-3]))
     assert fit.failed.tolist() == [0, 1, 0]
     assert values[[0, 2]].isfinite().all() and torch.equal(values[1], start[1])
-    # The strength that helped is one of the ladder's.
-    ladder = [ValueFit(train, keys, start).solve(torch.tensor([1e-8 * more, 1e-3, 1e-3]))[0] for more in JITTER]
-    assert any(torch.equal(values[0], step) for step in ladder)
+    helped = ValueFit(train, keys, start).solve(torch.tensor([1e-8 * STRONGER, 1e-3, 1e-3]))
+    torch.testing.assert_close(values, helped)
+
+
+@pytest.mark.parametrize("limit", [1, 1 << 20])  # one factorisation after the other, and all in one batch
+@pytest.mark.parametrize("size", [6, 30])
+def test_several_ridges_at_once_give_what_each_gives_alone(make_case, size, limit, monkeypatch):
+    monkeypatch.setattr(values_module, "max_elements", lambda device: limit)
+    case = make_case()
+    train, _ = Target.split(case.problems, *case.teacher())
+    keys, start = (x[:, :size] * 1.1 for x in case.entries)
+    fit = ValueFit(train, keys, start)
+    together = fit.solve_each(RIDGE)
+    assert not fit.failed.any()
+    for ridge, values in zip(RIDGE, together, strict=True):
+        torch.testing.assert_close(values, ValueFit(train, keys, start).solve(ridge.expand(3)), rtol=1e-9, atol=1e-11)
+
+
+def test_of_several_ridges_the_next_that_helps_takes_the_place_of_one_that_does_not(make_case):
+    case = make_case(dtype=torch.float32)
+    out, lse = (x.float() for x in case.teacher())
+    keys, start = (x[:, :30].clone() for x in case.entries)
+    keys[0, 1:] = keys[0, 0]  # fp32 cannot factor its system without a ridge
+    out[1, 0] = torch.nan
+    train, _ = Target.split(case.problems, out, lse)
+    fit = ValueFit(train, keys, start)
+    values = fit.solve_each(torch.tensor([1e-8, 1e-3, 1e-1]))
+    assert fit.failed.tolist() == [0, 3, 0]
+    assert values.isfinite().all() and torch.equal(values[:, 1], start[1].expand(3, -1, -1))
+    assert torch.equal(values[0, 0], values[1, 0]) and not torch.equal(values[1, 0], values[2, 0])
+    assert not torch.equal(values[0, 2], values[1, 2])
