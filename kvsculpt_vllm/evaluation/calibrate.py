@@ -141,9 +141,8 @@ def second_reading(
     positions = number + spread
     recording = model.record([*tokens, *again], positions)
     return asked_problems(
-        (queries.float() for queries in recording.queries),
-        model.num_layers,
-        positions.to(model.device),
+        recording.queries,
+        positions,
         held_out_of(len(positions)),
         keys=recording.keys[:, :number],
         values=recording.values[:, :number],

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.loss_curves import LossCurves
 from kvsculpt_vllm.sculpt.matmul import fast_matmul
-from kvsculpt_vllm.sculpt.memory import max_elements
+from kvsculpt_vllm.sculpt.memory import PADDING, max_elements
 from kvsculpt_vllm.sculpt.problem import Problems
 from kvsculpt_vllm.sculpt.selection import Ranking
 from kvsculpt_vllm.sculpt.slices import Slices, at_once, within
@@ -34,6 +35,70 @@ class Compressed:
     failed_solves: Tensor  # (B,) systems of the values that could not be solved, so that the values stayed
     difficulty: Tensor  # (B,) the error at the uniform budget, as adaptive budgets weigh it; 0 for uniform ones
     trace: Tensor  # (J, 2, B) training and held-out loss at `solve.judged_after(key_steps)`, J = 0 without key steps
+
+
+@dataclass
+class Judged:
+    """What a fit knows of B problems besides their entries; as in `Compressed`."""
+
+    start_error: Tensor
+    error: Tensor
+    steps: Tensor
+    failed_solves: Tensor
+    trace: Tensor
+
+
+@dataclass
+class FittedBatch:
+    """The entries of some problems that were fitted together."""
+
+    numbers: list[int]  # ascending: which of all problems they are
+    entries: list[int]  # how many each has
+    keys: Tensor  # (b, m, D) in the cache's dtype, padded to the longest
+    values: Tensor  # (b, m, D)
+
+
+Write = Callable[[FittedBatch, list[int]], None]
+"""Takes what replaces the problems of a batch: called as ``write(fitted, pages)`` for one batch after the other, with
+the pages of all problems. What it raises ends the compression."""
+
+
+class Supply(Protocol):
+    """Gives problems to be fitted, some at a time."""
+
+    num_queries: int  # rows of each problem
+    num_entries: int  # of each problem's span
+    dtype: torch.dtype  # of the cache
+    device: torch.device
+
+    def entries(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """Give the keys and values (b, n, D) of some problems, in the cache's dtype."""
+
+    def problems(self, numbers: list[int]) -> Slices[tuple[Problems, Ranking]]:
+        """Give some problems, every tensor in float32, and their rankings."""
+
+
+@dataclass
+class InMemory:
+    """The supply where all problems are in memory."""
+
+    every: Problems
+    ranking: Ranking
+
+    def __post_init__(self) -> None:
+        self.num_queries, self.num_entries = self.every.queries.shape[1], self.every.num_entries
+        self.dtype, self.device = self.every.keys.dtype, self.every.keys.device
+
+    def entries(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """See `Supply`."""
+        index = on_device(numbers, self.device)
+        return self.every.keys[index], self.every.values[index]
+
+    def problems(self, numbers: list[int]) -> Slices[tuple[Problems, Ranking]]:
+        """See `Supply`."""
+        yield from ()
+        index = on_device(numbers, self.device)
+        return self.every.take(index), self.ranking.take(index)
 
 
 def compress_in_slices(
@@ -72,8 +137,16 @@ def fit_in_slices(
         ValueError: the plan's total cannot be given out.
     """
     budgets = found.budgets(plan)
-    fitted_on, ranking = thinned(problems, found.ranking, effort)
-    return (yield from fit_thinned_in_slices(fitted_on, plan, ranking, budgets, method, effort, limit))
+    supply = InMemory(*thinned(problems, found.ranking, effort))
+    keys, values = [problems.keys[0]] * problems.num_problems, [problems.values[0]] * problems.num_problems
+
+    def write(fitted: FittedBatch, _pages: list[int]) -> None:
+        for row, (b, count) in enumerate(zip(fitted.numbers, fitted.entries, strict=True)):
+            keys[b], values[b] = fitted.keys[row, :count], fitted.values[row, :count]
+
+    judged = yield from fit_batches_in_slices(supply, plan, budgets, method, effort, write, limit)
+    difficulty = on_device(budgets.difficulty, problems.keys.device)
+    return Compressed(**vars(judged), pages=budgets.pages, keys=keys, values=values, difficulty=difficulty)
 
 
 fit = at_once(fit_in_slices)
@@ -87,63 +160,57 @@ def thinned(problems: Problems, ranking: Ranking, effort: Effort) -> tuple[Probl
     return problems.with_rows(rows), ranking.with_rows(rows)
 
 
-def fit_thinned_in_slices(
-    problems: Problems,
+def fit_batches_in_slices(
+    supply: Supply,
     plan: PagePlan,
-    ranking: Ranking,
     budgets: Budgets,
     method: str,
     effort: Effort,
+    write: Write,
     limit: int | None = None,
-) -> Slices[Compressed]:
-    """Fit every problem to all queries that are given, and to as many pages as `budgets` gives it.
+    most: int | None = None,
+) -> Slices[Judged]:
+    """Fit every problem to the queries that `supply` gives, and to as many pages as `budgets` gives it, and hand batch
+    after batch to `write`.
 
-    All problems go through the solver in as few batches as `limit` (the largest temporary, in floats) allows, sorted by
-    size so that little padding is computed.
+    All problems go through the solver in as few batches as `limit` (the largest temporary, in floats) and `most` (the
+    problems of a batch, None for any number) allow, sorted by size so that little padding is computed.
     """
-    num_problems, device = problems.num_problems, problems.keys.device
+    device = supply.device
     limit = limit or max_elements(device)
     key_steps = effort.key_steps if method == "sculpt" else 0
-    result = Compressed(
-        pages=budgets.pages,
-        keys=[problems.keys[0]] * num_problems,
-        values=[problems.values[0]] * num_problems,
-        start_error=torch.zeros(num_problems, device=device),
-        error=torch.zeros(num_problems, device=device),
-        steps=torch.zeros(num_problems, dtype=torch.long, device=device),
-        failed_solves=torch.zeros(num_problems, dtype=torch.long, device=device),
-        difficulty=budgets.difficulty.to(device),
-        trace=torch.zeros(len(judged_after(key_steps)) if key_steps else 0, 2, num_problems, device=device),
-    )
     kept = [plan.entries(count) for count in budgets.pages]
-    for group in _groups(kept, problems.num_entries, limit // len(problems.held_out)):
-        if kept[group[0]] == problems.num_entries:  # everything fits: copied, nothing to fit
-            for b in group:
-                result.keys[b], result.values[b] = problems.keys[b], problems.values[b]
-            continue
-        index = on_device(group, device)
-        fitting = solve(
-            problems.take(index),
-            ranking.take(index),
-            [kept[b] for b in group],
-            method,
-            key_steps,
-            problems.keys.dtype,
-            both_starts=True,
-        )
-        done = yield from within(fast_matmul, fitting)
-        for row, b in enumerate(group):
-            result.keys[b] = done.keys[row, : kept[b]].to(problems.keys.dtype)
-            result.values[b] = done.values[row, : kept[b]].to(problems.values.dtype)
-        result.start_error[index], result.error[index] = done.start_error, done.error
-        result.steps[index], result.failed_solves[index] = done.steps, done.failed_solves
-        result.trace[..., index] = done.trace
+    groups = _groups(kept, supply.num_entries, limit // supply.num_queries, most or len(kept), PADDING[device.type])
+    order, judged = [], []
+    for numbers in map(sorted, groups):
+        sizes = [kept[b] for b in numbers]
+        order += numbers
+        if sizes[0] == supply.num_entries:  # everything fits: copied, nothing to fit
+            keys, values = supply.entries(numbers)
+            nothing = torch.zeros(len(numbers), device=device)
+            none = torch.zeros(len(numbers), dtype=torch.long, device=device)
+            trace = nothing.expand(len(judged_after(key_steps)) if key_steps else 0, 2, -1)
+            judged.append(Judged(nothing, nothing, none, none, trace))
+        else:
+            problems, ranking = yield from supply.problems(numbers)
+            fitting = solve(problems, ranking, sizes, method, key_steps, supply.dtype, both_starts=True)
+            del problems, ranking  # the solver lets go of them when it can
+            done = yield from within(fast_matmul, fitting)
+            keys, values = done.keys.to(supply.dtype), done.values.to(supply.dtype)
+            judged.append(Judged(done.start_error, done.error, done.steps, done.failed_solves, done.trace))
+            del fitting, done
+        write(FittedBatch(numbers, sizes, keys, values), budgets.pages)
+        del keys, values
         yield
-    return result
+    back = on_device(sorted(range(len(order)), key=order.__getitem__), device)
+    return Judged(
+        **{name: torch.cat([getattr(part, name) for part in judged], dim=-1)[..., back] for name in vars(judged[0])}
+    )
 
 
-def _groups(sizes: list[int], whole: int, max_entries: int) -> Iterator[list[int]]:
-    """Problem indices in groups of similar size (padding at most a quarter), whole spans apart.
+def _groups(sizes: list[int], whole: int, max_entries: int, most: int, padding: float) -> Iterator[list[int]]:
+    """Problem indices in groups of at most `most` of similar size (the largest at most `padding` times the smallest),
+    whole spans apart.
 
     `max_entries` bounds a group's entries, padding included, except that one problem always fits.
     """
@@ -151,7 +218,8 @@ def _groups(sizes: list[int], whole: int, max_entries: int) -> Iterator[list[int
     for b in sorted(range(len(sizes)), key=lambda i: (sizes[i], i)):
         if group and (
             (len(group) + 1) * sizes[b] > max_entries
-            or sizes[b] > 1.25 * sizes[group[0]]
+            or len(group) == most
+            or sizes[b] > padding * sizes[group[0]]
             or (sizes[b] == whole) != (sizes[group[0]] == whole)
         ):
             yield group

@@ -58,6 +58,6 @@ def matvec(matrices: Tensor, vectors: Tensor) -> Tensor:
 
     On a CPU one by one: a batch goes to a kernel for matrices, which for a single column is four times slower.
     """
-    if matrices.is_cuda:
+    if matrices.device.type != "cpu":
         return torch.bmm(matrices, vectors)
     return torch.stack([torch.mv(a, x) for a, x in zip(matrices, vectors.squeeze(-1), strict=True)]).unsqueeze(-1)

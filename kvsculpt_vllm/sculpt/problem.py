@@ -56,6 +56,17 @@ class Problems:
             retained_out=self.retained_out[index].float(),
         )
 
+    def part(self, own: slice) -> Problems:
+        """Keep consecutive problems, every tensor in float32; what is so already is not copied."""
+        return replace(
+            self,
+            queries=self.queries[own].float(),
+            keys=self.keys[own].float(),
+            values=self.values[own].float(),
+            retained_lse=self.retained_lse[own].float(),
+            retained_out=self.retained_out[own].float(),
+        )
+
     def thin_rows(self, count: int) -> Tensor:
         """Choose about `count` query rows (LongTensor, on the host): whole positions, spread evenly over the training
         ones and over the held-out ones.
@@ -94,16 +105,29 @@ def thin_positions(held_out: Tensor, count: float) -> Tensor:
 class Earlier:
     """The entries of the segments before, one tensor per problem: each head has kept a number m_b of its own.
 
-    Of a long context they are gigabytes. A sequence that reads each head's entries when it is asked for them, and has
-    slices that do the same, is as good as a list: one head's entries are used at a time.
+    Of a long context they are gigabytes. A sequence that reads each head's entries when it is asked for them is as good
+    as a list: one head's entries are used at a time.
     """
 
     keys: Sequence[Tensor]  # B tensors (m_b, D), any dtype
     values: Sequence[Tensor]  # B tensors (m_b, D)
 
-    def part(self, own: slice) -> Earlier:
+    def part(self, own: Sequence[int]) -> Earlier:
         """Keep the problems in `own`."""
-        return Earlier(self.keys[own], self.values[own])
+        return Earlier(_Some(self.keys, own), _Some(self.values, own))
+
+
+class _Some(Sequence[Tensor]):
+    """Some of a sequence's tensors, read when they are asked for."""
+
+    def __init__(self, every: Sequence[Tensor], numbers: Sequence[int]) -> None:
+        self._every, self._numbers = every, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # nobody wants a run of them
+        return self._every[self._numbers[index]]
 
 
 def retained_attention(

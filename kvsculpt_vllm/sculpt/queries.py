@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from kvsculpt_vllm.sculpt.memory import max_elements
 from kvsculpt_vllm.sculpt.problem import Earlier, Problems, retained_attention, thin_positions
 from kvsculpt_vllm.sculpt.rotary import Rotary
 from kvsculpt_vllm.sculpt.slices import Slices, at_once
+from kvsculpt_vllm.sculpt.transfer import on_device
 
 FUTURE_TOKENS = 512
 """Synthetic queries ask from this many positions after the prompt's end."""
@@ -76,14 +79,19 @@ def future_positions(origin: Tensor, end: int, num_positions: int, followed: boo
     return (end + distances).clamp_max(num_positions - 1)
 
 
-class PerLayer(Protocol):
-    """What gives a tensor for the number of a layer: a tensor of all layers, or what puts one layer's together."""
+class Asked(Protocol):
+    """Queries (L, P, heads, D) of all layers: a tensor, or what puts some heads' together when it is asked for them."""
 
-    def __getitem__(self, layer: int, /) -> Tensor: ...
+    @property
+    def shape(self) -> Sequence[int]:
+        """(L, P, heads, D)."""
+
+    def __getitem__(self, which: tuple[Tensor, slice, Tensor], /) -> Tensor:
+        """Give, for `layers` (b, 1) and `heads` (b, G), ``queries[layers, :, heads]``, which is (b, G, P, D)."""
 
 
 def build_in_slices(
-    queries: PerLayer,  # (P, heads, D) of each layer: sampled queries, with their rotary embedding, in any dtype
+    queries: Asked,  # (L, P, heads, D): sampled queries, with their rotary embedding, in any dtype
     positions: Tensor,  # (P,) where they were asked, ascending
     recent: int,  # how many of the last ones are asked as they were, too
     keys: Tensor,  # (L·H, n, D) the keys of the tokens [first, first + n)
@@ -96,38 +104,40 @@ def build_in_slices(
     first: int = 0,
     earlier: Earlier | None = None,  # of all L·H problems: what stands for the tokens before `first`
     followed: bool = False,  # whether other segments come behind this one
-    layers: range | None = None,  # build only the problems of these layers, one after the other; None means all
+    numbers: Sequence[int] | None = None,  # build only these of the L·H problems, ascending; None means all
     count: int | None = None,  # build only about so many of the queries of each head; None means all
 ) -> Slices[Problems]:
     """Build the problems of a segment of a prompt, one per (layer, KV head), layers outermost; the work may pause after
-    each layer. A prompt that is compressed as one span is its only segment.
+    some of them. A prompt that is compressed as one span is its only segment.
 
     A problem has the queries of all heads of its KV head's group. Each sampled query asks from a position behind the n
     tokens (`future_positions`); the last `recent` ones ask from their own position, too. So a problem has (P + recent)
     · group query rows, or with a `count` those of them that `Problems.thin_rows` would choose. All positions are
     absolute.
 
-    A caller that goes through the model in groups of `layers` bounds the memory that the problems take. The other
-    arguments stay those of the whole model, and nothing of the other layers is read.
+    A caller that goes through the model some problems at a time (`numbers`) bounds the memory that they take. The other
+    arguments stay those of the whole model, and nothing of the other problems is read.
     """
-    end = first + keys.shape[1]
+    end, origin = first + keys.shape[1], positions.cpu()
     # Of the whole model, so that a group of layers has the same positions as all of them at once.
     covered = [rotary.num_positions for rotary in rotaries if rotary is not None]
-    future = future_positions(positions, end, min(covered, default=end + FUTURE_TOKENS), followed)
-    held_out = held_out_of(len(positions))
+    future = future_positions(origin, end, min(covered, default=end + FUTURE_TOKENS), followed)
+    held_out = held_out_of(len(origin))
     # A query that is asked twice is held out twice or not at all.
     held_out = torch.cat([held_out, held_out[-recent:]])
-    asked_at = torch.cat([future, positions[-recent:]])
-    asked = (
-        _ask(queries[layer].float(), recent, positions, future, rotaries[layer])  # (P + recent, heads, D)
-        for layer in (range(len(rotaries)) if layers is None else layers)
-    )
+    asked_at = torch.cat([future, origin[-recent:]])
+    asked = torch.arange(len(origin))
+    asked = torch.cat([asked, asked[-recent:]])  # (A,): which query is asked there
     if count is not None:
         kept = thin_positions(held_out, count)
-        held_out, asked_at, asked = held_out[kept], asked_at[kept], (rows[kept] for rows in asked)
-    problems = yield from asked_in_slices(
-        asked,
-        len(rotaries),
+        held_out, asked_at, asked = held_out[kept], asked_at[kept], asked[kept]
+    here, there, which = (on_device(x, keys.device) for x in (origin[asked], asked_at, asked))
+
+    def ask(layers: Sequence[int], rows: Tensor) -> Tensor:
+        return _moved(rows[:, which].float(), [rotaries[layer] for layer in layers], here, there)
+
+    problems = yield from _asked_in_slices(
+        queries,
         asked_at,
         held_out,
         keys=keys,
@@ -137,7 +147,8 @@ def build_in_slices(
         scale=scale,
         first=first,
         earlier=earlier,
-        layers=layers,
+        numbers=numbers,
+        ask=ask,
     )
     return replace(problems, recent=recent if count is None else 0)
 
@@ -149,82 +160,103 @@ def held_out_of(count: int) -> Tensor:
     return torch.arange(count) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 
-def asked_in_slices(
-    asked: Iterable[Tensor],  # for each of `layers` (A, heads, D) fp32
-    num_layers: int,  # L, of the whole model
-    positions: Tensor,  # (A,) where they are asked
+def _asked_in_slices(
+    queries: Asked,  # (L, P, heads, D)
+    positions: Tensor,  # (A,) where they are asked, on the host
     held_out: Tensor,  # (A,) bool, on the host
     *,
-    keys: Tensor,  # these as in `build_in_slices`
+    keys: Tensor,
     values: Tensor,
     span: int,
     sinks: int,
     scale: float,
     first: int = 0,
     earlier: Earlier | None = None,
-    layers: range | None = None,
+    numbers: Sequence[int] | None = None,
+    ask: Callable[[Sequence[int], Tensor], Tensor] = lambda layers, rows: rows.float(),
 ) -> Slices[Problems]:
-    """Build the problems, one per (layer, KV head), whose queries are given; the work may pause after each layer.
+    """Build the problems, one per (layer, KV head), whose queries are given; the work may pause after some of them.
 
-    `build_in_slices` gives a prompt's own queries, `evaluation.calibrate` those of a second reading.
+    `build_in_slices` gives a prompt's own queries, `evaluation.calibrate` those of a second reading. What a query (b,
+    P, G, D) of some layers asks (b, A, G, D), in float32, `ask` says.
 
     Raises:
-        ValueError: `layers` is empty, has gaps or leaves the model; `earlier` is not of all the model's problems.
+        ValueError: `numbers` is empty, does not ascend or leaves the model; `earlier` is not of all the model's
+            problems.
     """
-    layers = range(num_layers) if layers is None else layers
-    if layers.step != 1 or not 0 <= layers.start < layers.stop <= num_layers:
-        raise ValueError(f"{layers} is not a run of layers of a model that has {num_layers}")
-    if earlier is not None and not len(earlier.keys) == len(earlier.values) == len(keys):
+    total, device = len(keys), keys.device
+    numbers = range(total) if numbers is None else numbers
+    if not numbers or numbers[0] < 0 or numbers[-1] >= total or any(a >= b for a, b in pairwise(numbers)):
+        raise ValueError(f"{list(numbers)} are not ascending numbers of problems of a model that has {total}")
+    if earlier is not None and not len(earlier.keys) == len(earlier.values) == total:
         raise ValueError(
-            f"earlier entries of {len(earlier.keys)} and {len(earlier.values)} problems were given for {len(keys)}"
+            f"earlier entries of {len(earlier.keys)} and {len(earlier.values)} problems were given for {total}"
         )
-    heads = len(keys) // num_layers
-    recent_positions = torch.arange(first + span, first + keys.shape[1], device=keys.device)
-    built: Problems | None = None
-    for i, (layer, queries) in enumerate(zip(layers, asked, strict=True)):
-        group = queries.shape[1] // heads
-        if built is None:
-            # Filled layer by layer: parts that are joined at the end would all be there twice.
-            shape = (len(layers) * heads, len(positions) * group, queries.shape[2])
-            which = slice(layers.start * heads, layers.stop * heads)
-            built = Problems(
-                queries=queries.new_empty(shape),
-                keys=keys[which, sinks:span],
-                values=values[which, sinks:span],
-                retained_out=queries.new_empty(shape),
-                retained_lse=queries.new_empty(shape[:2]),
-                held_out=held_out.repeat_interleave(group),
-                scale=scale,
-                group=group,
-            )
-        own, target = slice(layer * heads, (layer + 1) * heads), slice(i * heads, (i + 1) * heads)
-        rows = built.queries[target]  # (H, A·G, D)
-        rows.view(heads, -1, group, shape[2]).copy_(queries.unflatten(1, (heads, group)).transpose(0, 1))
-        # A layer at a time: for the whole model at once the scores of a wide window would take gigabytes.
-        built.retained_out[target], built.retained_lse[target] = retained_attention(
+    num_layers, _, query_heads, head_size = queries.shape
+    heads, group = total // num_layers, query_heads * num_layers // total
+    recent_positions = torch.arange(first + span, first + keys.shape[1], device=device)
+    asked_at = on_device(positions.repeat_interleave(group), device)
+    which = _consecutive(numbers, device)
+    # Filled part by part: parts that are joined at the end would all be there twice.
+    shape = (len(numbers), len(positions) * group, head_size)
+    built = Problems(
+        queries=torch.empty(shape, device=device),
+        keys=keys[which, sinks:span],
+        values=values[which, sinks:span],
+        retained_out=torch.empty(shape, device=device),
+        retained_lse=torch.empty(shape[:2], device=device),
+        held_out=held_out.repeat_interleave(group),
+        scale=scale,
+        group=group,
+    )
+    # In parts: for the whole model at once the scores of a wide window would take gigabytes.
+    most = max(1, max_elements(device) // (2 * shape[1] * head_size))  # several temporaries live at once
+    for begin in range(0, len(numbers), most):
+        own = numbers[begin : begin + most]
+        layers, mine = [number // heads for number in own], slice(begin, begin + len(own))
+        of_layer = on_device([[layer] for layer in layers], device)
+        of_heads = on_device([[number % heads * group + i for i in range(group)] for number in own], device)
+        asked = ask(layers, queries[of_layer, :, of_heads].transpose(1, 2))  # (b, A, G, D)
+        rows = built.queries[mine]
+        rows.view(asked.shape).copy_(asked)
+        del asked
+        part = _consecutive(own, device)
+        built.retained_out[mine], built.retained_lse[mine] = retained_attention(
             rows,
-            positions.repeat_interleave(group),
-            keys[own, :sinks],
-            values[own, :sinks],
-            keys[own, span:],
-            values[own, span:],
+            asked_at,
+            keys[part, :sinks],
+            values[part, :sinks],
+            keys[part, span:],
+            values[part, span:],
             recent_positions,
             scale,
             None if earlier is None else earlier.part(own),
         )
         yield
-    assert built is not None  # `layers` is not empty
     return built
 
 
-asked_problems = at_once(asked_in_slices)
+asked_problems = at_once(_asked_in_slices)
 build_problems = at_once(build_in_slices)
 
 
-def _ask(real: Tensor, recent: int, origin: Tensor, future: Tensor, rotary: Rotary | None) -> Tensor:
-    """One layer's queries (P, heads, D): all of them at `future`, then the recent ones as they were.
+def _consecutive(numbers: Sequence[int], device: torch.device) -> slice | Tensor:
+    """What indexes the `numbers`: a slice, of which a view is made, if there are no gaps."""
+    if numbers[-1] - numbers[0] == len(numbers) - 1:
+        return slice(numbers[0], numbers[-1] + 1)
+    return on_device(numbers, device)
+
+
+def _moved(rows: Tensor, rotaries: Sequence[Rotary | None], origin: Tensor, target: Tensor) -> Tensor:
+    """Queries (b, A, G, D), the b-th of them of a layer with the b-th of `rotaries`, from their positions `origin` (A,)
+    to `target` (A,).
 
     Without a rotary embedding a query is the same wherever it is asked, and only sees more of the recent window.
     """
-    moved = real if rotary is None else rotary.move(real, origin, future)
-    return torch.cat([moved, real[-recent:]])
+    if len(set(map(id, rotaries))) == 1:  # as in most models
+        return rows if rotaries[0] is None else rotaries[0].move(rows, origin, target)
+    # A layer's embedding is often one object for many layers.
+    for rotary in {id(rotary): rotary for rotary in rotaries if rotary is not None}.values():
+        mine = on_device([b for b, other in enumerate(rotaries) if other is rotary], rows.device)
+        rows[mine] = rotary.move(rows[mine], origin, target)
+    return rows

@@ -21,7 +21,7 @@ class Rotary:
         return self.cache.shape[0]
 
     def move(self, queries: Tensor, origin: Tensor, target: Tensor) -> Tensor:
-        """Queries (P, heads, D) that were rotated at positions `origin` (P,), as they would be at `target` (P,).
+        """Queries (…, P, heads, D) that were rotated at positions `origin` (P,), as they would be at `target` (P,).
 
         Undoing a rotation divides by cos² + sin², which is not 1 where the scaling (YaRN) also changes the length.
         """

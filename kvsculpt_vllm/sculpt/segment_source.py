@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvsculpt_vllm.sculpt.problem import Earlier, Problems
-from kvsculpt_vllm.sculpt.queries import PerLayer, build_in_slices
+from kvsculpt_vllm.sculpt.problem import Earlier, Problems, thin_positions
+from kvsculpt_vllm.sculpt.queries import Asked, build_in_slices, held_out_of
 from kvsculpt_vllm.sculpt.rotary import Rotary
 from kvsculpt_vllm.sculpt.slices import Slices
 
@@ -22,7 +22,7 @@ class SegmentSource:
     built for some layers at a time.
     """
 
-    queries: PerLayer  # (P, heads, D) of each layer
+    queries: Asked  # (L, P, heads, D)
     positions: Tensor  # (P,)
     recent: int
     keys: Tensor  # (L·H, n, D)
@@ -56,15 +56,27 @@ class SegmentSource:
         return self.keys.device
 
     @property
+    def head_size(self) -> int:
+        """D."""
+        return self.keys.shape[2]
+
+    def num_queries(self, count: int) -> int:
+        """Count the query rows of a problem that is built with about `count` of each head's queries."""
+        _, num_positions, heads, _ = self.queries.shape
+        held_out = held_out_of(num_positions)
+        positions = thin_positions(torch.cat([held_out, held_out[-self.recent :]]), count)
+        return len(positions) * heads // self.heads
+
+    @property
     def layer_bytes(self) -> int:
         """Bytes that the queries of one layer's problems take in float32."""
-        num_positions, heads, head_size = self.queries[0].shape
+        _, num_positions, heads, head_size = self.queries.shape
         return (num_positions + self.recent) * heads * head_size * 4
 
-    def of(self, layers: range, count: int | None = None) -> Slices[Problems]:
-        """Build the problems of these `layers`, with about `count` of each head's queries; None means all."""
-        return build_in_slices(**vars(self), layers=layers, count=count)
+    def of(self, numbers: Sequence[int], count: int | None = None) -> Slices[Problems]:
+        """Build the problems of these `numbers`, with about `count` of each head's queries; None means all."""
+        return build_in_slices(**vars(self), numbers=numbers, count=count)
 
-    def problems_of(self, layers: range) -> slice:
+    def problems_of(self, layers: range) -> range:
         """Say which of all problems those are."""
-        return slice(layers.start * self.heads, layers.stop * self.heads)
+        return range(layers.start * self.heads, layers.stop * self.heads)

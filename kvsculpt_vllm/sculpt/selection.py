@@ -24,7 +24,8 @@ class Teacher:
 
     out: Tensor  # (B, Q, D)
     lse: Tensor  # (B, Q)
-    attention: Tensor  # (B, n) Σ_q p_qj^power, p being the softmax over the span and the retained entries
+    # (B, n) Σ_q p_qj^power, p being the softmax over the span and the retained entries; None if nobody asked for it
+    attention: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class Ranking:
         """The rankings of the problems in `index`."""
         return Ranking(**{name: tensor[index] for name, tensor in vars(self).items()})
 
+    def part(self, own: slice) -> Ranking:
+        """The rankings of consecutive problems."""
+        return Ranking(**{name: tensor[own] for name, tensor in vars(self).items()})
+
     def with_rows(self, rows: Tensor) -> Ranking:
         """The same ranking with the teacher of the query rows `rows` (LongTensor, on the host) only."""
         there = on_device(rows, self.order.device)
@@ -51,6 +56,7 @@ Score = Callable[[Problems, Teacher], Tensor]
 
 def by_attention(problems: Problems, teacher: Teacher) -> Tensor:
     """The attention an entry receives, summed over the queries of the head's group (as in H2O, SnapKV, KVSculpt)."""
+    assert teacher.attention is not None  # a ranking asks for it
     return teacher.attention
 
 
@@ -70,13 +76,11 @@ def rank_in_slices(
         teacher_out=torch.empty(shape, device=device),
         teacher_lse=torch.empty(shape[:2], device=device),
     )
-    first = 0
-    for batch in batches(problems, max_elements):
-        own = slice(first, first + batch.num_problems)
+    for own in batches(problems, max_elements):
+        batch = problems.part(own)
         teacher = teach(batch, max_elements, power)
         ranking.order[own] = score(batch, teacher).argsort(dim=1, descending=True)
         ranking.teacher_out[own], ranking.teacher_lse[own] = teacher.out, teacher.lse
-        first = own.stop
         yield
     return ranking
 
@@ -86,24 +90,37 @@ rank = at_once(rank_in_slices)
 
 def selection_errors(problems: Problems, ranking: Ranking, sizes: Sequence[int], max_elements: int) -> Slices[Tensor]:
     """The loss (B, G) of plain selection at each of G `sizes` (ascending, at most n), over all queries."""
-    errors, first = [], 0
-    for batch in batches(problems, max_elements):
-        index = torch.arange(first, first + batch.num_problems, device=batch.keys.device)
-        errors.append(_errors(batch, ranking.take(index), sizes, max_elements))
-        first += batch.num_problems
+    errors = []
+    for own in batches(problems, max_elements):
+        errors.append(_errors(problems.part(own), ranking.part(own), sizes, max_elements))
         yield
     return torch.cat(errors)
 
 
-def batches(problems: Problems, max_elements: int) -> Iterator[Problems]:
-    """Consecutive problems in fp32, as many at once as have no more than `max_elements` weights together."""
-    per_batch = max(1, max_elements // (problems.queries.shape[1] * problems.num_entries))
-    for index in torch.arange(problems.num_problems, device=problems.keys.device).split(per_batch):
-        yield problems.take(index)
+def taught_in_slices(problems: Problems, order: Tensor, max_elements: int) -> Slices[Ranking]:
+    """Find what the full cache answers to the queries of problems whose entries' `order` (B, n) is known."""
+    out, lse = torch.empty_like(problems.queries), torch.empty_like(problems.retained_lse)
+    for own in batches(problems, max_elements):
+        teacher = teach(problems.part(own), max_elements, power=None)
+        out[own], lse[own] = teacher.out, teacher.lse
+        yield
+    return Ranking(order, out, lse)
 
 
-def teach(problems: Problems, max_elements: int, power: int = 1) -> Teacher:
-    """Attention over everything, for fp32 `problems`, without keeping a matrix of weights."""
+def batches(problems: Problems, max_elements: int) -> Iterator[slice]:
+    """Consecutive problems, as many at once as have no more than `max_elements` weights together, or no more elements
+    of queries where a kernel keeps no weights.
+    """
+    each = 2 * problems.queries.shape[2] if use_triton(problems.keys) else problems.num_entries
+    per_batch = max(1, max_elements // (problems.queries.shape[1] * each))
+    for first in range(0, problems.num_problems, per_batch):
+        yield slice(first, min(first + per_batch, problems.num_problems))
+
+
+def teach(problems: Problems, max_elements: int, power: int | None = 1) -> Teacher:
+    """Attention over everything, for fp32 `problems`, without keeping a matrix of weights; what the entries receive to
+    some `power`, or not at all.
+    """
     if use_triton(problems.keys):
         return _teach_by_kernel(problems, power)
     values = with_ones(problems.values)  # the column of ones sums the weights
@@ -121,19 +138,21 @@ def teach(problems: Problems, max_elements: int, power: int = 1) -> Teacher:
             problems.retained_out[:, rows],
             problems.retained_lse[:, rows],
         )
-        to_share = (peak[:, 0] - lse).exp()
-        received += matvec(weights.pow_(power), to_share.pow(power).unsqueeze(-1))
+        if power is not None:
+            to_share = (peak[:, 0] - lse).exp()
+            received += matvec(weights.pow_(power), to_share.pow(power).unsqueeze(-1))
         outs.append(out)
         lses.append(lse)
-    return Teacher(torch.cat(outs, dim=1), torch.cat(lses, dim=1), received.squeeze(-1))
+    attention = None if power is None else received.squeeze(-1)
+    return Teacher(torch.cat(outs, dim=1), torch.cat(lses, dim=1), attention)
 
 
-def _teach_by_kernel(problems: Problems, power: int) -> Teacher:
+def _teach_by_kernel(problems: Problems, power: int | None) -> Teacher:
     queries = problems.queries * problems.scale
     out, lse = merge(
         *attention_with_lse(queries, problems.keys, problems.values), problems.retained_out, problems.retained_lse
     )
-    return Teacher(out, lse, received(queries, lse, problems.keys, power))
+    return Teacher(out, lse, None if power is None else received(queries, lse, problems.keys, power))
 
 
 def _errors(problems: Problems, ranking: Ranking, sizes: Sequence[int], max_elements: int) -> Tensor:

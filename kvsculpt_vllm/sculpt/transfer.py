@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def on_device(numbers: Sequence[int] | Sequence[float] | Tensor, device: torch.device) -> Tensor:
+def on_device(numbers: Sequence[int] | Sequence[float] | Sequence[list[int]] | Tensor, device: torch.device) -> Tensor:
     """The `numbers` as a tensor on `device`, without waiting for what the device has still to do.
 
     ``torch.tensor(numbers, device=device)`` would wait for all of it. From pinned memory a copy only queues up.

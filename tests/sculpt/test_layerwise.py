@@ -60,17 +60,19 @@ def problems(source):
 
 def in_groups_of(layers, source, *args, **kwargs):
     """What `compress_segment` hands over, and what it returns."""
-    keys, values, given = [], [], []
+    keys, values = {}, {}
 
-    def write(fitted, first, pages):
-        assert first == len(keys) and fitted.pages == pages[first : first + len(fitted.pages)]
-        keys.extend(fitted.keys)
-        values.extend(fitted.values)
+    def write(fitted, pages):
+        assert [count + SINKS for count in fitted.entries] == [pages[b] * BLOCK for b in fitted.numbers]
+        for row, (b, count) in enumerate(zip(fitted.numbers, fitted.entries, strict=True)):
+            assert b not in keys
+            keys[b], values[b] = fitted.keys[row, :count], fitted.values[row, :count]
         given.append(pages)
 
+    given = []
     judged = compress_segment(source, *args, write, group_bytes=layers * COPIES * source.layer_bytes, **kwargs)
-    assert all(pages == judged.pages for pages in given) and len(given) == -(-LAYERS // layers)
-    return keys, values, judged
+    assert all(pages == judged.pages for pages in given)
+    return *([found[b] for b in range(PROBLEMS)] for found in (keys, values)), judged
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +108,11 @@ def test_groups_of_layers_give_what_all_layers_at_once_give(source, problems, ca
 
 def test_thinned_problems_are_built_with_the_queries_that_thinning_would_keep(source, problems):
     rows = problems.thin_rows(EFFORT.fit_positions * GROUP)
-    few = finish(source.of(range(1, 3), EFFORT.fit_positions))
+    few = finish(source.of(range(2, 6), EFFORT.fit_positions))
     wanted = problems.with_rows(rows)
-    own = source.problems_of(range(1, 3))
-    assert own == slice(2, 6) and few.recent == 0
+    assert source.problems_of(range(1, 3)) == range(2, 6) and few.recent == 0
+    assert few.queries.shape[1] == source.num_queries(EFFORT.fit_positions)
+    own = slice(2, 6)
     assert torch.equal(few.queries, wanted.queries[own]) and torch.equal(few.held_out, wanted.held_out)
     torch.testing.assert_close(few.retained_out, wanted.retained_out[own])
     torch.testing.assert_close(few.retained_lse, wanted.retained_lse[own])
@@ -119,14 +122,14 @@ def test_thinned_problems_are_built_with_the_queries_that_thinning_would_keep(so
 def test_what_writing_raises_ends_the_compression(source):
     written = []
 
-    def write(fitted, first, pages):
-        written.append(first)
-        if first:
+    def write(fitted, pages):
+        written.append(fitted.numbers)
+        if len(written) == 2:
             raise OSError("full")
 
     with pytest.raises(OSError, match="full"):
         compress_segment(source, PLAN, "select", "uniform", EFFORT, write, group_bytes=1)
-    assert written == [0, HEADS]
+    assert len(written) == 2
 
 
 def test_a_calibration_must_be_of_all_heads(source, calibration):

@@ -185,14 +185,17 @@ def test_without_rotary_embedding_a_segment_without_others_before_it_is_a_prompt
     assert same(problems, segment(earlier=none_kept)[1])
 
 
-@pytest.mark.parametrize("layers", [range(0, 1), range(1, 3), range(0, 3)])
-def test_a_group_of_layers_has_its_part_of_the_problems_and_reads_nothing_else(layers):
+@pytest.mark.parametrize("numbers", [range(0, 2), range(2, 6), range(0, 6), [1, 2, 5]])
+def test_some_of_the_problems_are_those_of_the_whole_and_nothing_else_is_read(numbers):
     given, whole = segment()
-    own = torch.arange(layers.start * KV_HEADS, layers.stop * KV_HEADS)
-    for name in ("queries", "keys", "values"):
+    own = torch.tensor(numbers)
+    by_problem = given["queries"].unflatten(2, (KV_HEADS, -1)).transpose(1, 2).flatten(0, 1)
+    others = [b for b in range(len(by_problem)) if b not in numbers]
+    by_problem[others] = torch.nan
+    given["queries"] = by_problem.unflatten(0, (LAYERS, KV_HEADS)).transpose(1, 2).flatten(2, 3)
+    for name in ("keys", "values"):
         poisoned = torch.full_like(given[name], torch.nan)
-        mine = slice(layers.start, layers.stop) if name == "queries" else own
-        poisoned[mine] = given[name][mine]
+        poisoned[own] = given[name][own]
         given[name] = poisoned
     given["earlier"] = Earlier(
         *(
@@ -200,15 +203,31 @@ def test_a_group_of_layers_has_its_part_of_the_problems_and_reads_nothing_else(l
             for xs in (given["earlier"].keys, given["earlier"].values)
         )
     )
-    assert same(build_problems(**given, layers=layers).take(torch.arange(len(own))), whole.take(own))
+    assert same(build_problems(**given, numbers=numbers).take(torch.arange(len(own))), whole.take(own))
 
 
-@pytest.mark.parametrize("layers", [range(0), range(0, 3, 2), range(2, 4), range(-1, 1)])
-def test_layers_that_are_no_run_of_the_model_s_are_refused(layers):
-    with pytest.raises(ValueError, match="not a run of layers"):
-        segment(layers=layers)
+def test_layers_may_rotate_differently():
+    angles = torch.arange(1024).double()[:, None] * FREQUENCIES
+    near, far = (
+        Rotary(torch.cat([(angles * f).cos(), (angles * f).sin()], dim=-1), HEAD_SIZE, is_neox_style=True)
+        for f in (1.0, 0.1)
+    )
+    given, mixed = segment(rotaries=[near, None, far])
+    for layer, rotary in enumerate(given["rotaries"]):
+        _, alone = segment(rotaries=[rotary] * LAYERS)
+        own = torch.arange(layer * KV_HEADS, (layer + 1) * KV_HEADS)
+        if rotary is None:  # and asks from a place that is not near the end of its own positions
+            assert torch.equal(mixed.queries[own], alone.queries[own])
+        else:
+            assert same(mixed.take(own), alone.take(own))
+
+
+@pytest.mark.parametrize("numbers", [[], [0, 0], [2, 1], [5, 6], [-1, 0]])
+def test_numbers_that_are_no_problems_of_the_model_s_are_refused(numbers):
+    with pytest.raises(ValueError, match="not ascending numbers of problems"):
+        segment(numbers=numbers)
 
 
 def test_earlier_entries_of_fewer_heads_are_refused():
     with pytest.raises(ValueError, match="5 and 5 problems"):
-        segment(earlier=segment()[0]["earlier"].part(slice(5)))
+        segment(earlier=segment()[0]["earlier"].part(range(5)))

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
+from kvsculpt_vllm.sculpt.transfer import on_device
+
 logger = init_logger("vllm.kvsculpt")
 
 
@@ -97,8 +99,8 @@ class QuerySample:
 
 
 class SampledQueries:
-    """Queries that are indexed by layer, (P, heads, D) each: put together when they are asked for, so that they are not
-    held twice.
+    """Queries (L, P, heads, D) of which some heads' are put together when they are asked for, so that they are not held
+    twice (`sculpt.queries.Asked`).
     """
 
     def __init__(self, pieces: list[Piece], positions: Tensor) -> None:
@@ -106,10 +108,11 @@ class SampledQueries:
         for piece in pieces:
             inside = positions[(positions >= piece.first) & (positions < piece.end)]
             if len(inside):
-                self._parts.append((piece, (inside - piece.first).to(piece.queries.device)))
+                self._parts.append((piece.queries, on_device(inside - piece.first, piece.queries.device)))
+        layers, _, heads, head_size = self._parts[0][0].shape
+        self.shape = (layers, len(positions), heads, head_size)
 
-    def __len__(self) -> int:
-        return self._parts[0][0].queries.shape[0]
-
-    def __getitem__(self, layer: int) -> Tensor:
-        return torch.cat([piece.queries[layer][index] for piece, index in self._parts])
+    def __getitem__(self, which: tuple[Tensor, slice, Tensor]) -> Tensor:
+        layers, _, heads = which
+        parts = [queries[layers.unsqueeze(2), index, heads.unsqueeze(2)] for queries, index in self._parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

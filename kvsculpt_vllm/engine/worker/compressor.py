@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.shared.commands import CommitCommand, SolveCommand
@@ -14,7 +15,7 @@ from kvsculpt_vllm.engine.worker import pages as page_layout
 from kvsculpt_vllm.engine.worker.earlier import packed_entries
 from kvsculpt_vllm.engine.worker.state import CompressionState
 from kvsculpt_vllm.sculpt.budgets import PagePlan
-from kvsculpt_vllm.sculpt.compress import Compressed
+from kvsculpt_vllm.sculpt.compress import Compressed, FittedBatch
 from kvsculpt_vllm.sculpt.effort import EFFORTS, Effort
 from kvsculpt_vllm.sculpt.layerwise import compress_segment_in_slices
 from kvsculpt_vllm.sculpt.loss_curves import LossCurves
@@ -22,6 +23,7 @@ from kvsculpt_vllm.sculpt.queries import sample_positions
 from kvsculpt_vllm.sculpt.rotary import Rotary
 from kvsculpt_vllm.sculpt.segment_source import SegmentSource
 from kvsculpt_vllm.sculpt.slices import Slices, Stopwatch, within
+from kvsculpt_vllm.sculpt.transfer import on_device
 
 
 class NotUsable(Exception):
@@ -81,20 +83,28 @@ class Compressor:
         source = self._source(command, num_sinks, effort)
         span_blocks = command.span_tokens // geometry.block_size
         plan = PagePlan(geometry.block_size, span_blocks, len(command.packed) * geometry.num_cells, num_sinks)
-        cells = geometry.packed_pages(torch.tensor(command.packed, device=state.pages.buffer.device))
+        device = state.pages.buffer.device
+        cells = geometry.packed_pages(on_device(command.packed, device))
+        extremes: list[Tensor] = []
 
-        def write(fitted: Compressed, first: int, pages: list[int]) -> None:
+        def write(fitted: FittedBatch, pages: list[int]) -> None:
             """Write heads' entries, sinks first, into their cells of the packed blocks, which nobody reads yet."""
-            judged = (fitted.start_error, fitted.error, *fitted.keys, *fitted.values)
-            if not all(entries.isfinite().all() for entries in judged):
-                raise NotUsable(Reason.NOT_FINITE, "what came out is not finite")
-            starts = page_layout.place(pages)
-            for b, (keys, values) in enumerate(zip(fitted.keys, fitted.values, strict=True), first):
-                state.pages.write(
-                    cells[starts[b] : starts[b] + pages[b]],
-                    torch.cat([source.keys[b, :num_sinks], keys]),
-                    torch.cat([source.values[b, :num_sinks], values]),
-                )
+            extremes.extend(torch.stack(x.aminmax()) for x in (fitted.keys, fitted.values))
+            where = on_device(fitted.numbers, device)
+            keys = torch.cat([source.keys[where, :num_sinks], fitted.keys], dim=1)
+            values = torch.cat([source.values[where, :num_sinks], fitted.values], dim=1)
+            # All heads at once: the pages of the batch, and in which cells they belong.
+            starts, most = page_layout.place(pages), keys.shape[1] // geometry.block_size
+            of_batch: list[int] = []
+            of_block: list[int] = []
+            for row, b in enumerate(fitted.numbers):
+                of_batch += range(row * most, row * most + pages[b])
+                of_block += range(starts[b], starts[b] + pages[b])
+            chosen = on_device(of_batch, device)
+            state.pages.write(
+                cells[on_device(of_block, device)],
+                *(x.reshape(-1, geometry.block_size, x.shape[2])[chosen].flatten(0, 1) for x in (keys, values)),
+            )
 
         fitted = yield from compress_segment_in_slices(
             source,
@@ -106,10 +116,24 @@ class Compressor:
             # It was measured with sculpt's fits.
             calibration=self.calibration if config.method == "sculpt" else None,
         )
+        judged = self._judged(fitted, extremes)
         shape = (geometry.num_layers, geometry.num_heads)
         starts, pages = torch.tensor(page_layout.place(fitted.pages)), torch.tensor(fitted.pages)
         state.directory.prepare(command.request_id, starts.view(shape), pages.view(shape), span_blocks)
-        return self._record(command, config, plan, fitted, fallback)
+        return self._record(command, config, plan, judged, fallback)
+
+    def _judged(self, fitted: Compressed, extremes: list[Tensor]) -> Compressed:
+        """The same on the host: the one time that a solve waits for the device, when it has nothing left to do.
+
+        Raises:
+            NotUsable: an error, or an entry by the `extremes` of all of them, is not finite.
+        """
+        found = torch.stack([fitted.start_error, fitted.error, fitted.steps, fitted.failed_solves])  # as float32
+        found = torch.cat([found.flatten(), torch.cat(extremes).float()]).cpu()
+        if not found.isfinite().all():
+            raise NotUsable(Reason.NOT_FINITE, "what came out is not finite")
+        start_error, error, steps, failed = found[: 4 * len(fitted.pages)].view(4, -1)
+        return replace(fitted, start_error=start_error, error=error, steps=steps, failed_solves=failed)
 
     def commit(self, command: CommitCommand, block_bytes: int) -> CompressionRecord:
         """Publish what was solved: block lists have it from now on."""
@@ -168,7 +192,7 @@ class Compressor:
         if sample is None or not sample.covers(first, end):
             cause = (sample and sample.failure) or "some queries of the prompt were never seen"
             raise NotUsable(Reason.QUERIES_MISSING, cause)
-        blocks = torch.tensor(command.exact, device=state.pages.buffer.device)
+        blocks = on_device(command.exact, state.pages.buffer.device)
         keys, values = state.pages.read(state.geometry.block_pages(blocks))
         keys = keys.flatten(0, 1)[:, : end - first]
         values = values.flatten(0, 1)[:, : end - first]
@@ -176,7 +200,7 @@ class Compressor:
         positions, recent = sample_positions(first, end, effort.positions_for(position_bytes))
         return SegmentSource(
             queries=sample.at(positions),
-            positions=positions.to(keys.device),
+            positions=positions,
             recent=recent,
             keys=keys,
             values=values,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvsculpt_vllm.kernels.paged_attention import Prefixes
+from kvsculpt_vllm.sculpt.transfer import on_device
 
 
 class Chains(NamedTuple):
@@ -58,7 +59,9 @@ class Directory:
         slot = self._free_slots.pop()
         self._prepared[request_id] = slot
         table = self.prefixes
-        table.starts[slot], table.lengths[slot], table.span_blocks[slot] = starts, lengths, span_blocks
+        device = table.starts.device
+        table.starts[slot], table.lengths[slot] = on_device(starts, device), on_device(lengths, device)
+        table.span_blocks[slot] = span_blocks
         self._places[slot] = starts.flatten().tolist(), lengths.flatten().tolist()
 
     def publish(self, request_id: str, first_block: int) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
 
 import torch
 from torch import Tensor
 
 from kvsculpt_vllm.engine.worker.state import CompressionState
 from kvsculpt_vllm.sculpt.problem import Earlier
+from kvsculpt_vllm.sculpt.transfer import on_device
 
 
 def packed_entries(state: CompressionState, packed: list[list[int]]) -> Earlier:
@@ -19,7 +19,7 @@ def packed_entries(state: CompressionState, packed: list[list[int]]) -> Earlier:
     """
     cells, starts, lengths = [], [], []
     for blocks in packed:
-        cells.append(state.geometry.packed_pages(torch.tensor(blocks, device=state.pages.buffer.device)))
+        cells.append(state.geometry.packed_pages(on_device(blocks, state.pages.buffer.device)))
         start, length = state.directory.places(blocks[0])
         starts.append(start)
         lengths.append(length)
@@ -28,8 +28,7 @@ def packed_entries(state: CompressionState, packed: list[list[int]]) -> Earlier:
         for b in range(state.geometry.num_cells)
     ]
     heads = _Heads(state, places)
-    every = range(len(places))
-    return Earlier(_Entries(heads, every, 0), _Entries(heads, every, 1))
+    return Earlier(_Entries(heads, 0), _Entries(heads, 1))
 
 
 class _Heads:
@@ -41,6 +40,9 @@ class _Heads:
         self._state, self._places = state, places
         self._last, self._pair = -1, tuple[Tensor, ...]()
 
+    def __len__(self) -> int:
+        return len(self._places)
+
     def read(self, head: int) -> tuple[Tensor, ...]:
         if head != self._last:
             self._last, self._pair = head, self._state.pages.read(self._places[head])
@@ -48,21 +50,13 @@ class _Heads:
 
 
 class _Entries(Sequence[Tensor]):
-    """Keys (0) or values (1), (entries, D) of each of some heads."""
+    """Keys (0) or values (1), (entries, D) of each head."""
 
-    def __init__(self, heads: _Heads, numbers: range, which: int) -> None:
-        self._heads, self._numbers, self._which = heads, numbers, which
+    def __init__(self, heads: _Heads, which: int) -> None:
+        self._heads, self._which = heads, which
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._heads)
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> _Entries: ...
-
-    def __getitem__(self, index: int | slice) -> Tensor | _Entries:
-        if isinstance(index, slice):
-            return _Entries(self._heads, self._numbers[index], self._which)
-        return self._heads.read(self._numbers[index])[self._which]
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # nobody wants a run of them
+        return self._heads.read(index)[self._which]

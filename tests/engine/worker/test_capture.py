@@ -63,8 +63,9 @@ def test_chunks_give_the_queries_of_the_whole_prompt(prompt, count):
     assert dropped == first or not sample.covers(dropped - 1, end)
     positions, _ = sample_positions(dropped, end, count)
     queries = sample.at(positions)
-    assert len(queries) == LAYERS
-    assert torch.equal(torch.stack([queries[layer] for layer in range(LAYERS)]), computed[:, positions])
+    assert queries.shape == computed[:, positions].shape
+    layers, heads = torch.tensor([[1], [0], [1]]), torch.tensor([[0, 1], [2, 0], [1, 2]])
+    assert torch.equal(queries[layers, :, heads], computed[:, positions][layers, :, heads])
 
 
 def test_a_gap_is_not_covered():
