@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from copy import copy
@@ -66,6 +67,7 @@ class Solving:
     command: SolveCommand
     slices: Slices[CompressionRecord]
     first_failure: Failure | None  # of the method that was asked for, if this is the selection that takes its place
+    slice_seconds: float = math.inf  # that a slice took lately; infinite as long as nobody knows
     outcome: CompressionRecord | Failure | None = None  # of this rank, once it is through
     raised: Exception | None = None  # what made it a failure
 
@@ -230,6 +232,7 @@ class Runtime:
             self._conclude(self._solving, outcomes)
 
     def _work(self, solving: Solving, deadline: float) -> None:
+        waited_at, since = time.perf_counter(), 0
         while True:
             try:
                 next(solving.slices)
@@ -240,8 +243,17 @@ class Runtime:
                 # No memory, a matrix that cannot be factored, a bug.
                 solving.outcome, solving.raised = Failure.of(error), error
                 return
+            since += 1
+            # A device is behind the host, and idle while the host waits for it. So by what slices took lately, half of
+            # the time that is left may be given away at once: if they take twice as long now, nothing is late.
+            expected = since * solving.slice_seconds
+            if time.perf_counter() < deadline and expected < (deadline - waited_at) / 2:
+                continue
             self._wait_for_device()
-            if time.perf_counter() >= deadline:
+            now = time.perf_counter()
+            solving.slice_seconds = (now - waited_at) / since
+            waited_at, since = now, 0
+            if now >= deadline:
                 return
 
     def _conclude(self, solving: Solving, outcomes: list[list[CompressionRecord | Failure]]) -> None:

@@ -1,5 +1,6 @@
 """How long a compression holds up a step, on a clock that the test moves."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +41,53 @@ def clock(monkeypatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(runtime, "time", clock)
     return clock
+
+
+@dataclass
+class Device:
+    """Computes slices behind the host's back; who waits for it moves the clock."""
+
+    clock: Clock
+    slice_seconds: float
+    busy_until: float = 0.0
+    waits: int = 0
+
+    def launch(self) -> None:
+        self.busy_until = max(self.busy_until, self.clock.now) + self.slice_seconds
+
+    def wait(self) -> None:
+        self.waits += 1
+        self.clock.now = max(self.clock.now, self.busy_until)
+
+
+def make_on_device(device: Device, **settings) -> Runtime:
+    """A runtime whose solves never end and cost the host nothing."""
+
+    def solve(command, fallback):
+        while True:
+            device.launch()
+            yield
+
+    ranks = SimpleNamespace(gather=lambda value: [[value]])
+    return Runtime(State(**settings), SimpleNamespace(solve=solve), ranks, None, device.wait)
+
+
+def test_a_device_is_waited_for_seldom_and_is_done_at_the_deadline(clock):
+    device = Device(clock, slice_seconds=2**-10)
+    working = make_on_device(device, max_stall_ms=250)
+    output = SimpleNamespace(finished_req_ids=set(), preempted_req_ids=None)
+    for number in range(3):
+        begin, device.waits = clock.now, 0
+        attach(output, [COMMAND] if number == 0 else [])
+        working.before_step(output)
+        assert device.busy_until == clock.now  # nothing is left that the step would have to wait for
+        assert 0.25 <= clock.now - begin <= 0.25 + device.slice_seconds
+        assert device.waits <= 10  # of 256 slices
+    # Slices that suddenly take twice as long are no surprise.
+    device.slice_seconds *= 2
+    begin = clock.now
+    working.before_step(output)
+    assert 0.25 <= clock.now - begin <= 0.25 + device.slice_seconds
 
 
 def make(clock: Clock, **settings) -> Runtime:
