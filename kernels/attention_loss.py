@@ -112,7 +112,7 @@ def attention_loss(
     return loss, grad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift_b", "retained_mass_b", "push_b", "num_queries"])
 def _forward(
     queries, queries_b, queries_q,
     shift, shift_b, shift_q,
@@ -137,7 +137,7 @@ def _forward(
     mass, given = attend_tile(
         q, z, keys + b * keys_b, keys_m, values + b * values_b, values_m,
         retained_mass + b * retained_mass_b, retained_mass_q, retained_sum + b * retained_sum_b, retained_sum_q,
-        rows, num_queries, tl.load(sizes + b), d, tiny, "tf32", head_size, block_m,
+        rows, num_queries, tl.load(sizes + b), d, tiny, head_size, block_m,
     )  # fmt: skip
     error = given - load_rows(out + b * out_b, out_q, rows, num_queries, d, head_size)
     norm, lse_error = tl.load(out_norm + b), tl.log(mass)
@@ -151,7 +151,7 @@ def _forward(
     tl.store(push + b * push_b + rows * push_q, c, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift_b", "push_b", "num_queries"])
 def _backward(
     queries, queries_b, queries_q,
     shift, shift_b, shift_q,

@@ -99,7 +99,7 @@ def received(
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lse_b", "num_queries", "n"])
 def _attend(
     queries, queries_b, queries_q,
     keys, keys_b, keys_m,
@@ -136,7 +136,7 @@ def _attend(
     tl.store(lse + b * lse_b + rows * lse_q, peak + tl.log(mass), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lse_b", "scores_b", "num_queries", "n", "power"])
 def _received(
     queries, queries_b, queries_q,
     lse, lse_b, lse_q,

@@ -1,6 +1,9 @@
 """What the solver's kernels share: tiles of queries and entries, the weights between them, and what is checked first.
 
-All of them take tensors with the strides of their first two dimensions behind each (`with_strides`).
+All of them take tensors with the strides of their first two dimensions behind each (`with_strides`). What changes from
+prompt to prompt (numbers of queries and entries, and the strides that are made of nothing else) is not specialised:
+no request has to wait for another compilation. Strides that are multiples of the head size are: loads of 16 bytes need
+to know that they are aligned, and they always are alike.
 """
 
 from __future__ import annotations
@@ -92,8 +95,7 @@ def load_queries(queries, queries_q, shift, shift_q, rows, count, columns, width
 @triton.jit
 def attend_tile(
     q, z, keys, keys_m, values, values_m, retained_mass, retained_mass_q, retained_sum, retained_sum_q,
-    rows, num_queries, size, d, tiny: tl.constexpr, precision: tl.constexpr,
-    head_size: tl.constexpr, block_m: tl.constexpr,
+    rows, num_queries, size, d, tiny: tl.constexpr, head_size: tl.constexpr, block_m: tl.constexpr,
 ):  # fmt: skip
     """Mass M (at least `tiny`) and output o of a tile of queries over a problem's entries and the retained ones."""
     summed = load_rows(retained_sum, retained_sum_q, rows, num_queries, d, head_size)
@@ -104,6 +106,6 @@ def attend_tile(
         v = load_rows(values, values_m, columns, size, d, head_size)
         w = relative_weights(q, k, z, columns, size)
         mass += tl.sum(w, 1)
-        summed += tl.dot(w, v, input_precision=precision)
+        summed += tl.dot(w, v, input_precision="tf32")
     mass = tl.maximum(mass, tiny)
     return mass, summed / mass[:, None]

@@ -1,18 +1,24 @@
 """Every kernel compiles for an H100, without one, and fits its shared memory: the interpreter checks neither."""
 
+import re
+
 import pytest
 import triton
 from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvsculpt_vllm.kernels import attention_loss, attention_scores, gram, paged_attention, pages, tiles
+from kvsculpt_vllm.kernels import attention_loss, attention_scores, paged_attention, pages, tiles
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing is compiled")
 
 H100 = GPUTarget("cuda", 90, 32)
 SHARED_BYTES = 227 << 10
 FLOAT32, BF16, INT64, INT32 = "*fp32", "*bf16", "*i64", "*i32"
+NUMBERS_BY_ROW = {
+    f"{name}_{stride}" for name in ("shift", "retained_mass", "push", "lse", "scores") for stride in ("b", "q", "m")
+}
+"""Strides of the solver's tensors that have a number for each query or entry."""
 OTHERS = {"sizes": INT64, "lse_weight": "fp32"}  # of the solver's kernels; what has no strides is a plain number
 PAGED = {
     **{"query": BF16, "buffer": BF16, "parts": FLOAT32, "lse": FLOAT32, "scale": "fp32"},
@@ -41,8 +47,6 @@ def shared_bytes(kernel, types, constants, num_stages):
     [
         attention_loss._forward,
         attention_loss._backward,
-        gram._residual,
-        gram._products,
         attention_scores._attend,
         attention_scores._received,
     ],
@@ -55,8 +59,17 @@ def test_the_solvers_kernels(kernel, head_size):
         constants["tiny"] = tiles.TINY
     # A tensor's strides follow it, as `queries_b`.
     tensors = [name for name in kernel.arg_names if any(other.startswith(f"{name}_") for other in kernel.arg_names)]
-    types = dict.fromkeys([*tensors, "out_norm", "partial", "mass_out"], FLOAT32) | OTHERS
-    assert shared_bytes(kernel, types, constants, num_stages) <= SHARED_BYTES
+    types = dict.fromkeys([*tensors, "out_norm", "partial"], FLOAT32) | OTHERS
+    # What holds for every prompt: addresses and what is a multiple of the head size are aligned.
+    strides = [name for name in kernel.arg_names if name.endswith(("_b", "_q", "_m")) and name not in constants]
+    by_head_size = [name for name in strides if name not in NUMBERS_BY_ROW]
+    unspecialised = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    assert not unspecialised & set(by_head_size)
+    assert {name for name in ("num_queries", "n", "power") if name in kernel.arg_names} <= unspecialised
+    found = compiled(kernel, types, constants, num_stages, [*tensors, *by_head_size])
+    assert found.metadata.shared <= SHARED_BYTES
+    loads = re.findall(r"ld\.global\S*", found.asm["ptx"])
+    assert sum(".v4" in load for load in loads) >= 0.8 * len(loads)
 
 
 @pytest.mark.parametrize("head_size", [64, 128, 256])
