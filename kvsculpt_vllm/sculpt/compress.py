@@ -66,7 +66,7 @@ the pages of all problems. What it raises ends the compression."""
 class Supply(Protocol):
     """Gives problems to be fitted, some at a time."""
 
-    num_queries: int  # rows of each problem
+    num_fitted_to: int  # query rows of each problem that are not held out
     num_entries: int  # of each problem's span
     dtype: torch.dtype  # of the cache
     device: torch.device
@@ -86,7 +86,7 @@ class InMemory:
     ranking: Ranking
 
     def __post_init__(self) -> None:
-        self.num_queries, self.num_entries = self.every.queries.shape[1], self.every.num_entries
+        self.num_fitted_to, self.num_entries = int((~self.every.held_out).sum()), self.every.num_entries
         self.dtype, self.device = self.every.keys.dtype, self.every.keys.device
 
     def entries(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
@@ -180,7 +180,8 @@ def fit_batches_in_slices(
     limit = limit or max_elements(device)
     key_steps = effort.key_steps if method == "sculpt" else 0
     kept = [plan.entries(count) for count in budgets.pages]
-    groups = _groups(kept, supply.num_entries, limit // supply.num_queries, most or len(kept), PADDING[device.type])
+    largest = limit // supply.num_fitted_to
+    groups = _groups(kept, supply.num_entries, largest, most or len(kept), PADDING[device.type])
     order, judged = [], []
     for numbers in map(sorted, groups):
         sizes = [kept[b] for b in numbers]

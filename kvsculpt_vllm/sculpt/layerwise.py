@@ -71,8 +71,12 @@ def compress_segment_in_slices(
         del problems, found  # before the next ones are built
     given = [some for some in curves if some is not None]
     budgets = give_out(plan, source.num_problems, grid, np.concatenate(given) if given else None)
-    supply: Supply = ready or BuiltAgain(source, torch.cat(orders), effort, limit)
-    most = None if ready else max(1, group_bytes // (COPIES * supply.num_queries * source.head_size * 4))
+    supply: Supply
+    if ready is not None:
+        supply, most = ready, None
+    else:
+        supply = again = BuiltAgain(source, torch.cat(orders), effort, limit)
+        most = max(1, group_bytes // (COPIES * again.num_queries * source.head_size * 4))
     del ready, orders
     judged = yield from fit_batches_in_slices(supply, plan, budgets, method, effort, write, limit, most)
     difficulty = on_device(budgets.difficulty, source.device)
@@ -87,7 +91,8 @@ class BuiltAgain:
 
     def __init__(self, source: SegmentSource, order: Tensor, effort: Effort, limit: int) -> None:
         self._source, self._order, self._count, self._limit = source, order, effort.fit_positions, limit
-        self.num_queries = source.num_queries(effort.fit_positions)
+        held_out = source.held_out(effort.fit_positions)
+        self.num_queries, self.num_fitted_to = len(held_out), int((~held_out).sum())
         self.num_entries = source.span - source.sinks
         self.dtype, self.device = source.keys.dtype, source.device
 

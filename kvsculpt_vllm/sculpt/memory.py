@@ -16,7 +16,7 @@ GROUP_BYTES = {"cpu": 4 << 30, "cuda": 1 << 29}
 """What the problems of a group of layers may take, with what is made of them. On a CPU 4 GiB: a segment of a model up
 to 0.5B is one group, and nothing of it is built twice. On a GPU 512 MiB, which one layer of an 8B model takes."""
 
-PADDING = {"cpu": 1.25, "cuda": 2.0}
+PADDING = {"cpu": 1.25, "cuda": 2.5}
 """How many times the entries of the smallest problem of a batch the largest one may have. All are padded to it. On a
 CPU that is work; on a GPU a batch more takes longer than the padding does (reckoned, not run there)."""
 

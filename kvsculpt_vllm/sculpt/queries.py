@@ -90,6 +90,10 @@ class Asked(Protocol):
         """Give, for `layers` (b, 1) and `heads` (b, G), ``queries[layers, :, heads]``, which is (b, G, P, D)."""
 
 
+Turns = dict[tuple[Rotary, int | None], tuple[Tensor, Tensor]]
+"""The `Rotary.turn` of a layer's embedding that takes a segment's queries to where they are asked, for a `count`."""
+
+
 def build_in_slices(
     queries: Asked,  # (L, P, heads, D): sampled queries, with their rotary embedding, in any dtype
     positions: Tensor,  # (P,) where they were asked, ascending
@@ -106,6 +110,7 @@ def build_in_slices(
     followed: bool = False,  # whether other segments come behind this one
     numbers: Sequence[int] | None = None,  # build only these of the L·H problems, ascending; None means all
     count: int | None = None,  # build only about so many of the queries of each head; None means all
+    turns: Turns | None = None,  # filled by the calls before this one for the same segment, and by this one
 ) -> Slices[Problems]:
     """Build the problems of a segment of a prompt, one per (layer, KV head), layers outermost; the work may pause after
     some of them. A prompt that is compressed as one span is its only segment.
@@ -131,10 +136,14 @@ def build_in_slices(
     if count is not None:
         kept = thin_positions(held_out, count)
         held_out, asked_at, asked = held_out[kept], asked_at[kept], asked[kept]
-    here, there, which = (on_device(x, keys.device) for x in (origin[asked], asked_at, asked))
+    turns = {} if turns is None else turns
+    for rotary in rotaries:
+        if rotary is not None and (rotary, count) not in turns:
+            turns[rotary, count] = rotary.turn(on_device(origin[asked], keys.device), on_device(asked_at, keys.device))
+    which = on_device(asked, keys.device)
 
     def ask(layers: Sequence[int], rows: Tensor) -> Tensor:
-        return _moved(rows[:, which].float(), [rotaries[layer] for layer in layers], here, there)
+        return _turned(rows[:, which].float(), [rotaries[layer] for layer in layers], turns, count)
 
     problems = yield from _asked_in_slices(
         queries,
@@ -247,16 +256,15 @@ def _consecutive(numbers: Sequence[int], device: torch.device) -> slice | Tensor
     return on_device(numbers, device)
 
 
-def _moved(rows: Tensor, rotaries: Sequence[Rotary | None], origin: Tensor, target: Tensor) -> Tensor:
-    """Queries (b, A, G, D), the b-th of them of a layer with the b-th of `rotaries`, from their positions `origin` (A,)
-    to `target` (A,).
+def _turned(rows: Tensor, rotaries: Sequence[Rotary | None], turns: Turns, count: int | None) -> Tensor:
+    """Queries (b, A, G, D), the b-th of them of a layer with the b-th of `rotaries`, where they are asked.
 
     Without a rotary embedding a query is the same wherever it is asked, and only sees more of the recent window.
     """
-    if len(set(map(id, rotaries))) == 1:  # as in most models
-        return rows if rotaries[0] is None else rotaries[0].move(rows, origin, target)
-    # A layer's embedding is often one object for many layers.
+    first = rotaries[0]
+    if all(rotary is first for rotary in rotaries):  # as in most models
+        return rows if first is None else first.turned(rows, turns[first, count])
     for rotary in {id(rotary): rotary for rotary in rotaries if rotary is not None}.values():
         mine = on_device([b for b, other in enumerate(rotaries) if other is rotary], rows.device)
-        rows[mine] = rotary.move(rows[mine], origin, target)
+        rows[mine] = rotary.turned(rows[mine], turns[rotary, count])
     return rows

@@ -25,20 +25,29 @@ class Rotary:
 
         Undoing a rotation divides by cos² + sin², which is not 1 where the scaling (YaRN) also changes the length.
         """
+        return self.turned(queries, self.turn(origin, target))
+
+    def turn(self, origin: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """What takes queries from positions `origin` (P,) to `target` (P,): cosines and sines (P, 1, rotary_dim/2)."""
         half = self.rotary_dim // 2
         cos_o, sin_o = self.cache[origin].float().split(half, dim=-1)
         cos_t, sin_t = self.cache[target].float().split(half, dim=-1)
         norm = cos_o.square() + sin_o.square()
         cos = ((cos_t * cos_o + sin_t * sin_o) / norm).unsqueeze(1)
         sin = ((sin_t * cos_o - cos_t * sin_o) / norm).unsqueeze(1)
+        return cos, sin
+
+    def turned(self, queries: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+        """Queries (…, P, heads, D) after a `turn` of this embedding's."""
+        cos, sin = turn
         rotated, rest = queries.float().split([self.rotary_dim, queries.shape[-1] - self.rotary_dim], dim=-1)
         if self.is_neox_style:
-            a, b = rotated.split(half, dim=-1)
+            a, b = rotated.chunk(2, dim=-1)
             moved = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
         else:
             a, b = rotated[..., 0::2], rotated[..., 1::2]
             moved = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-        return torch.cat([moved, rest], dim=-1)
+        return torch.cat([moved, rest], dim=-1) if rest.shape[-1] else moved
 
     def explains(self, queries: Tensor, positions: Tensor) -> bool:
         """Whether it makes of the first of `queries` (P, heads, D) all the others.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from kvsculpt_vllm.sculpt.problem import Earlier, Problems, thin_positions
-from kvsculpt_vllm.sculpt.queries import Asked, build_in_slices, held_out_of
+from kvsculpt_vllm.sculpt.queries import Asked, Turns, build_in_slices, held_out_of
 from kvsculpt_vllm.sculpt.rotary import Rotary
 from kvsculpt_vllm.sculpt.slices import Slices
 
@@ -34,6 +34,7 @@ class SegmentSource:
     first: int = 0
     earlier: Earlier | None = None  # of all L·H problems
     followed: bool = False
+    turns: Turns = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -60,12 +61,14 @@ class SegmentSource:
         """D."""
         return self.keys.shape[2]
 
-    def num_queries(self, count: int) -> int:
-        """Count the query rows of a problem that is built with about `count` of each head's queries."""
+    def held_out(self, count: int) -> Tensor:
+        """Say which of the query rows (Q,) bool are held out of a problem that is built with about `count` of each
+        head's queries.
+        """
         _, num_positions, heads, _ = self.queries.shape
         held_out = held_out_of(num_positions)
-        positions = thin_positions(torch.cat([held_out, held_out[-self.recent :]]), count)
-        return len(positions) * heads // self.heads
+        held_out = torch.cat([held_out, held_out[-self.recent :]])
+        return held_out[thin_positions(held_out, count)].repeat_interleave(heads // self.heads)
 
     @property
     def layer_bytes(self) -> int:

@@ -53,10 +53,10 @@ class _Best:
     """
 
     def __init__(self, keys: Tensor, values: Tensor, held_out: Target, valid: Tensor, storage: torch.dtype) -> None:
+        """Begin with plain selection: `keys` and `values` (B, m, D) of the cache."""
         self.keys, self.values = keys, values
         self.held_out, self.valid, self.storage = held_out, valid, storage
-        self.start_error = held_out.loss(keys, values, valid)
-        self.error = self.start_error.clone()
+        self.start_error = self.error = held_out.loss(keys, values, valid)
         self.steps = torch.zeros(len(keys), dtype=torch.long, device=keys.device)
         self.failed_solves = torch.zeros_like(self.steps)
 
@@ -93,20 +93,26 @@ class _Best:
 
 @dataclass
 class _Start:
-    """What key steps go on from: the values that held-out queries like most for some keys."""
+    """Keys with candidates for their values, and which of these held-out queries like most."""
 
     keys: Tensor  # (B, m, D)
-    values: Tensor  # (B, m, D)
-    ridge: Tensor  # (B,) that gave the values
-    error: Tensor  # (B,) held-out loss, infinite if it is not a number
+    candidates: Tensor  # (R, B, m, D), one for each of `RIDGES`
+    choice: Tensor  # (B,) the best candidate's number
+    error: Tensor  # (B,) its held-out loss, infinite if it is not a number
 
-    def where_better(self, other: _Start) -> _Start:
-        """The better one of two for every problem."""
-        ours = self.error <= other.error
-        mine, theirs = vars(self), vars(other)
-        return _Start(
-            **{name: torch.where(ours.view(-1, *[1] * (x.dim() - 1)), x, theirs[name]) for name, x in mine.items()}
-        )
+    def chosen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, the best values (B, m, D) for them, and the ridge (B,) that gave those."""
+        return self.keys, picked(self.candidates, self.choice), on_device(RIDGES, self.keys.device)[self.choice]
+
+
+def better(one: _Start, other: _Start) -> tuple[Tensor, Tensor, Tensor]:
+    """What the better one of two starts has chosen, for every problem."""
+    ours = one.error <= other.error
+    keys, values, ridge = (
+        torch.where(ours.view(-1, *[1] * (x.dim() - 1)), x, y)
+        for x, y in zip(one.chosen(), other.chosen(), strict=True)
+    )
+    return keys, values, ridge
 
 
 def picked(candidates: Tensor, choice: Tensor) -> Tensor:
@@ -134,7 +140,7 @@ def solve(
     selected, originals = problems.keys.gather(1, chosen), problems.values.gather(1, chosen)
     train, held_out = Target.split(problems, ranking.teacher_out, ranking.teacher_lse)
     del problems, ranking  # as large as the two targets, and not needed any more
-    best = _Best(selected.clone(), originals.clone(), held_out, valid, storage)
+    best = _Best(selected, originals, held_out, valid, storage)
     if method == "select_fit":
         yield from _fit_start(best, train, selected, originals, valid)
     trace = best.error.new_zeros(0, 2, len(sizes))
@@ -147,10 +153,10 @@ def solve(
             plain = yield from _fit_start(best, train, selected, originals, valid, weights)
         del weights
         start = yield from _fit_start(best, train, keys, originals, valid)
-        if plain is not None:
-            start = start.where_better(plain)
         if key_steps:
-            judgements = yield from _sculpt_keys(best, train, start, selected, originals, valid, key_steps)
+            begin = start.chosen() if plain is None else better(start, plain)
+            del start, plain
+            judgements = yield from _sculpt_keys(best, train, *begin, selected, originals, valid, key_steps)
             judgements += judgements[-1:] * (len(judged_after(key_steps)) - len(judgements))
             trace = torch.stack(judgements)
     return Fit(best.keys, best.values, best.start_error, best.error, best.steps, best.failed_solves, trace)
@@ -166,19 +172,20 @@ def _fit_start(
     fit = ValueFit(train, keys, values, valid, weights)
     del weights
     yield
-    ridges = on_device(RIDGES, keys.device)
-    candidates = fit.solve_each(ridges)
+    candidates = fit.solve_each(on_device(RIDGES, keys.device))
     best.failed_solves += fit.failed
     del fit
     yield
     least, choice = best.offer_each(keys, candidates)
-    return _Start(keys, picked(candidates, choice), ridges[choice], least)
+    return _Start(keys, candidates, choice, least)
 
 
 def _sculpt_keys(
     best: _Best,
     train: Target,
-    start: _Start,
+    keys: Tensor,
+    values: Tensor,
+    ridge: Tensor,
     selected: Tensor,
     originals: Tensor,
     valid: Tensor,
@@ -186,11 +193,11 @@ def _sculpt_keys(
 ) -> Slices[list[Tensor]]:
     """Alternate L-BFGS steps on the keys with closed-form values (KVSculpt), each problem until it stops improving.
 
-    `originals` are the values to shrink towards; `selected` are the keys before anything moved them, and moving far
-    from them counts as part of the training loss (`Target.foreign_weight`). Returns the trace: (2, B) losses, training
-    and held-out, at every judgement; a problem that has stopped keeps its last ones.
+    It begins with `keys` and the `values` that `ridge` gives; `originals` are those to shrink towards; `selected` are
+    the keys before anything moved them, and moving far from them counts as part of the training loss
+    (`Target.foreign_weight`). Returns the trace: (2, B) losses, training and held-out, at every judgement; a problem
+    that has stopped keeps its last ones.
     """
-    keys, values, ridge = start.keys, start.values, start.ridge
     shape = keys.shape[1:]
     to_white, from_white = _whitening(train)
     # (B, m, 1): the mean over a problem's keys; padding stays where it is anyway.

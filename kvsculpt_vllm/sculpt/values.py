@@ -20,8 +20,8 @@ class ValueFit:
     little-used entry forget what it holds, which held-out queries punish (docs/algorithm.md#values). Where there are
     fewer queries than entries the equivalent dual system is smaller and is solved instead.
 
-    What cannot be solved with any ridge, which only numbers that are not finite bring about, keeps its start and is
-    counted in `failed`. Nobody waits to know which those are: stronger ridges are always solved along.
+    What cannot be solved with any ridge, which only numbers that are not finite bring about, is counted in `failed`.
+    Nobody waits to know which those are: a stronger ridge is always solved along.
     """
 
     def __init__(
@@ -43,36 +43,30 @@ class ValueFit:
         # Over the real entries only: the ridge of a problem must not depend on what it is padded to.
         num_valid = num_entries if valid is None else valid.sum(1)
         self._mean_diagonal = self._gram.diagonal(dim1=1, dim2=2).sum(1) / num_valid
-        self.failed = torch.zeros(len(keys), dtype=torch.long, device=keys.device)  # (B,) solves that kept the start
+        self.failed = torch.zeros(len(keys), dtype=torch.long, device=keys.device)  # (B,) solves that no ridge helped
 
     def solve(self, ridge: Tensor) -> Tensor:
         """Values (B, m, D) for `ridge` (B,). A system that fp32 cannot factor is solved with a ridge that is
-        `STRONGER`.
+        `STRONGER`; what that does not help keeps its start.
         """
         changes, solved = self._changes(torch.stack([ridge, STRONGER * ridge]))
-        self.failed += ~solved[0]
-        return self._start + changes[0]
+        change = torch.where(solved[0, :, None, None], changes[0], changes[1])
+        unsolved = ~solved.any(0)
+        self.failed += unsolved
+        return change.masked_fill_(unsolved[:, None, None], 0.0).add_(self._start)
 
     def solve_each(self, ridges: Tensor) -> Tensor:
-        """Values (R, B, m, D) for each of `ridges` (R,), ascending. A system that fp32 cannot factor is solved with the
-        next ridge that it can be solved with.
-        """
+        """Values (R, B, m, D) for each of `ridges` (R,). What fp32 cannot factor is NaN: other ridges do."""
         changes, solved = self._changes(ridges[:, None].expand(-1, len(self._gram)))
-        self.failed += len(ridges) - solved.sum(0)
-        return changes.add_(self._start)
+        self.failed += len(ridges) * ~solved.any(0)
+        return changes.masked_fill_(~solved[..., None, None], torch.nan).add_(self._start)
 
     def _changes(self, ridges: Tensor) -> tuple[Tensor, Tensor]:
-        """Changes (R, B, m, D) of the values with each of `ridges` (R, B), 0 where nothing helped, and which (R, B)
-        could be solved, if only with a later ridge.
-        """
+        """Changes (R, B, m, D) of the values with each of `ridges` (R, B), and which (R, B) could be solved."""
         at_once = max(1, max_elements(self._gram.device) // self._gram.numel())
         parts = [self._solve(some) for some in ridges.split(at_once)]
         changes, solved = (torch.cat(each) if len(parts) > 1 else each[0] for each in zip(*parts, strict=True))
-        for weaker in reversed(range(len(ridges) - 1)):
-            own = changes[weaker]
-            torch.where(solved[weaker, :, None, None], own, changes[weaker + 1], out=own)
-            solved[weaker] |= solved[weaker + 1]
-        return changes.masked_fill_(~solved[..., None, None], 0.0), solved
+        return changes, solved
 
     def _solve(self, ridges: Tensor) -> tuple[Tensor, Tensor]:
         """Changes (R, B, m, D) with `ridges` (R, B), each by a factorisation of its own, and whether that went well.

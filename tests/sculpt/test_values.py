@@ -93,7 +93,7 @@ def test_several_ridges_at_once_give_what_each_gives_alone(make_case, size, limi
         torch.testing.assert_close(values, ValueFit(train, keys, start).solve(ridge.expand(3)), rtol=1e-9, atol=1e-11)
 
 
-def test_of_several_ridges_the_next_that_helps_takes_the_place_of_one_that_does_not(make_case):
+def test_of_several_ridges_those_that_do_not_help_give_no_numbers(make_case):
     case = make_case(dtype=torch.float32)
     out, lse = (x.float() for x in case.teacher())
     keys, start = (x[:, :30].clone() for x in case.entries)
@@ -103,6 +103,9 @@ def test_of_several_ridges_the_next_that_helps_takes_the_place_of_one_that_does_
     fit = ValueFit(train, keys, start)
     values = fit.solve_each(torch.tensor([1e-8, 1e-3, 1e-1]))
     assert fit.failed.tolist() == [0, 3, 0]
-    assert values.isfinite().all() and torch.equal(values[:, 1], start[1].expand(3, -1, -1))
-    assert torch.equal(values[0, 0], values[1, 0]) and not torch.equal(values[1, 0], values[2, 0])
-    assert not torch.equal(values[0, 2], values[1, 2])
+    assert values.isfinite().flatten(2).all(2).tolist() == [
+        [False, False, True],
+        [True, False, True],
+        [True, False, True],
+    ]
+    assert values[0, :2].isnan().all()
