@@ -142,7 +142,7 @@ def solve(
     del problems, ranking  # as large as the two targets, and not needed any more
     best = _Best(selected, originals, held_out, valid, storage)
     if method == "select_fit":
-        yield from _fit_start(best, train, selected, originals, valid)
+        yield from _fit_start(best, selected, ValueFit(train, selected, originals, valid))
     trace = best.error.new_zeros(0, 2, len(sizes))
     if method == "sculpt":
         weights = train.weights(selected, valid)
@@ -150,9 +150,13 @@ def solve(
         yield
         plain = None
         if both_starts:  # first, because it may write over the weights
-            plain = yield from _fit_start(best, train, selected, originals, valid, weights)
-        del weights
-        start = yield from _fit_start(best, train, keys, originals, valid)
+            fit = ValueFit(train, selected, originals, valid, weights)
+            del weights  # as large as a temporary may be: not while there are factors
+            plain = yield from _fit_start(best, selected, fit)
+            del fit
+        else:
+            del weights
+        start = yield from _fit_start(best, keys, ValueFit(train, keys, originals, valid))
         if key_steps:
             begin = start.chosen() if plain is None else better(start, plain)
             del start, plain
@@ -162,15 +166,8 @@ def solve(
     return Fit(best.keys, best.values, best.start_error, best.error, best.steps, best.failed_solves, trace)
 
 
-def _fit_start(
-    best: _Best, train: Target, keys: Tensor, values: Tensor, valid: Tensor, weights: Tensor | None = None
-) -> Slices[_Start]:
-    """Offer least-squares values for `keys`, with each of `RIDGES`; returns what held-out queries like most.
-
-    `weights` are those of the keys, if they are there (`ValueFit`).
-    """
-    fit = ValueFit(train, keys, values, valid, weights)
-    del weights
+def _fit_start(best: _Best, keys: Tensor, fit: ValueFit) -> Slices[_Start]:
+    """Offer least-squares values for `keys`, with each of `RIDGES`; returns what held-out queries like most."""
     yield
     candidates = fit.solve_each(on_device(RIDGES, keys.device))
     best.failed_solves += fit.failed
