@@ -15,7 +15,7 @@ from pathlib import Path
 from openai import OpenAI
 
 INSTRUCTIONS = "You read a file with a tool, part by part. After each part say in one sentence what is new in it."
-PART = 3000  # characters: some 650 tokens of English
+PART = 3000  # characters: some 750 tokens
 TURNS = 8  # at most
 
 address, text = sys.argv[1].rstrip("/"), Path(sys.argv[2]).read_text(encoding="utf-8")
@@ -29,7 +29,7 @@ def read_part(number: int) -> str:
 
 
 messages = [{"role": "system", "content": INSTRUCTIONS}]
-print("turn  prompt   found  sculpted  seconds")
+print("turn  prompt   found  sculpted  from store  seconds")
 for turn in range(TURNS):
     if not (part := read_part(turn)):
         break
@@ -38,9 +38,10 @@ for turn in range(TURNS):
     begin = time.perf_counter()
     answer = client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=60)
     seconds = time.perf_counter() - begin
-    messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+    said = answer.choices[0].message.content
+    messages.append({"role": "assistant", "content": said})
     story = answer.kv_transfer_params["kv_compression"]
     print(
         f"{turn + 1:4}  {story['prompt_tokens']:6}  {story['tokens_found']:6}  {story['tokens_sculpted']:8}  "
-        f"{seconds:7.2f}  {answer.choices[0].message.content!r}"
+        f"{story['tokens_read']:10}  {seconds:7.2f}  {said[:50]!r}"
     )
