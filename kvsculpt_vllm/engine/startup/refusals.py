@@ -137,6 +137,14 @@ _RULES = (
         ),
     ),
     _Rule(
+        lambda c: c.aux_output_config.enabled,
+        Refusal(
+            "routed experts in answers",
+            "they are kept by the names of blocks, and what a segment stands for has other names or none",
+            "remove --enable-return-routed-experts and --aux-output-config",
+        ),
+    ),
+    _Rule(
         lambda c: c.attention_config.hisparse_config is not None,
         Refusal("HiSparse", "it keeps the KV cache on the host", "remove hisparse_config from --attention-config"),
     ),

@@ -38,6 +38,7 @@ def supported() -> SimpleNamespace:
         kv_transfer_config=None,
         kv_events_config=None,
         diffusion_config=None,
+        aux_output_config=SimpleNamespace(enabled=False),
         attention_config=SimpleNamespace(hisparse_config=None, use_non_causal=False),
         device_config=SimpleNamespace(device_type="cpu"),
         cache_config=SimpleNamespace(
@@ -81,6 +82,7 @@ CASES = [
     ("kv_transfer_config", object(), "KV connectors"),
     ("kv_events_config", SimpleNamespace(enable_kv_cache_events=True), "KV cache events"),
     ("cache_config.kv_offloading_size", 1.0, "KV connectors and KV offloading"),
+    ("aux_output_config.enabled", True, "routed experts in answers"),
     ("attention_config.hisparse_config", object(), "HiSparse"),
     ("parallel_config.decode_context_parallel_size", 2, "decode context parallelism"),
     ("parallel_config.prefill_context_parallel_size", 2, "prefill context parallelism"),
