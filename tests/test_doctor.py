@@ -30,7 +30,7 @@ def test_a_vllm_that_is_left_alone_is_told_with_the_cure_and_does_not_end_the_ot
     monkeypatch.setattr(plugin, "installed_vllm", lambda: "0.34.0")
     result = run("--model", "some/model")
     assert result.exit_code == 1
-    assert "vLLM's version: kvsculpt-vllm needs vLLM >=0.32,<0.33, found 0.34.0. Install it with" in result.output
+    assert "vLLM's version: kvsculpt-vllm needs vLLM >=0.32,<0.34, found 0.34.0. Install it with" in result.output
     assert "self-test: 2 heads sculpted to a quarter" in result.output
 
 

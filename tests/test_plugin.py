@@ -14,13 +14,15 @@ from kvsculpt_vllm.config import CompressionConfig, flag
 from kvsculpt_vllm.engine.startup import hooks, unsupported
 
 
-@pytest.mark.parametrize("found", ["0.32.0", "0.32.0+cpu", "0.32.1.dev3+gabc", "0.32.7.post1"])
+@pytest.mark.parametrize(
+    "found", ["0.32.0", "0.32.0+cpu", "0.32.1.dev3+gabc", "0.32.7.post1", "0.33.0rc1", "0.33.0", "0.33.1+cu130"]
+)
 def test_supported_versions_pass(monkeypatch, found):
     monkeypatch.setattr(plugin, "installed_vllm", lambda: found)
     plugin.check_vllm_version()
 
 
-OTHERS = ["0.31.9", "0.32.0rc1", "0.33.0rc1", "0.33.0", "0.34.0", "0.34.0rc2.dev7+gabc.cu129", "1.32.0", "dev"]
+OTHERS = ["0.31.9", "0.32.0rc1", "0.34.0rc1", "0.34.0", "0.34.0rc2.dev7+gabc.cu129", "1.32.0", "dev"]
 
 
 @pytest.mark.parametrize("found", [*OTHERS, None])
@@ -127,7 +129,7 @@ def test_our_flags_are_known_in_every_spelling(words):
 def test_another_vllm_refuses_our_flags_with_the_cure(another_vllm, command):
     ran = another_vllm("serve", "m", "--kv-compression", "sculpt", command=command)
     assert ran.returncode != 0
-    assert "UnsupportedVLLM: kvsculpt-vllm needs vLLM >=0.32,<0.33, found 0.34.0. Install" in ran.stderr
+    assert "UnsupportedVLLM: kvsculpt-vllm needs vLLM >=0.32,<0.34, found 0.34.0. Install" in ran.stderr
 
 
 def test_a_flag_of_another_program_is_its_own(another_vllm):

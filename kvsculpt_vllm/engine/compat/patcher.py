@@ -9,6 +9,11 @@ from functools import wraps
 from importlib import import_module
 from typing import Any
 
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from kvsculpt_vllm.plugin import installed_vllm
+
 _MARK = "kvsculpt_patch"
 
 
@@ -25,6 +30,12 @@ class Patch:
     parameters: tuple[str, ...]
     """The names of its parameters, in order."""
     can_go_when: str
+    versions: str = ""
+    """Of those that are supported, the versions of vLLM that have it so; all of them, if it is empty."""
+
+    def is_for(self, version: str) -> bool:
+        """Whether that vLLM has the function so."""
+        return has(self.versions, version)
 
     def find(self) -> tuple[Any, str]:
         """The module or class that has the function, and the function's name in it.
@@ -41,11 +52,19 @@ class Patch:
         return owner, name
 
 
+def has(versions: str, version: str) -> bool:
+    """Whether a version is among some; a release candidate is taken for its release."""
+    return not versions or Version(version).base_version in SpecifierSet(versions)
+
+
 def apply(patch: Patch, make: Callable[[Callable[..., Any]], Callable[..., Any]], instance: Any = None) -> None:
     """Put `make(stock)` in the place of the stock function, once; calling it again changes nothing.
 
-    With an `instance` only that object's method is replaced, else everybody's.
+    With an `instance` only that object's method is replaced, else everybody's. A patch of other versions of vLLM than
+    the one that is installed is passed over.
     """
+    if patch.versions and not patch.is_for(installed_vllm() or ""):
+        return
     owner, name = patch.find()
     holder = owner if instance is None else instance
     stock = getattr(holder, name)

@@ -1,4 +1,6 @@
-"""Every function of vLLM that we replace or override, and when that can end. A test holds each to this vLLM."""
+"""Every function of vLLM that we replace or override, and when that can end. A test holds each to every vLLM that it is
+for; one that goes with an old vLLM has that in its name.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,16 @@ CREATE_ENGINE_CONFIG = Patch(
 )
 
 MAX_MEMORY_USAGE = Patch(
+    "vllm.v1.core.kv_cache_planning:_max_memory_usage_bytes_from_groups",
+    ("builder", "vllm_config", "kv_cache_groups"),
+    "vLLM asks the scheduler's class how much memory the longest request takes",
+    versions=">=0.33",
+)
+MAX_MEMORY_USAGE_0_32 = Patch(
     "vllm.v1.core.kv_cache_utils:_max_memory_usage_bytes_from_groups",
     ("vllm_config", "kv_cache_groups"),
-    "vLLM asks the scheduler's class how much memory the longest request takes",
+    MAX_MEMORY_USAGE.can_go_when,
+    versions="<0.33",
 )
 
 _CHECKS = "vLLM lets a plugin check a request's extra arguments before it answers"
@@ -71,10 +80,17 @@ CREATE_TRANSLATION = Patch(
     _CHECKS,
 )
 RENDER = Patch("vllm.entrypoints.scale_out.render.api_router:render", ("request",), _CHECKS)
-READ_BATCH_FILE = Patch(
+RUN_BATCH_REQUEST = Patch(
+    "vllm.entrypoints.launchers.run_batch:run_one_request",
+    ("request_json", "endpoint_registry"),
+    "vLLM's type of `vllm_xargs` leaves booleans as they are",
+    versions=">=0.33",
+)
+READ_BATCH_FILE_0_32 = Patch(
     "vllm.entrypoints.launchers.run_batch:read_file",
     ("path_or_url",),
-    "vLLM's type of `vllm_xargs` leaves booleans as they are",
+    RUN_BATCH_REQUEST.can_go_when,
+    versions="<0.33",
 )
 LOAD_ENDPOINT_PLUGINS = Patch(
     "vllm.plugins:load_endpoint_plugins",
@@ -93,8 +109,15 @@ ALLOCATE_SLOTS = Patch(
 )
 LOCAL_PREFIX_CACHE_HIT = Patch(
     "vllm.v1.core.sched.scheduler:Scheduler._get_local_prefix_cache_hit",
-    ("self", "request"),
+    ("self", "request", "max_cache_hit_length"),
     "vLLM's scheduler has a public hook for prefix-cache hits",
+    versions=">=0.33",
+)
+LOCAL_PREFIX_CACHE_HIT_0_32 = Patch(
+    LOCAL_PREFIX_CACHE_HIT.target,
+    ("self", "request"),
+    LOCAL_PREFIX_CACHE_HIT.can_go_when,
+    versions="<0.33",
 )
 ADD_REQUEST = Patch(
     "vllm.v1.core.sched.scheduler:Scheduler.add_request",

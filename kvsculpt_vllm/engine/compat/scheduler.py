@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from vllm.outputs import RequestError
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+from vllm.v1.request import RequestStatus
 
 from kvsculpt_vllm.engine.compat.frontend import ASK_SCHEDULER, QUESTIONS
 from kvsculpt_vllm.engine.compat.patcher import apply
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
 else:
@@ -22,6 +25,9 @@ else:
 
 GROUP = 0
 """The one KV cache group there is."""
+
+NO_ROOM = "the request has more tokens than the KV cache's memory holds, and could not be compressed to what it holds"
+"""What the client of a request learns that is ended because it can go on neither compressed nor exact."""
 
 NEVER_HASH = 1 << 30
 """More cached blocks than a request can have: vLLM then never hashes the approximated tail."""
@@ -123,6 +129,7 @@ class SchedulerHooks(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._is_held_up = False  # a waiting request found no room in this step, and those behind it wait, too
         self.block_lists = BlockLists(self.kv_cache_manager)
         _answer_front_ends()
 
@@ -148,7 +155,11 @@ class SchedulerHooks(Scheduler):
 
         Can go when vLLM's scheduler has a public way to.
         """
-        self.grammar_compile_error_reqs.add(request.request_id)
+        errors: Any = self.grammar_compile_error_reqs
+        if isinstance(errors, set):  # vLLM 0.32, whose clients learn no cause
+            errors.add(request.request_id)
+        else:  # vLLM 0.33
+            errors[request.request_id] = RequestError(code="kv_compression", message=NO_ROOM)
 
     def admits(self, request: Request, hit: KVCacheBlocks | None) -> bool:
         """Whether a request may get blocks now; `hit` are those that one not yet running found in the prefix cache."""
@@ -190,19 +201,33 @@ class SchedulerHooks(Scheduler):
         """The request's blocks are about to go back to the pool."""
         raise NotImplementedError
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(
+        self, request: Request, *args: Any, **kwargs: Any
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
+        # What vLLM 0.33 passes besides is the longest hit of which auxiliary outputs are known: none, they are refused.
         if (found := self.find_prefix(request)) is not None:
             return *found, 0, False
-        blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
         blocks, num_tokens = self.limit_prefix_hit(request, blocks, num_tokens)
         return blocks, num_tokens, boundary, diverged
 
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """See vLLM's."""
+        self._is_held_up = False
+        return super().schedule(*args, **kwargs)
+
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
-        return super()._handle_blocked_waiting_request(request) and not self.is_awaited(request)
+        ready = super()._handle_blocked_waiting_request(request)
+        return ready and not self._is_held_up and not self.is_awaited(request)
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        return self.limit_chunk(request, num_computed_tokens, num_new_tokens)
+        limited = self.limit_chunk(request, num_computed_tokens, num_new_tokens)
+        # vLLM 0.32 begins no request behind one that has to wait for room. 0.33 goes on with the next one, and a long
+        # prompt would wait for as long as shorter ones come. Can go when vLLM lets a scheduler say which it is.
+        if limited == 0 < num_new_tokens and request.status != RequestStatus.RUNNING:
+            self._is_held_up = True
+        return limited
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         self.forget(request)

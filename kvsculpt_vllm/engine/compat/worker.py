@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from vllm.distributed import get_pp_group
 from vllm.forward_context import set_forward_context
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from kvsculpt_vllm.engine.compat.patcher import apply
 from kvsculpt_vllm.engine.compat.patches import BOOKKEEPING_SYNC, SAMPLE, UPDATE_STATES
@@ -59,6 +60,24 @@ class BlockRows:
             if index is not None:  # else it is not in the batch now and comes back with the list above
                 batch.block_table[0].add_row(row, index)
         self._waiting.clear()
+
+
+class OutputToCome(AsyncModelRunnerOutput):
+    """An output that is still being computed, and what is done with it once it is there."""
+
+    def __init__(
+        self, output: AsyncModelRunnerOutput, finish: Callable[[ModelRunnerOutput], ModelRunnerOutput]
+    ) -> None:
+        self._output: Any = output
+        self._finish = finish
+
+    def get_output(self) -> ModelRunnerOutput:
+        """The finished output."""
+        return self._finish(self._output.get_output())
+
+    def get_kv_connector_output(self) -> Any:
+        """What vLLM 0.33 saves of a step whose output cannot be had; 0.32 has no such method and never asks."""
+        return self._output.get_kv_connector_output()
 
 
 def rewind_discarded_draws(runner: Any) -> None:

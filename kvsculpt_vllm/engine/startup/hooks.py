@@ -15,7 +15,12 @@ from kvsculpt_vllm.calibration_file import NONE
 from kvsculpt_vllm.config import KEY, CompressionConfig, flag
 from kvsculpt_vllm.engine.compat.frontend import is_extra_api_server
 from kvsculpt_vllm.engine.compat.patcher import apply
-from kvsculpt_vllm.engine.compat.patches import ADD_CLI_ARGS, CREATE_ENGINE_CONFIG, MAX_MEMORY_USAGE
+from kvsculpt_vllm.engine.compat.patches import (
+    ADD_CLI_ARGS,
+    CREATE_ENGINE_CONFIG,
+    MAX_MEMORY_USAGE,
+    MAX_MEMORY_USAGE_0_32,
+)
 from kvsculpt_vllm.engine.shared import spans
 from kvsculpt_vllm.engine.shared.capacity import packs_answers
 from kvsculpt_vllm.engine.startup.calibration_setting import resolved
@@ -58,7 +63,8 @@ def install() -> None:
     """
     apply(ADD_CLI_ARGS, _with_flags)
     apply(CREATE_ENGINE_CONFIG, _with_compression)
-    apply(MAX_MEMORY_USAGE, _as_compressed)
+    for patch in (MAX_MEMORY_USAGE, MAX_MEMORY_USAGE_0_32):
+        apply(patch, _as_compressed)
 
 
 def _with_flags(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,8 +110,9 @@ def _with_compression(stock: Callable[..., VllmConfig]) -> Callable[..., VllmCon
 
 
 def _as_compressed(stock: Callable[..., int]) -> Callable[..., int]:
-    def max_memory_usage_bytes(vllm_config: VllmConfig, kv_cache_groups: list[Any]) -> int:
-        exact = stock(vllm_config, kv_cache_groups)
+    def max_memory_usage_bytes(*args: Any) -> int:
+        exact = stock(*args)
+        *_, vllm_config, _ = args  # vLLM 0.33 has its builder of the KV cache's configuration in front
         config = CompressionConfig.from_additional_config(vllm_config.additional_config)
         if not config.active or exact == 0:
             return exact

@@ -372,7 +372,8 @@ def check_kv_cache_config(config: KVCacheConfig) -> None:
         block_size=spec.block_size, num_kv_heads=spec.num_kv_heads, head_size=spec.head_size, dtype=spec.dtype
     )
     # They say how requests share the cache among ranks and what it is aligned to, not what is in a page.
-    free = {"dcp_sharded", "max_tp_shards", "block_stride_alignment"}
+    # `is_draft` (vLLM 0.33) names a drafter's layers; speculative decoding has a refusal of its own.
+    free = {"dcp_sharded", "max_tp_shards", "block_stride_alignment", "is_draft"}
     odd = [
         name for name in plain.__dataclass_fields__ if name not in free and getattr(spec, name) != getattr(plain, name)
     ]
@@ -443,6 +444,8 @@ def _odd_attention(layer: Attention) -> Iterable[str]:
         yield "a KV cache shared between layers"
     if layer.use_mm_prefix:
         yield "non-causal attention to a prefix"
+    if getattr(layer, "kv_cache_update_bypass", False):  # vLLM 0.33
+        yield "a KV cache that the model writes itself"
     if layer.head_size_v != layer.head_size:
         yield "values of another size than keys"
     if is_quantized_kv_cache(layer.kv_cache_dtype):

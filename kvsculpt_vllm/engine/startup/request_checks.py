@@ -17,8 +17,9 @@ from kvsculpt_vllm.engine.compat.patches import (
     CREATE_TRANSLATION,
     GENERATE,
     PROCESS_INPUTS,
-    READ_BATCH_FILE,
+    READ_BATCH_FILE_0_32,
     RENDER,
+    RUN_BATCH_REQUEST,
 )
 from kvsculpt_vllm.engine.shared.capacity import blocks_of_engine, most_tokens
 from kvsculpt_vllm.engine.shared.prefix_wish import WISH_KEY, is_forged
@@ -114,7 +115,8 @@ def install_request_checks() -> None:
         (CREATE_TRANSCRIPTION, _checked_audio_endpoint),
         (CREATE_TRANSLATION, _checked_audio_endpoint),
         (RENDER, _checked_render),
-        (READ_BATCH_FILE, _with_booleans_told),
+        (RUN_BATCH_REQUEST, _with_booleans_told),
+        (READ_BATCH_FILE_0_32, _with_booleans_of_all_told),
     ):
         apply(patch, make)
 
@@ -215,6 +217,13 @@ class _CheckedRender:
 
 
 def _with_booleans_told(stock: Callable) -> Callable:
+    async def run_one_request(request_json: str, *args: Any, **kwargs: Any) -> Any:
+        return await stock(_booleans_told(request_json), *args, **kwargs)
+
+    return run_one_request
+
+
+def _with_booleans_of_all_told(stock: Callable) -> Callable:
     async def read_file(path_or_url: str) -> str:
         return "\n".join(map(_booleans_told, (await stock(path_or_url)).split("\n")))
 

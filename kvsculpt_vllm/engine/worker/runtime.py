@@ -15,7 +15,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from kvsculpt_vllm.engine.compat.worker import BlockRows
+from kvsculpt_vllm.engine.compat.worker import BlockRows, OutputToCome
 from kvsculpt_vllm.engine.shared.commands import (
     AdoptCommand,
     CancelCommand,
@@ -47,17 +47,6 @@ ALONE_MS = 1000
 """For how long a compression goes on between two steps while nobody else runs or waits: who comes meanwhile, or goes,
 is noticed after it.
 """
-
-
-class AnsweringOutput(AsyncModelRunnerOutput):
-    """An output that is still being computed, with messages to the scheduler."""
-
-    def __init__(self, output: AsyncModelRunnerOutput, answers: list[Solved | Loaded]) -> None:
-        self._output, self._answers = output, answers
-
-    def get_output(self) -> ModelRunnerOutput:
-        """The finished output."""
-        return _answering(self._output.get_output(), self._answers)
 
 
 @dataclass
@@ -168,7 +157,7 @@ class Runtime:
             return output
         answers, self._answers = self._answers, []
         if isinstance(output, AsyncModelRunnerOutput):
-            return AnsweringOutput(output, answers)
+            return OutputToCome(output, lambda finished: _answering(finished, answers))
         return _answering(output, answers)
 
     def _commit(self, command: CommitCommand) -> None:

@@ -105,6 +105,13 @@ def test_what_start_up_lets_through_is_what_requests_may_come_to(settings):
     assert blocks == LONGEST // BLOCK or most_tokens(engine(**settings), config, blocks - 1) < LONGEST
 
 
+def test_what_a_context_takes_is_reckoned_alike_for_every_vllm():
+    vllm_config, told = engine(), []
+    reckon = _as_compressed(lambda *args: told.append(args) or LONGEST // BLOCK)
+    assert reckon(vllm_config, []) == reckon("builder", vllm_config, []) == needed(vllm_config) < LONGEST // BLOCK
+    assert told == [(vllm_config, []), ("builder", vllm_config, [])]  # 0.32, 0.33
+
+
 def test_answers_end_where_the_memory_does():
     vllm_config = engine(blocks=126)
     assert most_tokens(vllm_config, CompressionConfig(), 125) == 125 * BLOCK

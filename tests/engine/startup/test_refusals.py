@@ -321,6 +321,7 @@ def test_plain_layers_pass():
         (layer(has_sink=True), "learned attention sinks"),
         (layer(kv_sharing_target_layer_name="a"), "shared between layers"),
         (layer(use_mm_prefix=True), "non-causal"),
+        (layer(kv_cache_update_bypass=True), "the model writes itself"),
         (layer(head_size_v=32), "values of another size"),
         (layer(kv_cache_dtype="fp8"), "quantised"),
         (layer(impl=SimpleNamespace(alibi_slopes=torch.ones(1), logits_soft_cap=0)), "ALiBi"),

@@ -35,6 +35,7 @@ from kvsculpt_vllm.config import SERVER_ONLY, CompressionConfig, choices, reques
 from kvsculpt_vllm.engine.compat import patches
 from kvsculpt_vllm.engine.compat.patches import PATCHES
 from kvsculpt_vllm.engine.startup import request_checks
+from kvsculpt_vllm.plugin import installed_vllm
 
 MESSAGES = [{"role": "user", "content": "a"}]
 BODIES = {
@@ -77,6 +78,9 @@ def server(seen):
         seen.append(args)
         return ErrorResponse(error=ErrorInfo(message="let through", type="Reached", code=REACHED))
 
+    async def no_effort(request):  # of Anthropic's messages, in vLLM 0.33
+        return None
+
     config = SimpleNamespace(additional_config={"kv_compression": "sculpt"})
     config.cache_config, config.model_config = SimpleNamespace(block_size=32), None
     engine = SimpleNamespace(vllm_config=config)
@@ -109,6 +113,7 @@ def server(seen):
         }.items():
             handler = kind.__new__(kind)
             handler.engine_client, handler._merge_inline_system = engine, False
+            handler.disabled_thinking_effort_resolver = SimpleNamespace(resolve_for=no_effort)
             setattr(app.state, name, handler)
         yield TestClient(app)
 
@@ -178,6 +183,24 @@ def test_tokens_in_keeps_booleans_and_the_engine_refuses_them(server):
         AsyncLLM.generate(engine, "prompt", params, "id")
 
 
+def read_as_run_batch_does(path):
+    """The lines of a file as `vllm run-batch` gives them on: all of them in vLLM 0.32, one after the other in 0.33."""
+    if patches.READ_BATCH_FILE_0_32.is_for(installed_vllm()):
+        return asyncio.run(run_batch.read_file(str(path))).split("\n")
+    read = []
+
+    async def run_one_request(request_json, endpoint_registry):
+        read.append(request_json)
+
+    owner, name = patches.RUN_BATCH_REQUEST.find()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(owner, name, run_one_request)
+        request_checks.install_request_checks()
+        for line in path.read_text().split("\n"):
+            asyncio.run(owner.run_one_request(line, {}))
+    return read
+
+
 @pytest.mark.parametrize("url", ["/v1/chat/completions", "/v1/audio/transcriptions"])
 def test_a_batch_file_keeps_what_was_written(tmp_path, url):
     request_checks.install_request_checks()
@@ -191,7 +214,7 @@ def test_a_batch_file_keeps_what_was_written(tmp_path, url):
     plain = {"custom_id": "2", "method": "POST", "url": url, "body": {"model": "m", **body}}
     path = tmp_path / "requests.jsonl"
     path.write_text("\n".join([*map(json.dumps, lines), "", json.dumps(plain), "{not json", "[]"]))
-    read = asyncio.run(run_batch.read_file(str(path))).split("\n")
+    read = read_as_run_batch_does(path)
     assert read[2:] == ["", json.dumps(plain), "{not json", "[]"]
     first, second = (run_batch.BatchRequestInput.model_validate_json(line).body.vllm_xargs for line in read[:2])
     assert first == {"kv_compression_window": "true", "of_others": 1}
