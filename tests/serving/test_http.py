@@ -9,6 +9,8 @@ import pytest
 from openai import BadRequestError
 
 from kvsculpt_vllm.demo import document
+from kvsculpt_vllm.engine.compat.patcher import has
+from kvsculpt_vllm.plugin import installed_vllm
 
 pytestmark = pytest.mark.engine
 
@@ -26,14 +28,16 @@ def test_a_chat_request_is_sculpted_and_answers_from_the_document(server, client
         max_tokens=40,
         stream=True,
     )
-    answer, name = "", ""
+    answer, name, told = "", "", None
     for chunk in stream:
-        name = chunk.id
+        name, told = chunk.id, getattr(chunk, "kv_transfer_params", None)
         answer += "".join(choice.delta.content or "" for choice in chunk.choices)
     assert "Constance" in answer
     story = get(f"/kvsculpt/requests/{name}")
     record = story["compression"]
     assert story["outcome"] == "compressed"
+    # The last chunk tells it, too, in vLLM 0.33.
+    assert told is None if has("<0.33", installed_vllm()) else told["kv_compression"]["outcome"] == "compressed"
     assert (record["method"], record["budget"]) == ("sculpt", "adaptive")
     assert record["blocks_after"] <= 0.4 * record["blocks_before"]
     assert record["error_after"] < record["error_before"]
