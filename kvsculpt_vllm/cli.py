@@ -7,10 +7,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from kvsculpt_vllm import cli_store, models
+from kvsculpt_vllm import cli_selftest, cli_store, models
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(cli_store.app, name="store")
+app.command("selftest")(cli_selftest.selftest)
 
 Model = Annotated[str, typer.Option(help=f"A model's directory, or one of: {', '.join(models.MODELS)}.")]
 Seed = Annotated[int, typer.Option(help="Moves the contexts along the text.")]

@@ -14,6 +14,11 @@ import multiprocessing
 import os
 import random
 import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))
+
+from interpreter import interpret_triton
 
 RESULT = sys.stdout
 sys.stdout = sys.stderr  # vLLM and its libraries print; the result must stay alone
@@ -163,27 +168,6 @@ def install_faults(faults: dict[str, str], rank: int = 0) -> None:
     pages.VectorPages.read = failing(pages.VectorPages.read, "gather")
     pages.VectorPages.write = failing(pages.VectorPages.write, "scatter")
     directory.Directory.prepare = failing(directory.Directory.prepare, "directory")
-
-
-def interpret_triton() -> None:
-    """Run Triton's kernels on a CPU, with a stub where Triton wants a driver: vLLM's V2 model runner needs them."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    from triton import backends
-    from triton.backends.driver import DriverBase
-
-    class Driver(DriverBase):
-        def __init__(self):
-            pass
-
-        def _missing(self, *args):
-            raise NotImplementedError("the interpreter needs no driver")
-
-        is_active = staticmethod(lambda: True)
-        get_current_target = map_python_to_cpp_type = get_benchmarker = get_active_torch_device = _missing
-        instance = get_device_interface = _missing
-
-    Driver.__abstractmethods__ = frozenset()
-    backends.backends["cpu"] = backends.Backend(compiler=None, driver=Driver)
 
 
 def use_gpu_path() -> None:

@@ -5,7 +5,11 @@ import os
 import pytest
 import torch
 
+from interpreter import interpret_triton
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    interpret_triton()  # before vLLM is imported, whose kernels the self-test compares with ours
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 

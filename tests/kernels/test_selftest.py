@@ -1,0 +1,336 @@
+"""The self-test of kernels, in Triton's interpreter: it passes, leaves nothing behind, and finds each fault it is for.
+
+It stands here and not in tests/engine, because the interpreter is chosen for a whole process.
+"""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+from typer.testing import CliRunner
+
+from compilations import compilations
+from kvsculpt_vllm.cli import app
+from kvsculpt_vllm.engine.worker.selftest import attention_check, page_check, run, solver_check
+from kvsculpt_vllm.engine.worker.selftest.notes import Measured, Notes
+from kvsculpt_vllm.engine.worker.selftest.own_cache import Numbers, subject_of
+from kvsculpt_vllm.engine.worker.selftest.rows import BARE, CHAIN, SHORT, Rows
+from kvsculpt_vllm.engine.worker.selftest.subject import END_BLOCKS
+from kvsculpt_vllm.kernels import attention_loss, attention_scores, pages
+from kvsculpt_vllm.kernels import paged_attention as paged
+from kvsculpt_vllm.kernels.dispatch import VARIABLE
+from kvsculpt_vllm.sculpt import objective, selection
+from kvsculpt_vllm.sculpt.budgets import PagePlan
+from kvsculpt_vllm.sculpt.compress import compress
+from kvsculpt_vllm.sculpt.effort import Effort
+from mutants import mutant
+
+pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="faults are made for the interpreter")
+
+NUMBERS = Numbers(layers=2, query_heads=4, kv_heads=2, head_size=16, dtype=torch.float32)
+MARK = 5.0
+
+
+def make_subject(layout="LBHNC", **numbers):
+    return subject_of(replace(NUMBERS, **numbers), 16, layout, torch.device("cpu"))
+
+
+def middle(subject):
+    """The blocks that hold something of somebody else's."""
+    return torch.stack([view[END_BLOCKS:-END_BLOCKS] for view in subject.views])
+
+
+def made(name):
+    """The kernels that one check finds at fault."""
+    notes = Notes(again=False)
+    with torch.inference_mode(), run._kernels_chosen():
+        # With one KV head, and with two in the `tested` one: the interpreter takes as long as there are heads.
+        run.CHECKS[name](make_subject(query_heads=2, kv_heads=1), notes)
+    assert notes.measured
+    return {each.kernel for each in notes.measured if not each.good}
+
+
+@pytest.fixture(scope="module")
+def tested():
+    """A whole self-test: its report, its subject, and what Triton would have compiled."""
+    subject = make_subject("BLHNC")
+    middle_views = [view[END_BLOCKS:-END_BLOCKS] for view in subject.views]
+    for view in middle_views:
+        view.fill_(MARK)
+    with compilations() as compiled:
+        return run.self_test(subject), subject, compiled
+
+
+def test_everything_agrees_here_with_vllms_kernel_too(tested):
+    report, _, _ = tested
+    assert not report.failures and not report.left_out
+    assert {"store", "scatter", "gather", "paged attention", "recorded attention", "loss", "gradient"} <= {
+        *report.worst()
+    }
+    assert "paged attention and vLLM's unified attention" in report.worst()
+
+
+def test_what_it_wrote_is_gone_and_the_rest_was_not_touched(tested):
+    _, subject, _ = tested
+    assert not subject.holds_something()
+    assert bool((middle(subject) == MARK).all())
+
+
+def test_no_kernel_is_compiled_after_it(tested, monkeypatch):
+    """What serving and solving launch are kernels that the self-test has launched, for Triton's launcher."""
+    _, subject, before = tested
+    monkeypatch.setenv(VARIABLE, "triton")
+    with torch.inference_mode(), compilations() as after:
+        for method, budget, sinks in [
+            ("sculpt", "adaptive", 3),
+            ("select_fit", "uniform", 0),
+            ("select", "adaptive", 0),
+        ]:
+            size = solver_check.Size(203 if sinks else 240, 8 * 16 - sinks, 0)
+            problems = solver_check.make_problems(subject, size, torch.Generator().manual_seed(5))
+            effort = Effort(positions=size.queries, pilot_positions=70, fit_positions=size.queries - 30, key_steps=5)
+            compress(problems, PagePlan(16, 8, 2 * 5, sinks), method, budget, effort)
+        rows = Rows(subject, torch.Generator().manual_seed(6))
+        for number in (1, 2, 3, 5, 16):  # decoding, of which one token alone comes up most
+            batch = rows.batch(*[(CHAIN, 1)] * number, padding=0)
+            tokens = len(batch.query)
+            parts = paged.parts_for(tokens * NUMBERS.kv_heads, subject.processors)
+            attention_check._answers(rows, batch, 0, parts)()
+            some = subject.normal(tokens, 2, 16, generator=torch.Generator())
+            pages.store(subject.pages.kernel_pages, 1, torch.full((tokens,), -1), some, some)
+        for picked in ([(SHORT, 1), (BARE, 4)], [(CHAIN, 9), (BARE, 20)]):  # prefill
+            batch = rows.batch(*picked)
+            attention_check._answers(rows, batch, 1, paged.parts_for(len(batch.query) * 2, subject.processors))()
+        index = torch.arange(9)
+        for first in (0, 1, 2, 3):  # the pages of a head among a segment's
+            subject.pages.write(index[first:], *subject.pages.read(index[first:]))
+    subject.clear()
+    assert after and after <= before, sorted(after - before)
+
+
+PAGED = {
+    "the last blocks": ("block * block_stride", "tl.minimum(block, 25) * block_stride"),
+    "a mask that is off by one": ("entries - end_token + token,", "entries - end_token + token + 1,"),
+    "the layer": ("own_cell = layer * num_kv_heads + h", "own_cell = h"),
+    "where the next segment begins": ("column += tl.load(span_blocks + slot).to(tl.int32)", "column += 1"),
+    "a tile that runs into the next row": ("(token < end_token)", "(token < end_token + 1)"),
+    "parts that are not rescaled": ("weights = tl.exp(z - tl.max(z, 0))", "weights = tl.where(there, 1.0, 0.0)"),
+    "the peak of earlier entries": ("mass = mass * shrink + tl.sum(w, 1)", "mass = mass + tl.sum(w, 1)"),
+}
+
+
+@pytest.mark.parametrize("fault", PAGED)
+def test_a_fault_of_attention_is_found(fault, monkeypatch, tmp_path):
+    monkeypatch.setattr(attention_check, "paged_attention", mutant(paged, tmp_path, PAGED[fault]).paged_attention)
+    assert made("attention") == {"paged attention"}
+
+
+def test_parts_are_merged_in_batches_of_every_size(monkeypatch, tmp_path):
+    broken = mutant(paged, tmp_path, PAGED["parts that are not rescaled"])
+    monkeypatch.setattr(attention_check, "paged_attention", broken.paged_attention)
+    assert made("attention in parts") == {"paged attention"}
+
+
+def test_a_fault_that_kernel_and_twin_share_is_found_by_vllms_kernel(monkeypatch, tmp_path):
+    twins = (" > length - (last - t)", " > length - (last - t) + 1")
+    broken = mutant(paged, tmp_path, PAGED["a mask that is off by one"], twins)
+    monkeypatch.setattr(attention_check, "paged_attention", broken.paged_attention)
+    monkeypatch.setattr(attention_check, "paged_attention_twin", broken.paged_attention_twin)
+    assert made("attention") == set()
+    assert made("attention of vLLM") == {"paged attention and vLLM's unified attention"}
+
+
+@pytest.mark.parametrize("which", ["query", "prefixes", "block_table", "seq_lens"])
+def test_what_a_recorded_call_has_read_too_early_is_found(which, monkeypatch):
+    place = {"query": 0, "prefixes": 3, "block_table": 4, "seq_lens": 6}[which]
+    recorded = {}
+
+    def early(*arguments):
+        arguments = list(arguments)
+        given = arguments[place]
+        if which == "prefixes":
+            arguments[place] = recorded.setdefault(
+                given.starts.data_ptr(), type(given)(*(tensor.clone() for tensor in given))
+            )
+        else:
+            arguments[place] = recorded.setdefault(given.data_ptr(), given.clone())
+        return paged.paged_attention(*arguments)
+
+    monkeypatch.setattr(attention_check, "paged_attention", early)
+    assert made("recorded attention") == {"recorded attention"}
+
+
+COPIES = {
+    "store": {
+        "the last block": ("slot // block_size * block_stride", "tl.minimum(slot // block_size, 30) * block_stride"),
+        "padding": (
+            "there = (slot >= 0) & (h < num_heads)",
+            "slot = tl.where(t < tokens, tl.maximum(slot, 0), slot)\n    there = (slot >= 0) & (h < num_heads)",
+        ),
+        "the layer": ("cell_pages + layer * num_heads + h", "cell_pages + h"),
+        "values": ("tl.store(buffer + at + value_offset, v", "tl.store(buffer + at + value_offset, k"),
+    },
+    "gather": {"the last entry": ("(e[:, None] < block_size)", "(e[:, None] < block_size - 1)")},
+    "scatter": {
+        "values": (
+            "tl.store(there + value_offset, tl.load(values + here",
+            "tl.store(there + value_offset, tl.load(keys + here",
+        )
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "fault"), [(kernel, fault) for kernel, faults in COPIES.items() for fault in faults]
+)
+def test_a_fault_of_a_page_copy_is_found(kernel, fault, monkeypatch, tmp_path):
+    broken = getattr(mutant(pages, tmp_path, COPIES[kernel][fault]), kernel)
+    monkeypatch.setattr(page_check if kernel == "store" else pages, kernel, broken)
+    assert made("page copies") == {kernel}
+
+
+LOSSES = {
+    "no shift": (("attend_tile(\n        q, z,", "attend_tile(\n        q, z * 0.0,"), {"loss", "gradient"}),
+    "half a gradient": (
+        ('tl.trans(v), input_precision="tf32") + c[:, None]', 'tl.trans(v), input_precision="tf32")'),
+        {"gradient"},
+    ),
+    "padding that is not zero": (
+        ("grad = torch.zeros_like(", "grad = torch.ones_like("),
+        {"gradient", "gradient of padding"},
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", LOSSES)
+def test_a_fault_of_the_loss_is_found(fault, monkeypatch, tmp_path):
+    change, found = LOSSES[fault]
+    monkeypatch.setattr(objective, "attention_loss", mutant(attention_loss, tmp_path, change).attention_loss)
+    assert made("losses") == found
+
+
+def test_a_fault_of_the_scores_is_found(monkeypatch, tmp_path):
+    broken = mutant(attention_scores, tmp_path, ("tl.exp(logits * power)", "tl.exp(logits)"))
+    monkeypatch.setattr(selection, "received", broken.received)
+    assert made("scores") == {"attention that entries receive"}
+    broken = mutant(attention_scores, tmp_path, ("mass = mass * shrink + tl.sum(w, 1)", "mass = mass + tl.sum(w, 1)"))
+    monkeypatch.setattr(selection, "attention_with_lse", broken.attention_with_lse)
+    assert {"attention of the full cache", "its log-sum-exp"} <= made("scores")
+
+
+def test_normal_equations_without_their_ridge_are_found(monkeypatch):
+    stock = solver_check.fit_values
+    monkeypatch.setattr(
+        solver_check,
+        "fit_values",
+        lambda target, keys, start, ridge, valid: stock(target, keys, start, 0 * ridge, valid),
+    )
+    assert made("values") == {"values by ridge least squares"}
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("cholesky_ex", {"Cholesky", "Cholesky's solution", "triangular solution"}),
+        ("solve_triangular", {"triangular solution"}),
+        ("solve", {"general solution"}),
+    ],
+)
+def test_a_library_that_solves_something_else_is_found(name, found, monkeypatch):
+    stock = getattr(torch.linalg, name)
+
+    def off(matrix, *rest, **kwargs):
+        if matrix.dtype == torch.float64:  # what it is compared with
+            return stock(matrix, *rest, **kwargs)
+        return stock(matrix * 1.02, *rest, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, name, off)
+    assert made("linear systems") == found
+
+
+@pytest.mark.parametrize(
+    ("claim", "found"),
+    [
+        (
+            lambda done: {"error": 1.2 * done.start_error},
+            {"compression, error above its start", "compression, held-out error"},
+        ),
+        (lambda done: {"error": 0.9 * done.error}, {"compression, held-out error"}),
+        (lambda done: {"keys": [key.roll(1, 1) for key in done.keys]}, {"compression, held-out error"}),
+    ],
+)
+def test_a_compression_that_is_not_what_it_says_is_found(claim, found, monkeypatch):
+    stock = solver_check.compress
+
+    def flattering(*arguments):
+        done = stock(*arguments)
+        return replace(done, **claim(done))
+
+    monkeypatch.setattr(solver_check, "compress", flattering)
+    assert made("compression") == found
+
+
+def test_programs_that_race_are_found():
+    rounds = iter(range(2))
+    notes = Notes()
+    (first,) = notes.twice("kernel", "case", lambda: (torch.tensor([1.0, 2.0 + 1e-6 * next(rounds)]),))
+    assert first.tolist() == [1.0, 2.0]
+    assert notes.measured == [Measured("kernel", "case, once more", 1.0, 0.0)]
+
+
+def test_what_is_not_a_number_is_never_near():
+    notes, wanted = Notes(), torch.ones(2)
+    notes.near("kernel", "case", torch.tensor([1.0, torch.nan]), wanted, 1e9)
+    notes.same("kernel", "case", torch.full((2,), torch.nan), torch.full((2,), torch.nan))
+    assert not any(each.good for each in notes.measured)
+
+
+def test_a_cache_that_holds_something_is_left_as_it_is():
+    subject = make_subject()
+    subject.views[1][-1, 0, 3, 4] = MARK
+    report = run.self_test(subject)
+    assert "hold something" in report.failure
+    assert float(subject.views[1].sum()) == MARK
+
+
+SMALL = ["--layers", "2", "--heads", "4", "--kv-heads", "2", "--head-size", "16", "--dtype", "float32"]
+
+
+def selftest(*arguments):
+    return CliRunner().invoke(app, ["selftest", *arguments])
+
+
+def test_the_command_tells_programs_and_people(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "CHECKS", {"page copies": page_check.check, "linear systems": solver_check.systems})
+    result = selftest(*SMALL, "--layout", "BLHNC", "--json")
+    told = json.loads(result.output)
+    assert result.exit_code == 0 and told["passed"]
+    assert told["machine"]["kernels"] == "interpreted"
+    assert told["subject"] | {"layers": 2, "query_heads": 4, "block_stride": 4} == told["subject"]
+    broken = mutant(pages, tmp_path, COPIES["store"]["the last block"])
+    monkeypatch.setattr(page_check, "store", broken.store)
+    result = selftest(*SMALL)
+    assert result.exit_code == 1
+    assert "BAD store: off by" in result.output and "ok  gather: off by 0" in result.output
+    assert "on: device cpu, kernels interpreted, torch" in result.output
+
+
+def test_the_command_takes_a_models_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "CHECKS", {})
+    config = {"num_hidden_layers": 3, "num_attention_heads": 6, "hidden_size": 96, "torch_dtype": "float16"}
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": config | {"num_key_value_heads": 2}}))
+    told = json.loads(selftest("--model", str(tmp_path), "--kv-heads", "3", "--json").output)["subject"]
+    wanted = {"layers": 3, "query_heads": 6, "kv_heads": 3, "head_size": 16, "dtype": "float16"}
+    assert told | wanted == told
+    (tmp_path / "config.json").write_text("{}")
+    result = selftest("--model", str(tmp_path))
+    assert result.exit_code == 2 and "num_attention_heads" in result.output
+
+
+def test_the_command_says_that_there_is_nothing_to_test(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    result = selftest()
+    assert result.exit_code == 2
+    assert "there is nothing to test: no CUDA device is here" in result.output
