@@ -119,7 +119,9 @@ def _device() -> str:
     except UnsupportedFeature as refused:
         raise Trouble(_reasons(refused)) from None
     name = current_platform.device_name or "unknown"
-    kernels = "Triton kernels" if torch.cuda.is_available() else "torch in place of the Triton kernels"
+    kernels = "torch in place of the Triton kernels"
+    if torch.cuda.is_available():
+        kernels = "Triton kernels, which `kvsculpt selftest` and every start of a server compare with their twins"
     return f"{name}, {torch.get_num_threads()} threads, {kernels}"
 
 

@@ -5,8 +5,9 @@ The first job starts the engine; jobs after it may differ in `batches` and `abor
 
 A job has `engine` (arguments of `LLM`), `batches` (lists of requests that run together, one list after the other; a
 request is `start`, `length` and `max_tokens` plus optionally `extra_args`, `priority`, `fault`, `sampling` (more of its
-`SamplingParams`) and the step it arrives after), and `identity`/`poison`/`v2`/`gpu_path`/`asynchronous`. With several
-ranks each is a fork of this process. Before the batches named in `empty_before` the prefix cache is emptied.
+`SamplingParams`) and the step it arrives after), and `identity`/`poison`/`v2`/`gpu_path`/`self_test`/`asynchronous`.
+With several ranks each is a fork of this process. Before the batches named in `empty_before` the prefix cache is
+emptied.
 """
 
 import json
@@ -170,12 +171,18 @@ def install_faults(faults: dict[str, str], rank: int = 0) -> None:
     directory.Directory.prepare = failing(directory.Directory.prepare, "directory")
 
 
-def use_gpu_path() -> None:
-    """Give the CPU worker what the GPU worker has: its attention backend and its pages."""
+def use_gpu_path(self_test: bool) -> None:
+    """Give the CPU worker what the GPU worker has: its attention backend, its pages, and its self-test if it is asked
+    for, which takes longer than most jobs here.
+    """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    from kvsculpt_vllm.engine.worker import worker
     from kvsculpt_vllm.engine.worker.worker_cpu import SculptCPUWorker
     from kvsculpt_vllm.engine.worker.worker_gpu import SculptGPUWorker
+
+    if not self_test:
+        worker.test_at_start_up = lambda subject, ranks: None
 
     # Under the only name that vLLM's CPU platform asks for.
     SculptCPUWorker.attention_backend = (AttentionBackendEnum.CPU_ATTN, SculptGPUWorker.attention_backend[1])
@@ -203,7 +210,7 @@ def start(job: dict):
     if job.get("v2") or job.get("gpu_path"):
         interpret_triton()
     if job.get("gpu_path"):
-        use_gpu_path()
+        use_gpu_path(job.get("self_test", False))
     if job.get("asynchronous"):
         schedule_asynchronously()
 
@@ -243,6 +250,18 @@ def forget_stories(worker) -> None:
 def count_published(worker) -> int:
     """Packed prefixes that rows may read."""
     return len(worker.kv_compression.state.directory)
+
+
+def self_tested(worker) -> dict | None:
+    """What the self-test of its start found, in numbers."""
+    if (report := worker.worker.self_tested) is None:
+        return None
+    return {
+        "failures": [str(failure) for failure in report.failures],
+        "kernels": list(report.worst()),
+        "left_out": report.left_out,
+        "subject": report.subject,
+    }
 
 
 def run(job: dict, llm, tokens: list[int]) -> dict:
@@ -309,6 +328,7 @@ def run(job: dict, llm, tokens: list[int]) -> dict:
         result["compressions"] = [story["compression"] for story in result["stories"] if story["compression"]]
     result["scheduler"] = type(scheduler).__name__
     result["published"] = sum(llm.collective_rpc(count_published)) if ours else None
+    result["self_tested"] = llm.collective_rpc(self_tested)[0] if ours else None
     result["preemptions"] = preemptions() - preempted
     return result
 

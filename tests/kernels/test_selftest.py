@@ -5,6 +5,7 @@ It stands here and not in tests/engine, because the interpreter is chosen for a 
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from typer.testing import CliRunner
 
 from compilations import compilations
 from kvsculpt_vllm.cli import app
-from kvsculpt_vllm.engine.worker.selftest import attention_check, page_check, run, solver_check
+from kvsculpt_vllm.engine.startup.refusals import UnsupportedFeature
+from kvsculpt_vllm.engine.worker.selftest import attention_check, page_check, run, solver_check, start_up
 from kvsculpt_vllm.engine.worker.selftest.notes import Measured, Notes
 from kvsculpt_vllm.engine.worker.selftest.own_cache import Numbers, subject_of
 from kvsculpt_vllm.engine.worker.selftest.rows import BARE, CHAIN, SHORT, Rows
@@ -293,6 +295,29 @@ def test_a_cache_that_holds_something_is_left_as_it_is():
     report = run.self_test(subject)
     assert "hold something" in report.failure
     assert float(subject.views[1].sum()) == MARK
+
+
+def test_every_rank_refuses_with_the_words_of_the_one_that_failed(monkeypatch):
+    def failing(subject, notes):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(run, "CHECKS", {"attention": failing})
+    ranks = SimpleNamespace(count=2, number=1, is_first=False)
+    told = []
+    ranks.gather = lambda words: told.append(words) or [["", words]]
+    with pytest.raises(
+        UnsupportedFeature, match=r"this device: its self-test failed: rank 1: attention: off by inf"
+    ) as own:
+        start_up.test_at_start_up(make_subject(), ranks)
+    for fact in ("RuntimeError: no such instruction", "head size 16", "torch 2", "triton 3", "vllm 0.32", "device cpu"):
+        assert fact in str(own.value)
+    monkeypatch.setattr(run, "CHECKS", {})
+    ranks.gather = lambda words: [[words], told]  # this rank's passed
+    with pytest.raises(UnsupportedFeature) as others:
+        start_up.test_at_start_up(make_subject(), ranks)
+    assert str(others.value) == str(own.value)
+    ranks.gather = lambda words: [[words]]
+    assert start_up.test_at_start_up(make_subject(), ranks).measured == []
 
 
 SMALL = ["--layers", "2", "--heads", "4", "--kv-heads", "2", "--head-size", "16", "--dtype", "float32"]

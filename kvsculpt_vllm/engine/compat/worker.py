@@ -119,6 +119,13 @@ def rewind_discarded_draws(runner: Any) -> None:
     apply(BOOKKEEPING_SYNC, without_them, instance=runner)
 
 
+def block_table_columns(runner: Any) -> int:
+    """Columns of the block table that a model runner, V1 or V2, gives to attention."""
+    if hasattr(runner, "req_states"):  # V2
+        return int(runner.block_tables.input_block_tables[0].shape[1])
+    return int(runner.input_batch.block_table[0].get_device_tensor(1).shape[1])
+
+
 def row_request_ids(runner: Any, metadata: CommonAttentionMetadata) -> list[str]:
     """The request of each row of a batch; empty for a batch that serves no request (warm-up)."""
     if hasattr(runner, "req_states"):  # V2

@@ -47,6 +47,7 @@ WORKERS = {
 }
 TRITON_BACKEND = "kvsculpt_vllm.engine.worker.attention_triton.SculptTritonBackend"
 SCHEDULER = "kvsculpt_vllm.engine.scheduler.scheduler.SculptScheduler"
+TRUST = "self-tested on this device at start-up; benchmarks on GPUs: none yet"
 ASYNC_SCHEDULER = "kvsculpt_vllm.engine.scheduler.scheduler.SculptAsyncScheduler"
 
 _compresses = False
@@ -165,5 +166,6 @@ def _start_up_line(vllm_config: VllmConfig, config: CompressionConfig, block_siz
         f"store {shown(config.store)}, "
         f"block size {vllm_config.cache_config.block_size}{' (chosen, the smallest)' if block_size_chosen else ''}, "
         f"layout {requested_layout() or DEFAULT_LAYOUT}, "
-        f"model runner {'V2' if vllm_config.use_v2_model_runner else 'V1'}."
+        f"model runner {'V2' if vllm_config.use_v2_model_runner else 'V1'}"
+        f"{'' if current_platform.is_cpu() else f'. Kernels: {TRUST}'}."
     )

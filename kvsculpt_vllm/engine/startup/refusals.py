@@ -1,13 +1,12 @@
 """What compression does not support: refused at start-up, each with its cause and cure.
 
-Four moments, because more is known at each: the configuration (`check_config`), the KV cache's groups
-(`check_kv_cache_config`), the attention layers of the loaded model (`check_attention_layers`), and the queries that it
-asks (`check_positions`).
+Five moments, because more is known at each: the configuration (`check_config`), the KV cache's groups
+(`check_kv_cache_config`), the attention layers of the loaded model (`check_attention_layers`), the queries that it
+asks (`check_positions`), and what its device computes (`failed_self_test`).
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -293,25 +292,16 @@ def known_refusals() -> list[Refusal]:
     return [rule.refusal for rule in _RULES]
 
 
-UNTESTED_CUDA = "KVSCULPT_UNTESTED_CUDA"
-"""The environment variable that lets a server start on CUDA."""
-
-
 def check_platform(platform: Any) -> None:
-    """Refuse a device for which there is no worker, and CUDA until its user has said to know that it is untested.
+    """Refuse a device for which there is no worker. Kernels are tested on CUDA once there is a KV cache.
 
     Raises:
-        UnsupportedFeature: on anything but a CPU, and CUDA with `KVSCULPT_UNTESTED_CUDA=1`.
+        UnsupportedFeature: on anything but a CPU and CUDA.
     """
-    if platform.is_cpu() or (platform.is_cuda() and os.environ.get(UNTESTED_CUDA) == "1"):
-        return
-    name = platform.device_name.upper() if platform.device_name else "this device"
-    if platform.is_cuda():
-        cause = "their path has only been run on a CPU, in Triton's interpreter, and never on a GPU"
-        cure = f"set {UNTESTED_CUDA}=1 to try it and compare its answers, or use --kv-compression none or the CPU build"
-    else:
-        cause, cure = "there is no worker for them", "use --kv-compression none or the CPU build"
-    raise UnsupportedFeature([Refusal(f"{name} devices", cause, cure)])
+    if not (platform.is_cpu() or platform.is_cuda()):
+        name = platform.device_name.upper() if platform.device_name else "this device"
+        cause = "there is no worker for them"
+        raise UnsupportedFeature([Refusal(f"{name} devices", cause, "use --kv-compression none or the CPU build")])
 
 
 def check_attention_backend(args: EngineArgs) -> None:
@@ -431,6 +421,12 @@ def unseen_queries(layer: str, error: Exception) -> UnsupportedFeature:
     """The refusal of a model that fails when it is run to see what its attention layers are asked."""
     cause = f"a trial run that shows what it is asked failed ({type(error).__name__}: {error})"
     return UnsupportedFeature([Refusal(f"positions of {layer}", cause, f"try another --model-impl, or {_OTHER_MODEL}")])
+
+
+def failed_self_test(failures: Iterable[str]) -> UnsupportedFeature:
+    """The refusal of devices on which kernels do not compute what they should, each rank's failure in words."""
+    cure = "please report this, and use --kv-compression none until it is mended"
+    return UnsupportedFeature([Refusal("this device", f"its self-test failed: {words}", cure) for words in failures])
 
 
 def _odd_attention(layer: Attention) -> Iterable[str]:

@@ -9,22 +9,26 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 import vllm
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from kvsculpt_vllm import __version__
 from kvsculpt_vllm.config import CompressionConfig
-from kvsculpt_vllm.engine.compat.worker import BlockRows
+from kvsculpt_vllm.engine.compat.worker import BlockRows, block_table_columns
 from kvsculpt_vllm.engine.shared.ledger import Ledger
 from kvsculpt_vllm.engine.shared.stores import PATIENCE_SECONDS, opened
 from kvsculpt_vllm.engine.startup.refusals import check_attention_layers
 from kvsculpt_vllm.engine.worker.agreement import Ranks
 from kvsculpt_vllm.engine.worker.compressor import Compressor
 from kvsculpt_vllm.engine.worker.model_rotary import rotary_of_layers
-from kvsculpt_vllm.engine.worker.pages import PageFormat
+from kvsculpt_vllm.engine.worker.pages import PageFormat, TokenPages
 from kvsculpt_vllm.engine.worker.rank_curves import curves_of_rank
 from kvsculpt_vllm.engine.worker.runtime import Runtime
+from kvsculpt_vllm.engine.worker.selftest.run import Report
+from kvsculpt_vllm.engine.worker.selftest.start_up import test_at_start_up
+from kvsculpt_vllm.engine.worker.selftest.subject import Subject
 from kvsculpt_vllm.engine.worker.state import BoundLayer, CompressionState
 from kvsculpt_vllm.engine.worker.stored import StoredSegments
 
@@ -52,6 +56,7 @@ class SculptWorkerMixin(Worker):
         register_backend(*self.attention_backend)
         super().__init__(*args, **kwargs)
         self.kv_compression: Runtime | None = None  # until there is a KV cache: vLLM runs steps before, to measure
+        self.self_tested: Report | None = None  # what reads pages of our kernels is tested once, before it serves
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Bind the layers once the KV cache exists."""
@@ -60,11 +65,12 @@ class SculptWorkerMixin(Worker):
         by_name = get_layers_from_vllm_config(self.vllm_config, Attention, group.layer_names)
         layers = [by_name[name] for name in group.layer_names]
         check_attention_layers(by_name)
+        self._layer_views = [layer.kv_cache for layer in layers]
         state = CompressionState(
             CompressionConfig.from_additional_config(self.vllm_config.additional_config),
             self.model_runner,
             self.page_format,
-            [layer.kv_cache for layer in layers],
+            self._layer_views,
             layers[0].num_heads,
             self.scheduler_config.max_num_seqs,
         )
@@ -85,6 +91,27 @@ class SculptWorkerMixin(Worker):
         for index, layer in enumerate(layers):
             assert isinstance(layer.impl, Bindable)
             layer.impl.bound = BoundLayer(state, index)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Test the kernels on this device, which compiles them, before vLLM records any of them in a graph.
+
+        Raises:
+            UnsupportedFeature: a kernel of this rank or of another does not compute what it should.
+        """
+        # On a CPU pages are read by vLLM's own kernels, and torch does the rest.
+        if self.page_format is TokenPages and self.self_tested is None and self.kv_compression is not None:
+            state = self.kv_compression.state
+            assert isinstance(state.pages, TokenPages)
+            subject = Subject(
+                self._layer_views,
+                state.geometry,
+                state.pages,
+                state.num_query_heads,
+                block_table_columns(self.model_runner),
+                current_platform.num_compute_units(state.pages.buffer.device.index or 0),
+            )
+            self.self_tested = test_at_start_up(subject, self.kv_compression.ranks)
+        return super().compile_or_warm_up_model()
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """Do what the scheduler asks for, then run the step."""

@@ -234,17 +234,17 @@ def platform(device_name):
     )
 
 
-def test_cuda_is_refused_until_its_user_says_to_know_that_it_is_untested(monkeypatch):
-    monkeypatch.delenv(refusals.UNTESTED_CUDA, raising=False)
+def test_devices_without_a_worker_are_refused():
     check_platform(platform("cpu"))
-    with pytest.raises(UnsupportedFeature, match=r"CUDA devices: .* never on a GPU; set KVSCULPT_UNTESTED_CUDA=1"):
-        check_platform(platform("cuda"))
+    check_platform(platform("cuda"))
     with pytest.raises(UnsupportedFeature, match="XPU devices: there is no worker for them"):
         check_platform(platform("xpu"))
-    monkeypatch.setenv(refusals.UNTESTED_CUDA, "1")
-    check_platform(platform("cuda"))
-    with pytest.raises(UnsupportedFeature, match="XPU devices"):
-        check_platform(platform("xpu"))
+
+
+def test_a_device_whose_self_test_failed_is_refused_with_every_ranks_words():
+    refused = refusals.failed_self_test(["rank 0: loss: off by 1", "rank 3: store: off by 2"])
+    assert [refusal.feature for refusal in refused.refusals] == ["this device"] * 2
+    assert "rank 3: store: off by 2; please report this" in str(refused)
 
 
 def test_another_attention_backend_is_refused_where_ours_is_needed():

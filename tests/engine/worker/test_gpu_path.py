@@ -31,7 +31,7 @@ def engine(first_layers_path):
 @pytest.mark.engine
 @pytest.mark.parametrize(
     "runner",
-    [{"v2": False}, {"v2": True, "asynchronous": True}],
+    [{"v2": False}, {"v2": True, "asynchronous": True, "self_test": True}],
     ids=["V1", "V2 asynchronous"],
 )
 def test_every_entry_in_shuffled_packed_pages_gives_the_tokens_of_stock_vllm(run_engine, engine, runner):
@@ -48,6 +48,10 @@ def test_every_entry_in_shuffled_packed_pages_gives_the_tokens_of_stock_vllm(run
     assert [told["segments"] for told in ours["told"][0]] == [2, 0]
     assert ours["free"][0][-1] == ours["free_at_start"]
     assert ours["published"] == 0
+    if "self_test" in runner:  # before it served, with the model's numbers, and what it wrote is not there any more
+        assert ours["self_tested"]["failures"] == ours["self_tested"]["left_out"] == []
+        assert {"store", "gather", "paged attention", "recorded attention", "loss"} <= {*ours["self_tested"]["kernels"]}
+        assert ours["self_tested"]["subject"]["head_size"] == 64
     assert ours["scheduler"] == ("SculptAsyncScheduler" if "asynchronous" in runner else "SculptScheduler")
 
 
