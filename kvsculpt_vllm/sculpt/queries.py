@@ -64,16 +64,18 @@ def future_positions(origin: Tensor, end: int, num_positions: int, followed: boo
     follows a position that is not sampled is not kept.
 
     The positions (P,) int64 that are returned spread over the `FUTURE_TOKENS` behind the end. Those for a segment that
-    is `followed` by others are log-uniformly distant, as far as the model's rotary embedding goes, which ends at
-    `num_positions`: the answer reads such a segment from afar. Measured (benchmarks/LOG.md): in chains of 7,900 tokens
-    that takes 15 and 32 % off the KL; single spans, which are read from near, would lose 12 and 22 %. This choice is
-    ours, not KVSculpt's (docs/algorithm.md#which-queries).
+    is `followed` by others begin where those end and are log-uniformly distant, as far as the model's rotary embedding
+    goes, which ends at `num_positions`: the answer reads such a segment from afar, and what is asked from near would
+    keep its end. Measured on two texts (benchmarks/LOG.md): from 512 on takes 32 and 27 % off what the third of four
+    segments loses where queries begin right behind it; single spans, which are read from near, lose by being asked from
+    afar. This choice is ours, not KVSculpt's (docs/algorithm.md#which-queries).
     """
     # A fixed pseudo-random spread, so that neighbouring origins ask from unrelated distances.
     spread = torch.arange(len(origin), device=origin.device) * 193 % FUTURE_TOKENS
     room = max(1, num_positions - end)
     if followed:
-        distances = torch.exp(spread.double() / FUTURE_TOKENS * math.log(room)).long() - 1
+        nearest = min(FUTURE_TOKENS, max(1, room // 2))
+        distances = (nearest * torch.exp(spread.double() / FUTURE_TOKENS * math.log(room / nearest))).long()
     else:
         distances = spread * min(FUTURE_TOKENS, room) // FUTURE_TOKENS
     return (end + distances).clamp_max(num_positions - 1)

@@ -51,11 +51,20 @@ def test_every_sampled_query_asks_from_the_future_and_recent_ones_also_as_they_w
             assert (everywhere - row).abs().amax(1).min() < 1e-3
 
 
-def test_a_segment_that_others_follow_is_asked_from_near_and_from_as_far_as_the_model_goes():
-    distances = future_positions(torch.arange(FUTURE_TOKENS), PROMPT, PROMPT + 1000, followed=True) - PROMPT
-    assert distances.min() == 0 and 900 < distances.max() < 1000
-    for limit, share in ((10, 1 / 3), (100, 2 / 3)):  # log-uniform
-        assert (distances + 1 < limit).float().mean() == pytest.approx(share, abs=0.05)
+def test_a_segment_that_others_follow_is_asked_from_afar_as_far_as_the_model_goes():
+    near = future_positions(torch.arange(FUTURE_TOKENS), PROMPT, PROMPT + 100 * FUTURE_TOKENS) - PROMPT
+    assert (near.min(), near.max()) == (0, FUTURE_TOKENS - 1)
+    room = 100 * FUTURE_TOKENS
+    distances = future_positions(torch.arange(FUTURE_TOKENS), PROMPT, PROMPT + room, followed=True) - PROMPT
+    assert distances.min() == FUTURE_TOKENS and 0.98 * room < distances.max() < room
+    assert (distances < 10 * FUTURE_TOKENS).float().mean() == pytest.approx(1 / 2, abs=0.01)  # log-uniform
+
+
+def test_a_segment_near_the_model_s_last_position_is_asked_from_the_farther_half_of_what_is_left():
+    for room in (2, 10, FUTURE_TOKENS):
+        distances = future_positions(torch.arange(FUTURE_TOKENS), PROMPT, PROMPT + room, followed=True) - PROMPT
+        assert (distances.min(), distances.max()) == (room // 2, room - 1)
+    assert (future_positions(torch.arange(FUTURE_TOKENS), PROMPT, PROMPT, followed=True) == PROMPT - 1).all()
 
 
 def test_queries_spread_over_what_the_model_has_left():
