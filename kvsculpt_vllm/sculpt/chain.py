@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 from kvsculpt_vllm.sculpt.budgets import blocks_kept
 
-AGED = 0.8
-"""A segment that others follow keeps this part of the keep ratio. What it gives up goes to the last segment, because
-what is recent is read most (KL of 7,900 tokens of prose in segments of 2,048: 0.00067 where all keep as much, 0.00040
-with this; 0.7 or more for the last but one makes no difference; benchmarks/LOG.md)."""
+AGES = (1.9, 1.0, 0.75)
+"""What a segment keeps of its entries, compared with the others of its chain: the last one, the one before it, all
+before those. What is recent is read most. Chosen by the KL of 7,900 tokens in four segments, budgets by a calibration
+that has curves of both kinds: 16, 16, 16 and 26 blocks 0.00021, 14, 14, 18 and 28 blocks 0.00018, 12, 12, 22 and 28
+blocks 0.00018 (benchmarks/LOG.md)."""
 
-MOST_OF_THE_LAST = 2.0
-"""The last segment keeps at most this many times the keep ratio. The others give up no more than it can take."""
+LEAST, MOST = 0.6, 2.5
+"""A segment keeps at least and at most so many times the keep ratio."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +50,30 @@ def next_piece(
 
     At least the last `window` tokens stay outside. A segment stands for `segment` tokens. What would be left over and
     is less than half of that goes with the last one: short segments lose more. The keep ratio is the fraction of all of
-    the chain's blocks: the last segment gets what the others have left of it, within bounds. A chain that goes on
-    behind what was the last segment once has less to give until it has grown.
+    the chain's blocks. What the chain has left of it, the segments to come share by their `AGES`, within bounds. A
+    chain that goes on behind what was the last segment once has less to give until it has grown.
     """
     each = max(1, segment // block_size)
     left = max(num_tokens - window, 0) // block_size - chain_blocks
     if left <= 0:
         return None
-    is_last = 2 * left < 3 * each
-    blocks = left if is_last else each
-    if not is_last:
-        # No more than the last segment can take in, which is little of a high ratio, and of a part of many segments.
-        more = min((MOST_OF_THE_LAST - 1) * keep_ratio, 1 - keep_ratio)  # that it may keep, of its blocks
-        shared = more * each / (chain_blocks + left - each)  # between all before it
-        given_up = min((1 - AGED) * min(keep_ratio, 1 - keep_ratio), shared)
-        return Piece(chain_blocks, blocks, blocks_kept(keep_ratio - given_up, blocks), followed=True)
-    rest = blocks_kept(keep_ratio, chain_blocks + blocks) - chain_packed
-    least, most = blocks_kept(AGED * keep_ratio, blocks), blocks_kept(MOST_OF_THE_LAST * keep_ratio, blocks)
-    return Piece(chain_blocks, blocks, min(max(rest, least), most, blocks))
+    before_last = max(0, (2 * left - each) // (2 * each))  # segments to come before the last one
+    last, next_to_last, aged = _ages(keep_ratio)
+    shares = (left - before_last * each) * last
+    if before_last:
+        shares += each * (next_to_last + (before_last - 1) * aged)
+    age = (last, next_to_last, aged)[min(before_last, 2)]
+    blocks = each if before_last else left
+    rest = blocks_kept(keep_ratio, chain_blocks + left) - chain_packed
+    packed = round(rest / shares * age * blocks)  # what rounding gives or takes, the later ones have less or more
+    least, most = blocks_kept(LEAST * keep_ratio, blocks), blocks_kept(MOST * keep_ratio, blocks)
+    return Piece(chain_blocks, blocks, min(max(packed, least), most, blocks), followed=before_last > 0)
+
+
+def _ages(keep_ratio: float) -> tuple[float, ...]:
+    """`AGES` at a keep ratio. Above a third they draw near to each other: the last segment has less to take in."""
+    far = min(1.0, (1 - keep_ratio) / (2 * keep_ratio))
+    return tuple(1 + far * (age - 1) for age in AGES)
 
 
 def pieces(num_tokens: int, window: int, block_size: int, keep_ratio: float, segment: int) -> Iterator[Piece]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from kvsculpt_vllm.sculpt.budgets import blocks_kept
-from kvsculpt_vllm.sculpt.chain import pieces
+from kvsculpt_vllm.sculpt.chain import AGES, LEAST, next_piece, pieces
 
 WINDOW, BLOCK, SEGMENT = 64, 32, 2048
 
@@ -22,11 +24,31 @@ def test_segments_cover_the_context_and_keep_the_fraction_that_was_asked_for(num
     assert asked - len(made) <= sum(piece.packed_blocks for piece in made) <= asked + len(made)
 
 
-def test_the_last_segment_keeps_more_than_those_before_it_which_keep_the_same():
+def test_segments_share_what_is_kept_by_their_age():
     *before, last = pieces(7900, WINDOW, BLOCK, 0.3, SEGMENT)
-    assert {piece.packed_blocks for piece in before} == {16}
     assert all(piece.followed for piece in before) and not last.followed
-    assert (last.packed_blocks, last.blocks) == (26, 52)
+    assert [piece.blocks for piece in (*before, last)] == [64, 64, 64, 52]
+    # 74 of 244 blocks, in the ratios of AGES
+    one = 74 / (52 * AGES[0] + 64 * AGES[1] + 128 * AGES[2])
+    wanted = [64 * AGES[2] * one, 64 * AGES[2] * one, 64 * AGES[1] * one, 52 * AGES[0] * one]
+    assert [piece.packed_blocks for piece in (*before, last)] == pytest.approx(wanted, abs=1)
+
+
+@pytest.mark.parametrize("keep_ratio", [0.1, 0.3, 0.5, 0.7])
+def test_of_two_segments_the_later_never_keeps_the_smaller_part(keep_ratio):
+    for num_tokens in (4000, 5000, 7900, 20000, 131072):
+        kept = [piece.packed_blocks / piece.blocks for piece in pieces(num_tokens, WINDOW, BLOCK, keep_ratio, SEGMENT)]
+        # A segment's pages are whole, and what one has rounded up the next ones have less.
+        assert all(later > earlier - 1.5 * BLOCK / SEGMENT for earlier, later in pairwise(kept))
+
+
+def test_a_chain_that_goes_on_has_less_to_give_until_it_has_grown():
+    blocks = SEGMENT // BLOCK
+    generous = {"chain_blocks": blocks, "chain_packed": blocks // 2}
+    first = next_piece(2 * SEGMENT + WINDOW, WINDOW, BLOCK, 0.3, SEGMENT, **generous)
+    assert first.packed_blocks == blocks_kept(LEAST * 0.3, blocks)
+    later = next_piece(8 * SEGMENT + WINDOW, WINDOW, BLOCK, 0.3, SEGMENT, **generous)
+    assert first.packed_blocks < later.packed_blocks
 
 
 def test_a_context_of_one_segment_keeps_what_one_span_does():
