@@ -38,15 +38,18 @@ class CalibrationFile(BaseModel):
     second_weight: float | None = None  # of the second readings; None in older files, which hold the sum of losses
     fractions: tuple[float, ...]  # of a span's pages, ascending, the last one 1
     losses: tuple[tuple[tuple[float, ...], ...], ...]  # [layer][KV head][fraction], see `calibrate.calibrate`
+    # The same of segments that others follow. None in older files, which have measured the others only.
+    followed_losses: tuple[tuple[tuple[float, ...], ...], ...] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> CalibrationFile:
         shape = (self.num_layers, self.num_kv_heads, len(self.fractions))
-        if len(self.losses) != self.num_layers or any(
-            len(heads) != self.num_kv_heads or any(len(losses) != len(self.fractions) for losses in heads)
-            for heads in self.losses
-        ):
-            raise ValueError(f"losses are not {shape} numbers")
+        for name, curves in (("losses", self.losses), ("followed_losses", self.followed_losses or self.losses)):
+            if len(curves) != self.num_layers or any(
+                len(heads) != self.num_kv_heads or any(len(losses) != len(self.fractions) for losses in heads)
+                for heads in curves
+            ):
+                raise ValueError(f"{name} are not {shape} numbers")
         ascending = all(a < b for a, b in zip((0.0, *self.fractions), self.fractions, strict=False))
         if len(self.fractions) < 2 or not ascending or self.fractions[-1] != 1:
             raise ValueError("fractions do not ascend to 1")
@@ -59,8 +62,12 @@ class CalibrationFile(BaseModel):
 
     def part(self, layers: list[int], kv_heads: list[int]) -> LossCurves:
         """Take the curves of the layers in `layers` and of the KV heads in `kv_heads` of each; layers are outermost."""
-        losses = np.array(self.losses, dtype=np.float64)[np.ix_(layers, kv_heads)]
-        return LossCurves(self.fractions, losses.reshape(-1, len(self.fractions)))
+
+        def chosen(losses: tuple[tuple[tuple[float, ...], ...], ...]) -> np.ndarray:
+            return np.array(losses, dtype=np.float64)[np.ix_(layers, kv_heads)].reshape(-1, len(self.fractions))
+
+        followed = None if self.followed_losses is None else chosen(self.followed_losses)
+        return LossCurves(self.fractions, chosen(self.losses), followed)
 
     @property
     def whole(self) -> LossCurves:

@@ -191,7 +191,9 @@ def calibrate(
             "several may be given."
         ),
     ] = ["stdlib"],  # noqa: B006
-    context: Annotated[int, typer.Option(min=1, help="Tokens of a context. It is read twice in a row.")] = 2048,
+    context: Annotated[
+        int, typer.Option(min=1, help="Tokens of a context. Three times as many behind it are read, too.")
+    ] = 2048,
     num_contexts: Annotated[int, typer.Option(min=1, help="Contexts of each text, spread evenly over it.")] = 4,
     effort: Annotated[
         str, typer.Option(help="Queries that losses are measured by: fast, balanced, thorough.")

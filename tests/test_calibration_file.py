@@ -44,8 +44,13 @@ def model(tmp_path, monkeypatch):
 
 
 def test_survives_its_file(made, tmp_path):
-    made.write(tmp_path / "c.json")
-    assert read(tmp_path / "c.json") == made
+    followed = tuple(tuple(tuple(2 * loss for loss in head) for head in layer) for layer in made.losses)
+    for file in (made, made.model_copy(update={"followed_losses": followed})):
+        file.write(tmp_path / "c.json")
+        assert read(tmp_path / "c.json") == file
+    np.testing.assert_array_equal(file.part([1], [0, 2]).followed, 2 * file.part([1], [0, 2]).losses)
+    assert made.whole.followed is None
+    assert made.digest != file.digest
     assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
 
 
@@ -54,6 +59,7 @@ def test_survives_its_file(made, tmp_path):
     [
         ({"losses": [[[1, 0]]]}, "losses are not"),
         ({"num_layers": 2}, "losses are not"),
+        ({"followed_losses": [[[1, 0]]]}, "followed_losses are not"),
         ({"num_kv_heads": 0}, "num_kv_heads .*greater than or equal to 1"),
         ({"fractions": [0.5, 0.1, 1.0]}, "do not ascend to 1"),
         ({"fractions": [0.1, 0.5, 0.9]}, "do not ascend to 1"),

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from kvsculpt_vllm.calibration_file import CalibrationFile
 from kvsculpt_vllm.config import CompressionConfig
-from kvsculpt_vllm.evaluation.harness import Context
+from kvsculpt_vllm.evaluation.attention import Recorder
 from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer
 from kvsculpt_vllm.evaluation.progress import progress_bar
 from kvsculpt_vllm.evaluation.texts import passages, read_text
-from kvsculpt_vllm.sculpt.effort import EFFORTS
-from kvsculpt_vllm.sculpt.problem import Problems
-from kvsculpt_vllm.sculpt.queries import asked_problems, held_out_of
-from kvsculpt_vllm.sculpt.survey import survey
+from kvsculpt_vllm.sculpt.budgets import PagePlan, grid_of, span_sizes
+from kvsculpt_vllm.sculpt.effort import EFFORTS, Effort
+from kvsculpt_vllm.sculpt.matmul import fast_matmul
+from kvsculpt_vllm.sculpt.memory import max_elements
+from kvsculpt_vllm.sculpt.problem import Earlier, Problems
+from kvsculpt_vllm.sculpt.queries import asked_problems, build_problems, held_out_of, sample_positions
+from kvsculpt_vllm.sculpt.selection import rank
+from kvsculpt_vllm.sculpt.slices import at_once
+from kvsculpt_vllm.sculpt.survey import POWERS, pilot, survey
 
 BLOCK_SIZE = 32
 FRACTIONS = (0.03, 0.06, 0.1, 0.15, 0.22, 0.3, 0.42, 0.55, 0.75)
@@ -28,6 +35,14 @@ FRACTIONS = (0.03, 0.06, 0.1, 0.15, 0.22, 0.3, 0.42, 0.55, 0.75)
 
 COMPARED_AT = 0.15
 """A fraction of a span's pages at which every head of the models measured loses something."""
+
+LENGTHS = 4
+"""A context is read with so many times its tokens, of which it is the first part. A segment that others follow is
+judged from one to three lengths behind it. By curves that were judged from one length behind alone it lost up to 1.9
+times as much (benchmarks/LOG.md)."""
+
+FOLLOWING = 256
+"""Positions of what follows that judge, of each kind of segment."""
 
 
 def calibrate(
@@ -41,19 +56,14 @@ def calibrate(
     device: str,
     console: Console,
 ) -> CalibrationFile:
-    """Measure what each head of the model in `directory` loses at every budget, averaged over contexts of the texts.
+    """Measure what each head of the model in `directory` loses at every budget, averaged over contexts of the texts:
+    once in a segment that the text goes on right behind, and once in one that others follow.
 
-    Each of the `num_contexts` contexts of each text is read twice. The first reading is the prompt's own. In the second
-    reading the context comes once more behind itself, and its queries look for what they need to copy it, as KVzip
-    (arXiv 2505.23416) scores entries. Some heads copy, and hardly any query of an ordinary prompt asks them to.
-
-    A head's loss counts as its share of what all heads lose in the same reading with `COMPARED_AT` of their pages.
-    Heads lose four to ten times as much in a second reading, and a plain sum would be the second reading's alone. The
-    shares of the second reading have the weight `second_weight`, those of the first one the rest of 1 (measured:
-    benchmarks/LOG.md).
+    Each of the `num_contexts` contexts of each text is fitted to the queries that a prompt has, and judged by two
+    readers, see `curves`: by what really follows in the text, and by a second reading of the context.
 
     Args:
-        context: tokens of each context.
+        context: tokens of each context; three times as many that follow it in the text are read, too.
         second_weight: from 0 to 1.
         seed: moves the contexts along the text.
         device: where torch computes: cpu, cuda.
@@ -68,11 +78,12 @@ def calibrate(
     for text in texts:
         counts[Path(text).name] += num_contexts
         tokens = tokenizer(read_text(text), add_special_tokens=False, verbose=False).input_ids
-        chosen += [passage.context for passage in passages(tokens, context, 0, num_contexts, seed, prefix)]
+        read = passages(tokens, LENGTHS * context, 0, num_contexts, seed, prefix)
+        chosen += [passage.context for passage in read]
     evaluated = EvaluationModel.load(directory, device)
-    if 2 * context > evaluated.num_positions:
+    if LENGTHS * context > evaluated.num_positions:
         raise ValueError(
-            f"--context: got {context}, allowed: at most half of the model's {evaluated.num_positions} positions"
+            f"--context: got {context}, allowed: at most a quarter of the model's {evaluated.num_positions} positions"
         )
     fractions: tuple[float, ...] = ()
     found: list[np.ndarray] = []
@@ -80,40 +91,155 @@ def calibrate(
         for tokens in progress.track(chosen, description="contexts read"):
             fractions, losses = curves(evaluated, tokens, effort, second_weight, len(prefix))
             found.append(losses)
-    mean = np.mean(found, axis=0).reshape(evaluated.num_layers, -1, len(fractions))
+    mean = np.mean(found, axis=0).reshape(2, evaluated.num_layers, -1, len(fractions))
+    last, followed = (
+        tuple(tuple(tuple(float(f"{loss:.6g}") for loss in head) for head in layer) for layer in kind) for kind in mean
+    )
     return CalibrationFile(
         model=directory.name,
-        num_layers=mean.shape[0],
-        num_kv_heads=mean.shape[1],
+        num_layers=mean.shape[1],
+        num_kv_heads=mean.shape[2],
         context=context,
         texts=counts,
         second_weight=second_weight,
         fractions=fractions,
-        losses=tuple(tuple(tuple(float(f"{loss:.6g}") for loss in head) for head in layer) for layer in mean),
+        losses=last,
+        followed_losses=followed,
     )
 
 
 def curves(
     model: EvaluationModel, tokens: Sequence[int], effort: str, second_weight: float, prefix: int = 0
 ) -> tuple[tuple[float, ...], np.ndarray]:
-    """Measure what each head (L·H, G) loses in one context, `tokens`, at fractions (G,) of its span; returns both.
+    """Measure what each head (2, L·H, G) loses at fractions (G,) of the span of a context, the first quarter of
+    `tokens`: in a segment that is the last one, and in one that others follow; returns both.
 
-    A loss is the weighted mean of the head's `shares` in the two readings: `second_weight` for the second one, the rest
-    of 1 for the first one. The first `prefix` tokens (a BOS token, say) are not read again.
+    A loss is the weighted mean of the head's `shares` in two readings: `second_weight` for the second one, the rest of
+    1 for what really follows. Fits are those that a prompt gets, to its own queries.
+
+    - What follows asks a last segment from the `FOLLOWING` positions right behind its window. One that others follow
+      is asked from positions a context's length and more behind it, with all that is between in view: heads that look
+      near then ask little of it. That is measured for the first quarter and for the second behind it, and averaged:
+      curves of a text's first segment alone serve the later ones badly (benchmarks/LOG.md).
+    - In the second reading the context comes once more right behind itself, and its queries look for what they need to
+      copy it, as KVzip (arXiv 2505.23416) scores entries. Some heads copy, and hardly any query of an ordinary text
+      asks them to. Its shares count for both kinds of segments.
+
+    The first `prefix` tokens (a BOS token, say) are not read again.
     """
-    exact, amount = CompressionConfig(), EFFORTS[effort]
-    context = Context(model, tokens, 0, amount, BLOCK_SIZE, exact.window, exact.sink)
-    plan = context.plan(1.0)
-    again, count = tokens[prefix:], amount.positions_for(model.position_bytes)
-    asked_again = second_reading(model, tokens, again, count, plan.span_pages * BLOCK_SIZE, exact.sink)
-    readings = [
-        survey(problems, plan, "sculpt", "adaptive", amount, fractions=FRACTIONS)
-        for problems in (context.problems, asked_again)
+    amount, sinks = EFFORTS[effort], CompressionConfig().sink
+    length = len(tokens) // LENGTHS
+    blocks, _ = span_sizes(length, CompressionConfig().window, BLOCK_SIZE, 1.0)
+    span, plan = blocks * BLOCK_SIZE, PagePlan(BLOCK_SIZE, blocks, 0, sinks)  # a survey does not need the total
+    end, count = span + CompressionConfig().window, amount.positions_for(model.position_bytes)
+    recording = model.record(tokens, torch.arange(len(tokens)))
+    number = min(FOLLOWING, length)
+    losses = [
+        judged_by(*_fitted_and_judging(model, recording, 0, span, end + torch.arange(number), count), plan, amount)
     ]
-    fractions = tuple(count / plan.span_pages for count in readings[0].grid)
-    weights = 1 - second_weight, second_weight
-    losses = [found.curves for found in readings if found.curves is not None]  # both: budgets are adaptive
-    return fractions, np.average([shares(curves, fractions) for curves in losses], 0, weights)
+    for first in (0, length):
+        far = torch.linspace(first + end + length, len(tokens) - 1, number, dtype=torch.float64).round().long()
+        asked = _fitted_and_judging(model, recording, first, span, far, count, followed=True)
+        losses.append(judged_by(*asked, replace(plan, sinks=0 if first else sinks), amount))
+    read = tokens[:length]
+    found = survey(
+        second_reading(model, read, read[prefix:], count, span, sinks),
+        plan,
+        "sculpt",
+        "adaptive",
+        amount,
+        fractions=FRACTIONS,
+    )
+    assert found.curves is not None  # budgets are adaptive
+    fractions = tuple(count / plan.span_pages for count in found.grid)
+    near, *far_ones, again = (shares(some, fractions) for some in (*losses, found.curves))
+    return fractions, np.stack(
+        [(1 - second_weight) * follows + second_weight * again for follows in (near, np.mean(far_ones, 0))]
+    )
+
+
+def _fitted_and_judging(
+    model: EvaluationModel,
+    recording: Recorder,
+    first: int,
+    span: int,
+    positions: Tensor,
+    count: int,
+    followed: bool = False,
+) -> tuple[Problems, Problems]:
+    """Build the problems of the `span` tokens from `first` on as a prompt's segment has them, with the queries at up to
+    `count` positions, and as `positions` ask them. All queries were recorded.
+    """
+    sinks, end = 0 if first else CompressionConfig().sink, first + span + CompressionConfig().window
+    own, recent = sample_positions(first, end, count)
+    own = own.to(model.device)
+    problems = build_problems(
+        queries=recording.queries[:, own],
+        positions=own,
+        recent=recent,
+        keys=recording.keys[:, first:end],
+        values=recording.values[:, first:end],
+        span=span,
+        sinks=sinks,
+        rotaries=[model.rotary] * model.num_layers,
+        scale=recording.scale,
+        first=first,
+        earlier=_before(recording, first),
+        followed=followed,
+    )
+    return problems, what_follows(recording, positions.to(model.device), first, span, sinks)
+
+
+def what_follows(recording: Recorder, positions: Tensor, first: int, span: int, sinks: int) -> Problems:
+    """Build the problems of the `span` tokens from `first` on, of which `sinks` stay exact, that are asked by the text
+    itself: by the queries at `positions` (P,), which see all that is before them. All are held out.
+    """
+    last = int(positions.max()) + 1
+    return asked_problems(
+        (queries[positions].float() for queries in recording.queries),
+        len(recording.queries),
+        positions,
+        torch.ones(len(positions), dtype=torch.bool, device=positions.device),
+        keys=recording.keys[:, first:last],
+        values=recording.values[:, first:last],
+        span=span,
+        sinks=sinks,
+        scale=recording.scale,
+        first=first,
+        earlier=_before(recording, first),
+    )
+
+
+def _before(recording: Recorder, first: int) -> Earlier | None:
+    """What is before the token `first`, exactly as it was recorded; None if that is nothing."""
+    return Earlier(list(recording.keys[:, :first]), list(recording.values[:, :first])) if first else None
+
+
+def judged_by(problems: Problems, judges: Problems, plan: PagePlan, effort: Effort) -> np.ndarray:
+    """Measure what each head loses (B, G) for the queries of `judges` at `FRACTIONS` of the span, the least and the
+    whole, after quick fits to those of `problems`: both are of the same entries.
+    """
+    limit = max_elements(problems.keys.device)
+    with fast_matmul():
+        ranking, told = rank(problems, limit, power=POWERS["sculpt"]), rank(judges, limit)
+        rows = problems.thin_rows(effort.pilot_positions * problems.group)
+        rows = rows[~problems.held_out[rows]]
+        few, teacher = problems.with_rows(rows), ranking.with_rows(rows)
+        both = replace(
+            few,
+            queries=torch.cat([few.queries, judges.queries], 1),
+            retained_out=torch.cat([few.retained_out, judges.retained_out], 1),
+            retained_lse=torch.cat([few.retained_lse, judges.retained_lse], 1),
+            held_out=torch.cat([few.held_out, judges.held_out]),
+        )
+        teacher = replace(
+            teacher,
+            teacher_out=torch.cat([teacher.teacher_out, told.teacher_out], 1),
+            teacher_lse=torch.cat([teacher.teacher_lse, told.teacher_lse], 1),
+        )
+        everything = replace(effort, pilot_positions=len(both.held_out))
+        losses = at_once(pilot)(both, teacher, plan, grid_of(plan, FRACTIONS), "sculpt", everything, limit)
+    return losses.cpu().numpy()
 
 
 def shares(losses: np.ndarray, fractions: Sequence[float]) -> np.ndarray:

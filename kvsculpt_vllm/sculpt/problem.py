@@ -34,6 +34,7 @@ class Problems:
     # So many of the last query positions ask from their own place in the prompt. The positions before them ask from a
     # place behind the prompt. 0 where that is not known.
     recent: int = 0
+    followed: bool = False  # whether other segments come behind this one, so that it is read from afar
 
     @property
     def num_problems(self) -> int:

@@ -161,7 +161,7 @@ def build_in_slices(
         numbers=numbers,
         ask=ask,
     )
-    return replace(problems, recent=recent if count is None else 0)
+    return replace(problems, recent=recent if count is None else 0, followed=followed)
 
 
 def held_out_of(count: int) -> Tensor:

@@ -126,7 +126,7 @@ def survey_in_slices(
         return Survey(ranking, [], None)
     if calibration is not None:
         grid = calibration.grid(plan)
-        return Survey(ranking, grid, calibration.curves(grid, plan))
+        return Survey(ranking, grid, calibration.curves(grid, plan, problems.followed))
     grid = grid_of(plan, fractions or PILOT_FRACTIONS[method])
     curves = yield from within(fast_matmul, pilot(problems, ranking, plan, grid, method, effort, limit))
     return Survey(ranking, grid, curves.cpu().numpy())

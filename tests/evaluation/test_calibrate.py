@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,20 @@ from typer.testing import CliRunner
 
 from kvsculpt_vllm.calibration_file import FILE, read
 from kvsculpt_vllm.cli import app
-from kvsculpt_vllm.evaluation.calibrate import COMPARED_AT, curves, second_reading, shares
+from kvsculpt_vllm.evaluation.calibrate import (
+    COMPARED_AT,
+    FRACTIONS,
+    LENGTHS,
+    curves,
+    judged_by,
+    second_reading,
+    shares,
+    what_follows,
+)
 from kvsculpt_vllm.evaluation.model import EvaluationModel
+from kvsculpt_vllm.sculpt.budgets import PagePlan, grid_of
+from kvsculpt_vllm.sculpt.effort import EFFORTS
+from kvsculpt_vllm.sculpt.queries import build_problems
 from kvsculpt_vllm.sculpt.selection import teach
 
 LAYERS, HEADS, KV_HEADS, WORDS = 2, 4, 2, 50
@@ -23,7 +37,7 @@ CONTEXT, SPAN, SINKS = 150, 64, 4
 def directory(tmp_path_factory, tiny_llama):
     """A tiny model with random weights, whose words are numbers."""
     path = tmp_path_factory.mktemp("tiny")
-    tiny_llama(LAYERS, HEADS, KV_HEADS, WORDS, positions=400).save_pretrained(path)
+    tiny_llama(LAYERS, HEADS, KV_HEADS, WORDS, positions=640).save_pretrained(path)
     words = Tokenizer(models.WordLevel({str(i): i for i in range(WORDS)}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
@@ -50,8 +64,58 @@ def test_the_second_reading_asks_the_first_ones_entries_alone(directory):
         torch.testing.assert_close(by_head, expected, rtol=0, atol=1e-4)
 
 
+@torch.no_grad()
+def test_what_follows_asks_as_the_model_does_and_sees_all_that_is_before_it(directory):
+    tokens = torch.randint(WORDS, (CONTEXT,), generator=torch.Generator().manual_seed(3)).tolist()
+    positions = torch.tensor([SPAN + 1, SPAN + 20, CONTEXT - 1])
+    model = EvaluationModel.load(directory, "cpu")
+    model.storage = torch.float32
+    recording = model.record(tokens, torch.arange(CONTEXT))
+    problems = what_follows(recording, positions, 0, SPAN, SINKS)
+    assert problems.held_out.all()
+    found = teach(problems.take(torch.arange(LAYERS * KV_HEADS)), 1 << 20)
+
+    plain = LlamaForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    told = plain(torch.tensor([tokens]), output_attentions=True, use_cache=True)
+    for layer in range(LAYERS):
+        values = told.past_key_values.layers[layer].values[0].repeat_interleave(HEADS // KV_HEADS, 0)
+        expected = told.attentions[layer][0][:, positions] @ values  # (heads, positions, D)
+        own = slice(layer * KV_HEADS, (layer + 1) * KV_HEADS)
+        by_head = found.out[own].unflatten(1, (len(positions), HEADS // KV_HEADS)).transpose(1, 2).flatten(0, 1)
+        torch.testing.assert_close(by_head, expected, rtol=0, atol=1e-4)
+
+
+def test_fits_to_the_prompts_queries_are_judged_by_those_that_follow(directory):
+    tokens = torch.randint(WORDS, (CONTEXT,), generator=torch.Generator().manual_seed(4)).tolist()
+    model = EvaluationModel.load(directory, "cpu")
+    model.storage = torch.float32
+    own, positions = torch.arange(SPAN + 8), torch.arange(SPAN + 8, CONTEXT)
+    recording = model.record(tokens, torch.arange(CONTEXT))
+    problems = build_problems(
+        recording.queries[:, own],
+        own,
+        8,
+        recording.keys[:, : SPAN + 8],
+        recording.values[:, : SPAN + 8],
+        SPAN,
+        SINKS,
+        LAYERS * [model.rotary],
+        recording.scale,
+    )
+    judges = what_follows(recording, positions, 0, SPAN, SINKS)
+    plan = PagePlan(8, SPAN // 8, 0, SINKS)
+    losses = judged_by(problems, judges, plan, EFFORTS["fast"])
+    assert losses.shape == (LAYERS * KV_HEADS, len(grid_of(plan, FRACTIONS)))
+    assert (losses[:, -1] == 0).all() and (losses[:, :-1] > 0).all()
+
+    # Judges that see nothing of the span but its share of nothing lose nothing, whatever is kept.
+    elsewhere = replace(judges, retained_lse=judges.retained_lse + 1e4)
+    assert np.abs(judged_by(problems, elsewhere, plan, EFFORTS["fast"])).max() < 1e-6
+
+
 def test_the_command_writes_the_mean_of_the_contexts_where_servers_look(directory, tmp_path):
-    words = torch.randint(WORDS, (3 * (CONTEXT + 1),), generator=torch.Generator().manual_seed(2)).tolist()
+    length = LENGTHS * CONTEXT
+    words = torch.randint(WORDS, (3 * (length + 1),), generator=torch.Generator().manual_seed(2)).tolist()
     text = tmp_path / "numbers.txt"
     text.write_text(" ".join(map(str, words)))
     arguments = ["calibrate", "--model", directory, "--text", text, "--context", CONTEXT, "--num-contexts", 3]
@@ -64,13 +128,15 @@ def test_the_command_writes_the_mean_of_the_contexts_where_servers_look(director
     assert (file.model, file.texts, file.second_weight) == (directory.name, {"numbers.txt": 3}, 0.5)
     model = EvaluationModel.load(directory, "cpu")
     # Three contexts fill the text, whatever the seed.
-    contexts = [words[i * (CONTEXT + 1) :][:CONTEXT] for i in range(3)]
+    contexts = [words[i * (length + 1) :][:length] for i in range(3)]
     first, second = ([curves(model, tokens, "balanced", weight) for tokens in contexts] for weight in (0, 1))
     assert file.fractions == first[0][0]
     expected = np.mean([losses for _, losses in first + second], axis=0)
-    np.testing.assert_allclose(file.whole.losses, expected, rtol=1e-4)
-    assert (file.whole.losses[:, -1] == 0).all()
-    assert (file.whole.losses[:, 0] > 0).all()
+    for kind, losses in ((file.whole.losses, expected[0]), (file.whole.followed, expected[1])):
+        np.testing.assert_allclose(kind, losses, rtol=1e-4)
+        assert (kind[:, -1] == 0).all()
+        assert (kind[:, 0] > 0).all()
+    assert (file.whole.losses != file.whole.followed).any()
 
 
 def test_readings_count_the_same_however_much_is_lost_in_them():
@@ -85,7 +151,7 @@ def test_readings_count_the_same_however_much_is_lost_in_them():
     ("arguments", "message"),
     [
         (["--effort", "much"], "got much, allowed: fast, balanced, thorough"),
-        (["--context", "300"], "--context: got 300, allowed: at most half of the model's 400 positions"),
+        (["--context", "300"], "--context: got 300, allowed: at most a quarter of the model's 640 positions"),
         (["--second-reading", "1.5"], "Invalid value for '--second-reading'"),
         (["--text", "/absent"], "No such file"),
         (["--model", "/absent"], "--model: /absent is neither"),

@@ -244,6 +244,11 @@ def test_a_calibration_takes_the_place_of_the_pilot(case, results, monkeypatch):
     turned = dataclasses.replace(measured, losses=measured.losses[::-1].copy())
     other = compress(case.problems, PLAN, "sculpt", "adaptive", EFFORT, calibration=turned)
     assert other.pages == own.pages[::-1] != own.pages
+    both = dataclasses.replace(measured, followed=turned.losses)
+    assert compress(case.problems, PLAN, "sculpt", "adaptive", EFFORT, calibration=both).pages == own.pages
+    for curves, pages in ((both, other.pages), (measured, own.pages)):  # older files have no curves of such segments
+        followed = dataclasses.replace(case.problems, followed=True)
+        assert compress(followed, PLAN, "sculpt", "adaptive", EFFORT, calibration=curves).pages == pages
     assert compress(case.problems, PLAN, "sculpt", "uniform", EFFORT, calibration=measured).pages == [6] * 3 + [5] * 2
     few = dataclasses.replace(measured, losses=measured.losses[1:])
     with pytest.raises(ValueError, match="calibration: of 4 heads, there are 5"):

@@ -17,7 +17,7 @@ from kvsculpt_vllm.sculpt.queries import build_problems, sample_positions
 from kvsculpt_vllm.sculpt.rotary import Rotary
 from kvsculpt_vllm.sculpt.segment_source import SegmentSource
 from kvsculpt_vllm.sculpt.slices import finish
-from kvsculpt_vllm.sculpt.survey import survey
+from kvsculpt_vllm.sculpt.survey import give_out, survey
 
 LAYERS, HEADS, GROUP, SIZE, BLOCK, SINKS, FIRST, TOKENS, SPAN = 5, 2, 2, 16, 8, 3, 24, 90, 72
 PROBLEMS = LAYERS * HEADS
@@ -104,6 +104,17 @@ def test_groups_of_layers_give_what_all_layers_at_once_give(source, problems, ca
                 assert torch.equal(mine, theirs)
             elif not key_steps:
                 torch.testing.assert_close(mine, theirs, rtol=0.02, atol=0.01)
+
+
+def test_a_segment_that_others_follow_goes_by_its_own_curves_in_every_group(source, problems, calibration):
+    curves = dataclasses.replace(calibration, followed=calibration.losses[::-1].copy())
+    afar = dataclasses.replace(source, followed=True)
+    wanted = curves.curves(curves.grid(PLAN), PLAN, followed=True)
+    for layers in (1, 5):
+        *_, judged = in_groups_of(layers, afar, PLAN, "sculpt", "adaptive", EFFORT, calibration=curves)
+        assert judged.pages == give_out(PLAN, len(wanted), curves.grid(PLAN), wanted).pages
+        *_, judged = in_groups_of(layers, source, PLAN, "sculpt", "adaptive", EFFORT, calibration=curves)
+        assert judged.pages != give_out(PLAN, len(wanted), curves.grid(PLAN), wanted).pages
 
 
 def test_thinned_problems_are_built_with_the_queries_that_thinning_would_keep(source, problems):
