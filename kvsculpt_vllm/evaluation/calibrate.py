@@ -196,10 +196,9 @@ def what_follows(recording: Recorder, positions: Tensor, first: int, span: int, 
     """
     last = int(positions.max()) + 1
     return asked_problems(
-        (queries[positions].float() for queries in recording.queries),
-        len(recording.queries),
+        recording.queries[:, positions.to(recording.queries.device)],
         positions,
-        torch.ones(len(positions), dtype=torch.bool, device=positions.device),
+        torch.ones(len(positions), dtype=torch.bool),
         keys=recording.keys[:, first:last],
         values=recording.values[:, first:last],
         span=span,
