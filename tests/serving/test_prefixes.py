@@ -1,6 +1,7 @@
 """Prefixes by name, over HTTP: sculpted without an answer, found by their tokens, pinned, listed, freed."""
 
 import json
+import time
 import urllib.error
 import urllib.request
 
@@ -78,6 +79,7 @@ def test_a_prefix_is_sculpted_without_an_answer_and_found_by_later_requests(call
     assert told["tokens_found"] == 0
     status, made = call("POST", "", {"prompt": TEXT, "pin": True, "name": "late", "ttl": 0.01, "cache_salt": "r"})
     assert status == 201 and made["pinned"]
+    time.sleep(0.1)
     assert "late" not in [prefix["name"] for prefix in call("GET", "")[1]["prefixes"]]  # its time is over
     assert call("GET", "")[1]["pinned_blocks"] == 0
 

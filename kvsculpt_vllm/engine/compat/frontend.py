@@ -38,7 +38,8 @@ async def ask_schedulers(client: AsyncLLM, method: str, *args: Any) -> list[Any]
 
     Can go when `EngineClient` has a public way to.
     """
-    return await client.engine_core.call_utility_all_async(ASK_SCHEDULER, method, *args)
+    # One list: vLLM gives a method no more arguments than it has parameters, of which `*args` would be one.
+    return await client.engine_core.call_utility_all_async(ASK_SCHEDULER, method, list(args))
 
 
 def find_option(parser: argparse.ArgumentParser, option: str) -> argparse.Action:

@@ -116,7 +116,7 @@ def _answer_front_ends() -> None:
     setattr(EngineCore, ASK_SCHEDULER, _ask_scheduler)
 
 
-def _ask_scheduler(engine_core: Any, method: str, *args: Any) -> Any:
+def _ask_scheduler(engine_core: Any, method: str, args: list[Any]) -> Any:
     if method not in QUESTIONS:
         raise ValueError(f"{method} is no question to the scheduler, there are {', '.join(QUESTIONS)}")
     return getattr(engine_core.scheduler, method)(*args)
