@@ -69,7 +69,7 @@ EVENTS = (
     "no room to pin",
 )
 SETTINGS = {"method": "select", "keep_ratio": 0.3, "min_tokens": 64, "window": 32, "segment": 256, "decode": 256}
-SETTINGS |= {"pin_blocks": 5}
+SETTINGS |= {"pin_blocks": 4}
 
 
 @dataclass(frozen=True)

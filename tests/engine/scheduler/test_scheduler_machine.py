@@ -218,7 +218,7 @@ def test_what_is_saved_is_what_stock_vllm_would_hold_besides(machine):
 def test_a_pin_gives_way_to_a_request_that_fits_into_the_memory(machine, asynchronous):
     case = machine()
     case.start(asynchronous=asynchronous, blocks=NUM_BLOCKS)
-    case.add(list(range(500)), TOKENS, None, Wish("pinned", pin=True))
+    case.add(list(range(400)), TOKENS, None, Wish("pinned", pin=True))
     run_to_the_end(case)
     assert case.scheduler._prefixes.pinned_blocks
     # A short one comes behind it, and is not held up for ever.
