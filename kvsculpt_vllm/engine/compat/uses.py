@@ -54,6 +54,8 @@ USES = (
     *(Use(f"{_RUNNER_V1}.{name}") for name in ("requests", "input_batch", "discard_request_mask")),
     *(Use(f"{_BATCH}.{name}") for name in ("req_id_to_index", "req_ids", "num_reqs", "generators", "block_table")),
     Use("vllm.v1.worker.block_table:BlockTable.add_row", ("self", "block_ids", "row_idx")),
+    Use("vllm.v1.worker.block_table:BlockTable.get_device_tensor", ("self", "num_reqs")),
+    Use("vllm.v1.worker.gpu.block_table:BlockTables.input_block_tables"),
     *(Use(f"{_RUNNER_V2}.{name}") for name in ("req_states", "block_tables")),
     *(Use(f"vllm.v1.worker.gpu.states:RequestState.{name}") for name in ("req_id_to_index", "index_to_req_id")),
     Use(
