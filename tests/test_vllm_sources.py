@@ -31,7 +31,7 @@ def wheel(tmp_path, monkeypatch):
 
 def test_only_python_is_taken_and_only_once(wheel, tmp_path):
     folder = sources(pinned := wheel())
-    assert folder == tmp_path / "cache/vllm/9.9"
+    assert folder == tmp_path / "cache/vllm/9.9/site-packages"
     there = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert there == {name: content for name, content in FILES.items() if name.endswith(".py")}
     (tmp_path / "vllm-9.9.whl").unlink()
@@ -45,4 +45,4 @@ def test_what_is_damaged_or_another_wheel_or_not_there_is_told_and_leaves_nothin
         sources(Wheel("9.9", wheel().url, "0" * 64))
     with pytest.raises(RuntimeError, match=r"cannot read file:///nowhere.*: the tests of vLLM 9.9 need PyPI"):
         sources(Wheel("9.9", "file:///nowhere/vllm.whl", "0" * 64))
-    assert not list((tmp_path / "cache/vllm").iterdir())
+    assert not list((tmp_path / "cache/vllm/9.9").iterdir())

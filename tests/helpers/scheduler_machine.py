@@ -63,7 +63,6 @@ EVENTS = (
     "found",
     "read",
     "unreadable",
-    "cancelled load",
     "prefix",
     "pin",
     "no room to pin",

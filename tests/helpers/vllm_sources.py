@@ -50,7 +50,8 @@ def sources(wheel: Wheel = NEXT) -> Path:
     Raises:
         RuntimeError: PyPI cannot be reached, or has something else under that address.
     """
-    folder = cache_root() / "vllm" / wheel.version
+    # Hypothesis would take it for ours under another name, and draw its constants.
+    folder = cache_root() / "vllm" / wheel.version / "site-packages"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as made:

@@ -1,11 +1,21 @@
 """The state machine over the embedded model's configuration."""
 
 import pytest
+from hypothesis.internal.conjecture import providers
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 
 from scheduler_machine import BLOCK, MAX_TOKENS, Machine
+
+
+@pytest.fixture(autouse=True)
+def the_same_examples_whatever_is_loaded(monkeypatch):
+    """Hypothesis also draws the constants of all modules of ours that are loaded: what happens at random would depend
+    on which other tests run before.
+    """
+    nothing = providers.Constants()
+    monkeypatch.setattr(providers, "_get_local_constants", lambda: nothing)
 
 
 @pytest.fixture(scope="module")

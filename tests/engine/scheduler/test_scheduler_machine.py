@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
+from vllm.v1.request import RequestStatus
 
 from kvsculpt_vllm.engine.scheduler.scheduler import SculptAsyncScheduler, SculptScheduler
 from kvsculpt_vllm.engine.shared.commands import PoolState
@@ -270,6 +271,37 @@ def test_an_answer_that_is_computed_again_does_not_wait_for_the_store(machine, m
         away = 0 if case.scheduler.running or not case.scheduler.requests else away + 1
         assert away <= 2 * case.depth  # it is back when its tokens in flight have been heard of
     assert case.seen["rewound"] and not case.scheduler.requests
+    case.teardown()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("what", ["its request ends", "the cache is reset"])
+def test_a_load_that_nobody_waits_for_any_more_gives_its_blocks_back(machine, monkeypatch, asynchronous, what):
+    monkeypatch.setattr(Machine, "seen", Counter())
+    case = machine()
+    case.start(asynchronous=asynchronous, blocks=NUM_BLOCKS, store=True)
+    prompt = [30_000 + i for i in range(500)]
+    case.add(prompt, 5, None)
+    run_to_the_end(case)
+    case.reset_cache(running=False)
+    case.add(prompt, 5, None)
+    for _ in range(20):
+        if case.worker.loading is not None:
+            break
+        case.step(4, fails=False)
+    assert case.worker.loading is not None
+    if what == "the cache is reset":
+        case.scheduler.reset_prefix_cache(reset_running_requests=True)
+    else:
+        case.scheduler.finish_requests(case.scheduler._load.request_id, RequestStatus.FINISHED_ABORTED)
+    assert case.scheduler._load is None and case.pool.get_num_free_blocks() == NUM_BLOCKS - 1
+    case.add([60_000 + i for i in range(500)], 5, None)  # is given the blocks that the load would have written to
+    for _ in range(3):
+        case.step(4, fails=False)
+        case.every_block_is_owned_as_often_as_it_says()
+        case.a_hashed_block_keeps_its_content_and_no_packed_block_is_hashed()
+    assert case.seen["cancelled load"] == 1
+    run_to_the_end(case)
     case.teardown()
 
 
