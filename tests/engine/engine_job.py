@@ -39,13 +39,13 @@ POISON = 3.0e4
 
 def install_identity(poison: bool) -> None:
     """Replace the method by one that keeps every entry, in page runs of shuffled order, and spoils the old blocks."""
-    from dataclasses import replace
+    from dataclasses import fields, replace
 
     import torch
 
     from kvsculpt_vllm.engine.shared import spans
     from kvsculpt_vllm.engine.worker import compressor, pages
-    from kvsculpt_vllm.sculpt.compress import Compressed
+    from kvsculpt_vllm.sculpt.compress import Compressed, FittedBatch
 
     stock_next, stock_why = spans.next_span, spans.why_exact
     stock_solve, stock_commit, spans_of = compressor.Compressor.solve, compressor.Compressor.commit, {}
@@ -70,14 +70,11 @@ def install_identity(poison: bool) -> None:
         for _ in range(source.num_layers):
             yield
         kept = slice(source.sinks, source.span)
-        fitted = Compressed(
-            [plan.span_pages] * count,
-            list(source.keys[:, kept]),
-            list(source.values[:, kept]),
-            *[torch.zeros(count)] * 6,
-        )
-        write(fitted, 0, fitted.pages)
-        return fitted
+        keys, values = source.keys[:, kept], source.values[:, kept]
+        pages = [plan.span_pages] * count
+        write(FittedBatch(list(range(count)), [keys.shape[1]] * count, keys, values), pages)
+        told = {field.name: torch.zeros(count) for field in fields(Compressed)}
+        return Compressed(**told | {"pages": pages, "keys": [], "values": []})
 
     def place(page_counts):
         starts, cell = [0] * len(page_counts), 0
@@ -137,10 +134,10 @@ def install_faults(faults: dict[str, str], rank: int = 0) -> None:
             now["fault"] = None
 
     def compress(source, plan, method, budget, effort, write, **kwargs):
-        def spoiling(fitted, first, pages):
+        def spoiling(fitted, pages):
             if now["fault"] == "values not finite":
-                fitted.values[3][5, 0] = torch.nan
-            write(fitted, first, pages)
+                fitted.values[0, 5, 0] = torch.nan
+            write(fitted, pages)
 
         return (yield from stock_compress(source, plan, method, budget, effort, spoiling, **kwargs))
 
