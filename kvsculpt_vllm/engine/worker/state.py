@@ -104,10 +104,12 @@ class CompressionState:
             # A dummy batch, which keeps other ranks company, names requests that are not in this step.
             if (piece := self._expected.get(request_id)) is None or request_id not in self._computed:
                 continue
+            if (sample := self.samples.get(request_id)) is None:  # a compression of it has failed in this very step
+                continue
             first = starts[row] + piece.first - self._computed[request_id]
             source = slice(first, first + piece.end - piece.first)
             if source.stop <= starts[row + 1]:
-                captures.append(CaptureRows(self.samples[request_id], piece, source))
+                captures.append(CaptureRows(sample, piece, source))
         return captures
 
     def packed_until(self, request_id: str, position: int) -> None:

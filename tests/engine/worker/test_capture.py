@@ -1,9 +1,13 @@
 """Kept queries do not depend on how a prompt was cut into chunks, nor on what else was in the batch."""
 
+from types import SimpleNamespace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvsculpt_vllm.engine.shared.commands import SampleCommand
+from kvsculpt_vllm.engine.worker import state
 from kvsculpt_vllm.engine.worker.capture import CaptureRows, QuerySample
 from kvsculpt_vllm.sculpt.queries import RECENT_POSITIONS, sample_positions
 
@@ -99,3 +103,20 @@ def test_a_copy_that_fails_ends_the_sampling_and_nothing_else():
     for layer in range(LAYERS):
         CaptureRows(sample, piece, slice(0, 20)).store(layer, torch.zeros(20, HEADS, HEAD_SIZE))
     assert not sample.covers(0, 20) and "injected" in sample.failure
+
+
+def test_a_request_whose_compression_failed_in_this_step_is_sampled_no_more(monkeypatch):
+    """Its next queries were expected, and then its sample was dropped: the others' are kept all the same."""
+    monkeypatch.setattr(state, "row_request_ids", lambda runner, metadata: ["failed", "other"])
+    own = object.__new__(state.CompressionState)
+    own.geometry, own.pages = (
+        SimpleNamespace(num_layers=LAYERS),
+        SimpleNamespace(head_size=HEAD_SIZE, buffer=torch.zeros(1)),
+    )
+    own.runner, own.num_query_heads, own.samples, own._expected = None, HEADS, {}, {}
+    own._computed = {"failed": 8, "other": 8}
+    for request_id in ("failed", "other"):
+        own.sample(SampleCommand(request_id, 8, 12))
+    del own.samples["failed"]
+    (rows,) = own.capture_rows(SimpleNamespace(query_start_loc_cpu=torch.tensor([0, 4, 8])))
+    assert rows.sample is own.samples["other"] and rows.source == slice(4, 8)
