@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
-from kvsculpt_vllm.sculpt.effort import EFFORTS
+from kvsculpt_vllm.sculpt.effort import EFFORTS, order
 from kvsculpt_vllm.sculpt.options import BUDGETS, METHODS, described
 
 KEY = "kv_compression"
@@ -184,8 +184,11 @@ class CompressionConfig(BaseModel):
     @property
     def efforts(self) -> tuple[str, ...]:
         """The efforts that are allowed, from the least to `max_effort`."""
-        names = tuple(EFFORTS)
-        return names[: names.index(self.max_effort) + 1]
+        return tuple(EFFORTS)[: order(self.max_effort) + 1]
+
+    def accepts(self, effort: str, error: float) -> bool:
+        """Whether a segment that took this effort and has this held-out error is as good as a request asks for."""
+        return error <= self.max_error and order(effort) >= order(self.effort)
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> CompressionConfig:

@@ -47,3 +47,8 @@ EFFORTS = {
         positions=4096, pilot_positions=512, fit_positions=4096, key_steps=50, meaning="4,096 positions, 50 key steps"
     ),
 }
+
+
+def order(effort: str) -> int:
+    """Which of `EFFORTS` it is: more is more."""
+    return list(EFFORTS).index(effort)

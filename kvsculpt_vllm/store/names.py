@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from kvsculpt_vllm.sculpt.effort import EFFORTS
+from kvsculpt_vllm.sculpt.effort import EFFORTS, order
 
 DIGEST = "[0-9a-f]{64}"
 _NUMBER = "[1-9][0-9]{0,8}"
@@ -50,7 +50,7 @@ class StoredName:
     @property
     def quality(self) -> tuple[int, float]:
         """Orders makes of one key: more effort is better, then less error."""
-        return list(EFFORTS).index(self.effort), -self.error
+        return order(self.effort), -self.error
 
     @classmethod
     def parse(cls, path: str) -> tuple[StoredName, int, int] | None:

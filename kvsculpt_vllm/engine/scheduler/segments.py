@@ -23,7 +23,7 @@ from vllm.v1.request import Request
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.compat.scheduler import insert_hash, when_reused
-from kvsculpt_vllm.sculpt.effort import EFFORTS
+from kvsculpt_vllm.sculpt.effort import order
 
 FORMAT = 2
 """Changes with whatever makes packed entries of before unreadable or other than they would be now."""
@@ -46,11 +46,6 @@ class Segment:
     serial: int = field(default_factory=count().__next__)  # tells it from another one of the same key
     holders: set[str] = field(default_factory=set)  # requests whose block lists have it
     alive: bool = True
-
-    def serves(self, config: CompressionConfig) -> bool:
-        """Whether it is as good as a request asks for."""
-        efforts = list(EFFORTS)
-        return self.error <= config.max_error and efforts.index(self.effort) >= efforts.index(config.effort)
 
     def row(self, null_block: KVCacheBlock) -> list[KVCacheBlock]:
         """What stands in a block list in the place of its tokens' blocks."""
@@ -156,7 +151,7 @@ class Segments:
         lengths = sorted(n for n in self._lengths.get(parent, ()) if first + n <= most)
         for key in reversed(list(keys(parent, request.all_token_ids, first, lengths))):
             segment = self._by_key.get(key)
-            if segment is not None and segment.serves(config):
+            if segment is not None and config.accepts(segment.effort, segment.error):
                 return segment
         return None
 
@@ -165,8 +160,7 @@ class Segments:
         caller's to free then.
         """
         if segment.shared and (older := self._by_key.get(segment.key)) is not None:
-            efforts = list(EFFORTS)
-            if efforts.index(older.effort) >= efforts.index(segment.effort) and older.error <= segment.error:
+            if order(older.effort) >= order(segment.effort) and older.error <= segment.error:
                 segment.shared = False  # made twice at once: the older one is found
             else:  # a better one takes its place; who holds the older one keeps that
                 self._unshare(older)

@@ -23,7 +23,6 @@ from kvsculpt_vllm.engine.shared import stores
 from kvsculpt_vllm.engine.shared.commands import CancelLoadCommand, LoadCommand, Loaded, StoreState
 from kvsculpt_vllm.engine.shared.reasons import Reason
 from kvsculpt_vllm.engine.shared.record import printable
-from kvsculpt_vllm.sculpt.effort import EFFORTS
 from kvsculpt_vllm.store.background import StoreAway
 from kvsculpt_vllm.store.names import StoredName
 from kvsculpt_vllm.store.store import Store
@@ -70,21 +69,22 @@ def stored_chain(
     """
     chain: list[StoredName] = []
     while True:
-        there = [name for name in store.find(parent, ranks) if first + name.tokens <= most and _serves(name, config)]
-        there = [name for name in there if 0 < name.blocks * block_size <= name.tokens and not name.tokens % block_size]
+        there = [
+            name
+            for name in store.find(parent, ranks)
+            if first + name.tokens <= most
+            and config.accepts(name.effort, name.error)
+            and 0 < name.blocks * block_size <= name.tokens
+            and not name.tokens % block_size
+        ]
         lengths = sorted({name.tokens for name in there})
         wanted = dict(zip(lengths, keys(parent, tokens, first, lengths), strict=True))
         fitting = [name for name in there if name.key == wanted[name.tokens]]
         if not fitting:
             return chain
-        best = max(fitting, key=lambda name: (name.tokens, list(EFFORTS).index(name.effort), -name.error))
+        best = max(fitting, key=lambda name: (name.tokens, name.quality))
         chain.append(best)
         parent, first = best.key, first + best.tokens
-
-
-def _serves(name: StoredName, config: CompressionConfig) -> bool:
-    efforts = list(EFFORTS)
-    return name.error <= config.max_error and efforts.index(name.effort) >= efforts.index(config.effort)
 
 
 class StoreHits(KnownRequests):
