@@ -106,4 +106,4 @@ class BuiltAgain:
         built = yield from self._source.of(numbers, self._count)
         order = self._order[on_device(numbers, self.device)]
         ranking = yield from within(fast_matmul, taught_in_slices(built, order, self._limit))
-        return built.part(slice(None)), ranking
+        return built.take(slice(None)), ranking

@@ -46,8 +46,10 @@ class Problems:
         """n, the entries of each problem's span that may be replaced."""
         return self.keys.shape[1]
 
-    def take(self, index: Tensor) -> Problems:
-        """Keep the problems in `index` (LongTensor), every tensor in float32."""
+    def take(self, index: Tensor | slice) -> Problems:
+        """Keep the problems in `index` (LongTensor), every tensor in float32. With a slice, what is so already is not
+        copied.
+        """
         return replace(
             self,
             queries=self.queries[index].float(),
@@ -55,17 +57,6 @@ class Problems:
             values=self.values[index].float(),
             retained_lse=self.retained_lse[index].float(),
             retained_out=self.retained_out[index].float(),
-        )
-
-    def part(self, own: slice) -> Problems:
-        """Keep consecutive problems, every tensor in float32; what is so already is not copied."""
-        return replace(
-            self,
-            queries=self.queries[own].float(),
-            keys=self.keys[own].float(),
-            values=self.values[own].float(),
-            retained_lse=self.retained_lse[own].float(),
-            retained_out=self.retained_out[own].float(),
         )
 
     def thin_rows(self, count: int) -> Tensor:

@@ -36,13 +36,9 @@ class Ranking:
     teacher_out: Tensor  # (B, Q, D)
     teacher_lse: Tensor  # (B, Q)
 
-    def take(self, index: Tensor) -> Ranking:
+    def take(self, index: Tensor | slice) -> Ranking:
         """The rankings of the problems in `index`."""
         return Ranking(**{name: tensor[index] for name, tensor in vars(self).items()})
-
-    def part(self, own: slice) -> Ranking:
-        """The rankings of consecutive problems."""
-        return Ranking(**{name: tensor[own] for name, tensor in vars(self).items()})
 
     def with_rows(self, rows: Tensor) -> Ranking:
         """The same ranking with the teacher of the query rows `rows` (LongTensor, on the host) only."""
@@ -77,7 +73,7 @@ def rank_in_slices(
         teacher_lse=torch.empty(shape[:2], device=device),
     )
     for own in batches(problems, max_elements):
-        batch = problems.part(own)
+        batch = problems.take(own)
         teacher = teach(batch, max_elements, power)
         ranking.order[own] = score(batch, teacher).argsort(dim=1, descending=True)
         ranking.teacher_out[own], ranking.teacher_lse[own] = teacher.out, teacher.lse
@@ -92,7 +88,7 @@ def selection_errors(problems: Problems, ranking: Ranking, sizes: Sequence[int],
     """The loss (B, G) of plain selection at each of G `sizes` (ascending, at most n), over all queries."""
     errors = []
     for own in batches(problems, max_elements):
-        errors.append(_errors(problems.part(own), ranking.part(own), sizes, max_elements))
+        errors.append(_errors(problems.take(own), ranking.take(own), sizes, max_elements))
         yield
     return torch.cat(errors)
 
@@ -101,7 +97,7 @@ def taught_in_slices(problems: Problems, order: Tensor, max_elements: int) -> Sl
     """Find what the full cache answers to the queries of problems whose entries' `order` (B, n) is known."""
     out, lse = torch.empty_like(problems.queries), torch.empty_like(problems.retained_lse)
     for own in batches(problems, max_elements):
-        teacher = teach(problems.part(own), max_elements, power=None)
+        teacher = teach(problems.take(own), max_elements, power=None)
         out[own], lse[own] = teacher.out, teacher.lse
         yield
     return Ranking(order, out, lse)
