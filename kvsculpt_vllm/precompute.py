@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
-from kvsculpt_vllm.engine.shared.prefix_wish import TOKENS, Wish, granted
+from kvsculpt_vllm.engine.shared.prefix_wish import Wish, granted
 from kvsculpt_vllm.engine.shared.reasons import MEANINGS
 
 FLUSH_SECONDS = 600.0
@@ -133,13 +133,10 @@ class Sculptor:
         Raises:
             ValueError: it is too long, or its chat template does not take its messages.
         """
-        from vllm import SamplingParams
-
         wish = Wish(f"precomputed-{self._count}", wanted.name)
         self._count += 1
         begin = time.perf_counter()
-        with granted(wish) as extra_args:
-            params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, detokenize=False, extra_args=extra_args)
+        with granted(wish) as params:
             if wanted.messages is None:
                 (output,) = self._llm.generate([wanted.text or ""], params, use_tqdm=False)
             else:

@@ -8,7 +8,6 @@ from typing import Any, Self
 
 from fastapi import APIRouter, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from vllm import SamplingParams
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest, TokenizeCompletionRequest
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
@@ -17,7 +16,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from kvsculpt_vllm.config import request_key
 from kvsculpt_vllm.engine.compat.frontend import ask_schedulers
-from kvsculpt_vllm.engine.shared.prefix_wish import TOKENS, Wish, granted
+from kvsculpt_vllm.engine.shared.prefix_wish import Wish, granted
 from kvsculpt_vllm.engine.shared.reasons import MEANINGS, Outcome
 from kvsculpt_vllm.engine.startup.request_checks import check_request
 from kvsculpt_vllm.serving.patience import PATIENCE_SECONDS, answered
@@ -111,10 +110,7 @@ async def make_prefix(wanted: NewPrefix, raw_request: Request) -> MadePrefix:
         if wanted.cache_salt is not None:
             prompt["cache_salt"] = wanted.cache_salt
         final = None
-        with granted(wish) as extra_args:
-            params = SamplingParams(
-                max_tokens=TOKENS, ignore_eos=True, detokenize=False, extra_args=settings | extra_args
-            )
+        with granted(wish, settings) as params:
             async for output in client.generate(prompt, params, wish.prefix_id, lora_request=_adapter(request, wanted)):
                 final = output
     except (VLLMValidationError, ValueError) as error:

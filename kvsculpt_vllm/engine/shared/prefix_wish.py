@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the command line reads files first
+    from vllm import SamplingParams
 
 WISH_KEY = "kvsculpt_prefix"
 """The entry of a request's extra arguments. A client cannot send it: only wishes that were granted pass."""
@@ -32,11 +35,16 @@ _granted: dict[str, Wish] = {}
 
 
 @contextmanager
-def granted(wish: Wish) -> Iterator[dict[str, Any]]:
-    """Let a wish of this process pass: what is yielded belongs into its request's extra arguments."""
+def granted(wish: Wish, settings: Mapping[str, Any] | None = None) -> Iterator[SamplingParams]:
+    """Let a wish of this process pass: with the parameters that are yielded a request carries it, and `settings` of
+    compression beside it.
+    """
+    from vllm import SamplingParams
+
     _granted[wish.prefix_id] = wish
     try:
-        yield wish.as_extra_arg()
+        extra_args = {**(settings or {}), **wish.as_extra_arg()}
+        yield SamplingParams(max_tokens=TOKENS, ignore_eos=True, detokenize=False, extra_args=extra_args)
     finally:
         del _granted[wish.prefix_id]
 
