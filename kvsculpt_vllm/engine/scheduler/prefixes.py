@@ -50,7 +50,6 @@ class Prefixes:
         pinned: not where too many blocks would be, or where its segments are nobody else's to find.
         """
         self.expire()
-        self.remove(wish.prefix_id, and_its_segments=False)
         prefix = Prefix(wish, prompt_tokens, list(chain))
         self._prefixes[wish.prefix_id] = prefix
         if wish.pin and chain and all(segment.shared for segment in chain):

@@ -107,16 +107,16 @@ class StoreHits(KnownRequests):
         # One that lost its blocks comes back at once, to the room that it was let go for.
         if self._store is None or request.num_preemptions or not self._looks_for_chains(request):
             return False
-        chain = self._chain_for(request)
-        parent = chain[-1].key if chain else self._segments.root(request, self._config(request))
-        if parent is None or not self._names.last(request.lora_request):
-            return False
         look_up = self._look_ups.get(request.request_id)
         if look_up is not None and look_up.answer is not None:
             if not look_up.answer.done():
                 return True
             look_up.found, look_up.answer = self._heard(look_up.answer), None
             self._count(store_hits=int(bool(look_up.found)), store_misses=int(not look_up.found))
+        chain = self._chain_for(request)
+        parent = chain[-1].key if chain else self._segments.root(request, self._config(request))
+        if parent is None or not self._names.last(request.lora_request):
+            return False
         if look_up is not None:
             look_up.found = _behind(parent, look_up.found)  # the chain in the pool may have changed since
         if look_up is None or (not look_up.found and look_up.parent != parent and look_up.times < LOOK_UPS):

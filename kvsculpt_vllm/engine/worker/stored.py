@@ -18,6 +18,7 @@ from kvsculpt_vllm.engine.shared.commands import LoadCommand
 from kvsculpt_vllm.engine.shared.stores import PATIENCE_SECONDS
 from kvsculpt_vllm.engine.worker import pages as page_layout
 from kvsculpt_vllm.engine.worker.pages import PageGeometry
+from kvsculpt_vllm.sculpt.transfer import on_device
 from kvsculpt_vllm.store.background import BackgroundStore, StoreAway
 from kvsculpt_vllm.store.file import StoredSegment
 from kvsculpt_vllm.store.names import StoredName
@@ -61,7 +62,7 @@ def _cells(
     geometry: PageGeometry, blocks: list[int], starts: list[int], lengths: list[int], device: torch.device
 ) -> Tensor:
     """Pages of a segment's entries, those of each (layer, head) together, layers outermost: as a file has them."""
-    cells = geometry.packed_pages(torch.tensor(blocks, device=device))
+    cells = geometry.packed_pages(on_device(blocks, device))
     return torch.cat([cells[start : start + length] for start, length in zip(starts, lengths, strict=True)])
 
 
@@ -181,7 +182,7 @@ class StoredSegments:
         most = max(1, SLICE_BYTES // state.pages.buffer[0].nbytes)
         for first in range(0, len(cells), most):
             entries = slice(first * geometry.block_size, (first + most) * geometry.block_size)
-            own = (tensor[entries].to(device) for tensor in (segment.keys, segment.values))
+            own = (on_device(tensor[entries], device) for tensor in (segment.keys, segment.values))
             state.pages.write(cells[first : first + most], *own)
             yield
         shape = (geometry.num_layers, geometry.num_heads)

@@ -148,8 +148,7 @@ class SculptWorkerMixin(Worker):
         """Wait until all segments that were made are in the store, or some time is over; for `collective_rpc`. Returns
         whether they are.
         """
-        assert self.kv_compression is not None
-        return self.kv_compression.stored is None or self.kv_compression.stored.store.flush(seconds)
+        return self._stored is None or self._stored.store.flush(seconds)
 
     def update_weights(self, *args: Any, **kwargs: Any) -> None:
         """See vLLM's; what is in the store is of other weights from now on."""
@@ -162,13 +161,18 @@ class SculptWorkerMixin(Worker):
         super().reload_weights(*args, **kwargs)
 
     def _leave_store(self) -> None:
-        if self.kv_compression is not None and self.kv_compression.stored is not None:
-            self.kv_compression.stored.leave()
+        if self._stored is not None:
+            self._stored.leave()
+
+    @property
+    def _stored(self) -> StoredSegments | None:
+        """The store's segments; None without a store, and until there is a KV cache."""
+        return None if self.kv_compression is None else self.kv_compression.stored
 
     def shutdown(self) -> None:
         """See vLLM's; what is still to be written to the store gets some time for it."""
-        if self.kv_compression is not None and self.kv_compression.stored is not None:
-            self.kv_compression.stored.store.close(PATIENCE_SECONDS)
+        if self._stored is not None:
+            self._stored.store.close(PATIENCE_SECONDS)
         super().shutdown()
 
     def _about(self, state: CompressionState) -> dict[str, str]:
