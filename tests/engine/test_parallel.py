@@ -30,21 +30,22 @@ def test_ranks_compress_as_one_and_fail_as_one(run_engine, first_layers_path, sp
     plain = [request(r["start"], r["length"], MAX_TOKENS) for r in batch]
     stock = run_engine(engine=engine, batches=[plain])
     one = run_engine(engine={**engine, "additional_config": ON}, batches=[plain[:1]])
-    ranks = run_engine(engine=several, batches=[batch], fault_rank=num_ranks - 1, v2=v2)
+    # The first one alone, as in one process: how many of its tokens are of the exact cache depends on who else runs.
+    ranks = run_engine(engine=several, batches=[batch[:1], batch[1:]], fault_rank=num_ranks - 1, v2=v2)
 
     (alone,) = one["compressions"]
     assert alone["segments"] == 2
     whole, selected = ranks["compressions"]
     assert ranks["tokens"][0][0] == one["tokens"][0][0]
-    assert whole["request_id"].startswith("0-0") and selected["request_id"].startswith("0-2")
+    assert whole["request_id"].startswith("0-0") and selected["request_id"].startswith("1-1")
     for name in ("error_before", "error_after", "entries_kept"):
         assert whole[name] == pytest.approx(alone[name], rel=1e-3)
     assert whole["bytes_freed"] == alone["bytes_freed"]
     assert ranks["stats"]["bytes_freed"] == whole["bytes_freed"] + selected["bytes_freed"]
 
-    assert [ranks["tokens"][0][i] for i in (1, 3)] == [stock["tokens"][0][i] for i in (1, 3)]
+    assert [ranks["tokens"][1][i] for i in (0, 2)] == [stock["tokens"][0][i] for i in (1, 3)]
     assert selected["method"] == "select"
     assert ranks["stats"]["requests"]["failed"] == {"exception": 1}
     assert ranks["stats"]["requests"]["fallback"] == {"exception": 1, "error_bound": 1}
     assert ranks["published"] == 0
-    assert ranks["free"][0][-1] == ranks["free_at_start"]
+    assert ranks["free"][-1][-1] == ranks["free_at_start"]
