@@ -6,7 +6,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 
-from scheduler_machine import BLOCK, MAX_TOKENS, Machine
+from scheduler_machine import MAX_TOKENS, Machine
+from worker_double import BLOCK
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,8 @@ from vllm.v1.request import RequestStatus
 from kvsculpt_vllm.engine.scheduler.scheduler import SculptAsyncScheduler, SculptScheduler
 from kvsculpt_vllm.engine.shared.commands import PoolState
 from kvsculpt_vllm.engine.shared.prefix_wish import TOKENS, Wish
-from scheduler_machine import BLOCK, EVENTS, NUM_BLOCKS, Machine
+from scheduler_machine import EVENTS, NUM_BLOCKS, Machine
+from worker_double import BLOCK
 
 
 def test_whatever_happens_no_block_is_lost_or_read_by_another(machine):

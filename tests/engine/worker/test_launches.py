@@ -17,7 +17,7 @@ from kvsculpt_vllm.engine.worker.pages import PageGeometry, TokenPages
 from kvsculpt_vllm.kernels.dispatch import VARIABLE
 from kvsculpt_vllm.sculpt import memory
 from kvsculpt_vllm.sculpt.rotary import Rotary
-from tests.launches import Launches
+from launches import Launches
 
 LAYERS, KV_HEADS, HEADS, HEAD_SIZE, BLOCK = 28, 2, 12, 128, 16  # Qwen2.5-1.5B
 WINDOW = 64
