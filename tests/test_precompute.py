@@ -88,7 +88,7 @@ def test_wrong_input_ends_the_command_before_an_engine_starts(tmp_path):
 
 
 @pytest.mark.engine
-def test_what_was_precomputed_is_found_in_the_store_by_the_next_engine(model_path, tmp_path):
+def test_what_was_precomputed_is_found_in_the_store_by_the_next_engine(first_layers_path, tmp_path):
     """The flags are those of a server that only reads its store: what is made is written all the same."""
     files = [
         write(tmp_path / "a.txt", document()),
@@ -101,7 +101,8 @@ def test_what_was_precomputed_is_found_in_the_store_by_the_next_engine(model_pat
     def precompute(*files):
         out = tmp_path / "out.json"
         command = "from kvsculpt_vllm.cli import main; main()"
-        arguments = ["precompute", *map(str, files), "--store", str(tmp_path / "store"), "--model", str(model_path)]
+        arguments = ["precompute", *map(str, files), "--store", str(tmp_path / "store")]
+        arguments += ["--model", str(first_layers_path)]
         arguments += ["--effort", "fast", "--json", str(out), "--", *flags]
         done = subprocess.run(
             [sys.executable, "-c", command, *arguments], capture_output=True, text=True, timeout=600, check=False

@@ -1,7 +1,6 @@
 """Engines for tests, each in its own process."""
 
 import json
-import shutil
 import subprocess
 import sys
 from collections import OrderedDict
@@ -10,7 +9,6 @@ from tempfile import TemporaryFile
 from threading import Timer
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from kvsculpt_vllm.models import fast_dtype
 
@@ -81,20 +79,3 @@ def run_engine(model_path):
     yield run
     for engine in engines.values():
         engine.stop()
-
-
-@pytest.fixture(scope="session")
-def first_layers_path(model_path, tmp_path_factory):
-    """The embedded model's first four layers as a model of its own: Triton's interpreter takes seconds a layer."""
-    layers, path = 4, tmp_path_factory.mktemp("first_layers")
-    for file in model_path.glob("*.json"):
-        shutil.copy(file, path)
-    config = json.loads((model_path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
-    kept = {
-        name: tensor
-        for name, tensor in load_file(model_path / "model.safetensors").items()
-        if not name.startswith("model.layers.") or int(name.split(".")[2]) < layers
-    }
-    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
-    return path

@@ -127,7 +127,7 @@ def test_chains_that_are_made_while_prompts_are_computed_give_the_tokens_of_stoc
     assert ours["free"][-1][-1] == ours["free_at_start"] and ours["published"] == 0
 
 
-def test_chains_that_are_found_adopted_or_grow_give_the_tokens_of_stock_vllm(run_engine):
+def test_chains_that_are_found_adopted_or_grow_give_the_tokens_of_stock_vllm(run_engine, first_layers_path):
     """Questions about one document, turns of a conversation, twins, and answers that become segments themselves."""
     batches = [
         [request(0, 1200)],
@@ -138,7 +138,8 @@ def test_chains_that_are_found_adopted_or_grow_give_the_tokens_of_stock_vllm(run
         [request(7000, 100, 700)],  # a long answer to a short prompt
         [request(7000, 400, 300)],
     ]
-    engine = {"enable_prefix_caching": True, "max_num_batched_tokens": 512}
+    engine = {"model": str(first_layers_path), "dtype": "float32"}
+    engine |= {"enable_prefix_caching": True, "max_num_batched_tokens": 512}
     stock = run_engine(engine=engine, batches=batches)
     ours = run_engine(engine={**engine, "additional_config": CHAINS}, batches=batches, identity=True)
     assert ours["tokens"] == stock["tokens"]
@@ -160,11 +161,12 @@ def test_chains_that_are_found_adopted_or_grow_give_the_tokens_of_stock_vllm(run
     assert ours["free"][-1][-1] == ours["free_at_start"]
 
 
-def test_a_prompt_longer_than_the_memory_is_served_and_gives_the_tokens_of_stock_vllm(run_engine):
+def test_a_prompt_longer_than_the_memory_is_served_and_gives_the_tokens_of_stock_vllm(run_engine, first_layers_path):
     """Memory for 1,152 tokens, prompts of 1,900 and 1,500 that are to share it, and an answer that goes on."""
     batches = [[request(0, 1900, 60), request(3000, 1500, 20)], [request(0, 300, 700)]]
     settings = on(keep_ratio=0.3, **AT_ONCE, segment=256, decode=256, min_tokens=128)
-    engine = {"enable_prefix_caching": True, "max_num_batched_tokens": 256}
+    engine = {"model": str(first_layers_path), "dtype": "float32"}
+    engine |= {"enable_prefix_caching": True, "max_num_batched_tokens": 256}
     with_memory = run_engine(engine={**engine, "additional_config": settings}, batches=batches)
     little = {**engine, "additional_config": settings, "num_gpu_blocks_override": 37}
     ours = run_engine(engine=little, batches=batches)
