@@ -153,11 +153,12 @@ fit = at_once(fit_in_slices)
 
 
 def thinned(problems: Problems, ranking: Ranking, effort: Effort) -> tuple[Problems, Ranking]:
-    """Keep only the query rows of about `effort.fit_positions`."""
+    """Keep only the query rows of about `effort.fit_positions`. The `ranking` has answers of all rows, or of these."""
     rows = problems.thin_rows(effort.fit_positions * problems.group)
     if len(rows) == len(problems.held_out):  # all of them: a copy would only take memory
         return problems, ranking
-    return problems.with_rows(rows), ranking.with_rows(rows)
+    is_thin = ranking.teacher_lse.shape[1] == len(rows)
+    return problems.with_rows(rows), ranking if is_thin else ranking.with_rows(rows)
 
 
 def fit_batches_in_slices(
@@ -194,7 +195,7 @@ def fit_batches_in_slices(
             judged.append(Judged(nothing, nothing, none, none, trace))
         else:
             problems, ranking = yield from supply.problems(numbers)
-            fitting = solve(problems, ranking, sizes, method, key_steps, supply.dtype, both_starts=True)
+            fitting = solve(problems, ranking, sizes, method, key_steps, supply.dtype, both_starts=effort.plain_start)
             del problems, ranking  # the solver lets go of them when it can
             done = yield from within(fast_matmul, fitting)
             keys, values = done.keys.to(supply.dtype), done.values.to(supply.dtype)

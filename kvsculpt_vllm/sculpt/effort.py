@@ -22,6 +22,9 @@ class Effort:
     pilot_positions: int  # those of them that the pilot's fits get by with
     fit_positions: int  # those of them whose queries values and keys are fitted to and judged on
     key_steps: int  # L-BFGS steps at most
+    # Whether values are fitted to keys as they were selected, too, besides those with the span's mass (`mass`), and
+    # held-out queries choose.
+    plain_start: bool = True
     meaning: str = ""
 
     def positions_for(self, position_bytes: int) -> int:
@@ -38,7 +41,12 @@ class Effort:
 
 EFFORTS = {
     "fast": Effort(
-        positions=2048, pilot_positions=128, fit_positions=768, key_steps=0, meaning="768 positions, no key steps"
+        positions=2048,
+        pilot_positions=128,
+        fit_positions=768,
+        key_steps=0,
+        plain_start=False,
+        meaning="768 positions, one start, no key steps",
     ),
     "balanced": Effort(
         positions=2048, pilot_positions=256, fit_positions=1536, key_steps=5, meaning="1,536 positions, 5 key steps"

@@ -62,7 +62,12 @@ def compress_segment_in_slices(
         own = slice(numbers.start, numbers.stop)
         of_group = None if calibration is None else calibration.part(own)
         problems = yield from source.of(numbers)
-        found = yield from survey_in_slices(problems, plan, method, budget, effort, limit=limit, calibration=of_group)
+        rows = problems.thin_rows(effort.fit_positions * problems.group)
+        # Fits ask for the answers of their own rows only: here, or when their problems are built again.
+        answered = None if budget == "adaptive" and calibration is None else rows[: len(rows) * (len(groups) == 1)]
+        found = yield from survey_in_slices(
+            problems, plan, method, budget, effort, limit=limit, calibration=of_group, answered=answered
+        )
         orders.append(found.ranking.order)
         curves.append(found.curves)
         grid = found.grid  # that of all groups

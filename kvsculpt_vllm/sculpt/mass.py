@@ -34,10 +34,12 @@ def match_mass(
     transposed = weights.transpose(1, 2)
     wanted = matvec(transposed, missing)
     tiny = torch.finfo(weights.dtype).tiny
+    # Where there are fewer entries than queries, as nearly always, their Gram matrix is by far the smaller one.
+    gram = torch.bmm(transposed, weights) if weights.shape[2] < weights.shape[1] else None
     x = torch.ones_like(wanted)
     for _ in range(ITERATIONS):
-        mass = matvec(transposed, matvec(weights, x)).clamp_min_(tiny)
-        x.mul_(wanted).div_(mass)
+        mass = matvec(transposed, matvec(weights, x)) if gram is None else matvec(gram, x)
+        x.mul_(wanted).div_(mass.clamp_min_(tiny))
     # 0/0 for padding and for entries that no query sees: no bias.
     bias = x.clamp(1.0 / MOST, MOST).log().nan_to_num(nan=0.0)
     if valid is not None:

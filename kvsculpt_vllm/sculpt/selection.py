@@ -33,7 +33,7 @@ class Ranking:
     """The entries of each problem in the order in which selection keeps them, and the teacher found on the way."""
 
     order: Tensor  # (B, n) entry indices, the first to be kept first
-    teacher_out: Tensor  # (B, Q, D)
+    teacher_out: Tensor  # (B, Q, D) for all query rows, or those that were asked for
     teacher_lse: Tensor  # (B, Q)
 
     def take(self, index: Tensor | slice) -> Ranking:
@@ -57,15 +57,22 @@ def by_attention(problems: Problems, teacher: Teacher) -> Tensor:
 
 
 def rank_in_slices(
-    problems: Problems, max_elements: int, score: Score = by_attention, power: int = 1
+    problems: Problems,
+    max_elements: int,
+    score: Score = by_attention,
+    power: int = 1,
+    answered: Tensor | None = None,
 ) -> Slices[Ranking]:
-    """Order the entries of all problems by `score`.
+    """Order the entries of all problems by `score`. All queries are asked; what the full cache answers is kept for the
+    query rows `answered` (LongTensor, ascending, on the host), None for all.
 
     Held-out queries count too: a position that is not asked from leaves the entries that it alone would look at
     unprotected, which costs more than what an unseen query gains for the judgement of later fits
     (benchmarks/LOG.md). Works on at most `max_elements` weights at once, so that memory does not grow with the span.
     """
-    shape, device = problems.queries.shape, problems.keys.device
+    num_problems, num_queries, width = problems.queries.shape
+    shape = (num_problems, num_queries if answered is None else len(answered), width)
+    device = problems.keys.device
     # Filled in place: parts that are joined at the end would all be there twice.
     ranking = Ranking(
         order=torch.empty(problems.keys.shape[:2], dtype=torch.long, device=device),
@@ -74,7 +81,7 @@ def rank_in_slices(
     )
     for own in batches(problems, max_elements):
         batch = problems.take(own)
-        teacher = teach(batch, max_elements, power)
+        teacher = teach(batch, max_elements, power, answered)
         ranking.order[own] = score(batch, teacher).argsort(dim=1, descending=True)
         ranking.teacher_out[own], ranking.teacher_lse[own] = teacher.out, teacher.lse
         yield
@@ -113,42 +120,54 @@ def batches(problems: Problems, max_elements: int) -> Iterator[slice]:
         yield slice(first, min(first + per_batch, problems.num_problems))
 
 
-def teach(problems: Problems, max_elements: int, power: int | None = 1) -> Teacher:
+def teach(problems: Problems, max_elements: int, power: int | None = 1, answered: Tensor | None = None) -> Teacher:
     """Attention over everything, for fp32 `problems`, without keeping a matrix of weights; what the entries receive to
-    some `power`, or not at all.
+    some `power`, or not at all. What is answered is kept for the query rows `answered` (LongTensor, on the host), None
+    for all; the others are asked for the attention that they give.
     """
     if use_triton(problems.keys):
-        return _teach_by_kernel(problems, power)
+        return _teach_by_kernel(problems, power, answered)
     values = with_ones(problems.values)  # the column of ones sums the weights
     received = torch.zeros_like(problems.values[..., :1])
-    outs, lses = [], []
-    for rows in _row_parts(problems, max_elements):
-        # By entry (B, n, q): the sum that ranks entries runs along memory, as do the rows taken in `_errors`.
-        weights = torch.bmm(problems.keys, problems.queries[:, rows].transpose(1, 2) * problems.scale)
-        peak = weights.amax(1, keepdim=True)
-        weights = weights.sub_(peak).exp_()
-        both = torch.bmm(weights.transpose(1, 2), values)
-        out, lse = merge(
-            both[..., :-1] / both[..., -1:],
-            both[..., -1].log() + peak[:, 0],
-            problems.retained_out[:, rows],
-            problems.retained_lse[:, rows],
-        )
-        if power is not None:
-            to_share = (peak[:, 0] - lse).exp()
-            received += matvec(weights.pow_(power), to_share.pow(power).unsqueeze(-1))
-        outs.append(out)
-        lses.append(lse)
+    # Not even one row need be wanted.
+    outs, lses = [problems.retained_out[:, :0]], [problems.retained_lse[:, :0]]
+    passes: list[tuple[bool, Tensor | None]] = [(True, answered)]
+    if answered is not None and power is not None:
+        others = torch.ones(problems.queries.shape[1], dtype=torch.bool).index_fill_(0, answered, False)
+        passes.append((False, others.nonzero()[:, 0]))
+    for wanted, among in passes:
+        for rows in _row_parts(problems, max_elements, among):
+            # By entry (B, n, q): the sum that ranks entries runs along memory, as do the rows taken in `_errors`.
+            weights = torch.bmm(problems.keys, problems.queries[:, rows].transpose(1, 2) * problems.scale)
+            peak = weights.amax(1, keepdim=True)
+            weights = weights.sub_(peak).exp_()
+            retained_lse = problems.retained_lse[:, rows]
+            if wanted:
+                both = torch.bmm(weights.transpose(1, 2), values)
+                summed = both[..., -1]
+                of_span, of_span_lse = both[..., :-1] / both[..., -1:], summed.log() + peak[:, 0]
+                out, lse = merge(of_span, of_span_lse, problems.retained_out[:, rows], retained_lse)
+                outs.append(out)
+                lses.append(lse)
+            else:
+                lse = torch.logaddexp(weights.sum(1).log() + peak[:, 0], retained_lse)
+            if power is not None:
+                to_share = (peak[:, 0] - lse).exp()
+                received += matvec(weights.pow_(power), to_share.pow(power).unsqueeze(-1))
     attention = None if power is None else received.squeeze(-1)
     return Teacher(torch.cat(outs, dim=1), torch.cat(lses, dim=1), attention)
 
 
-def _teach_by_kernel(problems: Problems, power: int | None) -> Teacher:
+def _teach_by_kernel(problems: Problems, power: int | None, answered: Tensor | None) -> Teacher:
     queries = problems.queries * problems.scale
     out, lse = merge(
         *attention_with_lse(queries, problems.keys, problems.values), problems.retained_out, problems.retained_lse
     )
-    return Teacher(out, lse, None if power is None else received(queries, lse, problems.keys, power))
+    attention = None if power is None else received(queries, lse, problems.keys, power)
+    if answered is not None:
+        there = on_device(answered, queries.device)
+        out, lse = out[:, there], lse[:, there]
+    return Teacher(out, lse, attention)
 
 
 def _errors(problems: Problems, ranking: Ranking, sizes: Sequence[int], max_elements: int) -> Tensor:
@@ -175,7 +194,10 @@ def _errors(problems: Problems, ranking: Ranking, sizes: Sequence[int], max_elem
     return total.T / problems.queries.shape[1]
 
 
-def _row_parts(problems: Problems, max_elements: int) -> Iterator[slice]:
+def _row_parts(problems: Problems, max_elements: int, among: Tensor | None = None) -> Iterator[slice | Tensor]:
+    """All query rows, or those `among` (LongTensor, on the host), some at a time."""
     num_problems, num_queries = problems.queries.shape[:2]
     step = max(1, max_elements // (num_problems * problems.num_entries))
-    return (slice(first, min(first + step, num_queries)) for first in range(0, num_queries, step))
+    for first in range(0, num_queries if among is None else len(among), step):
+        part = slice(first, first + step)
+        yield part if among is None else on_device(among[part], problems.keys.device)

@@ -18,7 +18,7 @@ from kvsculpt_vllm.sculpt.slices import Slices
 from kvsculpt_vllm.sculpt.transfer import on_device
 from kvsculpt_vllm.sculpt.values import ValueFit
 
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (1e-3, 1e-2, 1e-1)
 """Ridge strengths tried at the start; held-out queries choose one for each problem."""
 
 REFIT_EVERY = 5

@@ -92,6 +92,7 @@ def survey_in_slices(
     limit: int | None = None,
     calibration: LossCurves | None = None,
     fractions: Sequence[float] | None = None,
+    answered: Tensor | None = None,
 ) -> Slices[Survey]:
     """Rank the entries of every problem and find how much each head loses at every budget; the plan's total plays no
     part.
@@ -103,6 +104,8 @@ def survey_in_slices(
         power: attention is summed over queries to this power; None means the method's own (`POWERS`).
         limit: the largest temporary, in floats; None means the device's (`memory.max_elements`).
         fractions: fractions of the span at which the pilot measures; None means the method's own (`PILOT_FRACTIONS`).
+        answered: the query rows (LongTensor, on the host) whose full answers the ranking is to know, None for all. A
+            pilot needs all.
 
     Raises:
         ValueError: an unknown method or budget rule, no query to fit or to judge on, or a calibration of another number
@@ -121,7 +124,7 @@ def survey_in_slices(
         raise ValueError(f"calibration: of {len(calibration.losses)} heads, there are {problems.num_problems}")
     limit = limit or max_elements(problems.keys.device)
     power = POWERS[method] if power is None else power
-    ranking = yield from within(fast_matmul, rank_in_slices(problems, limit, score, power))
+    ranking = yield from within(fast_matmul, rank_in_slices(problems, limit, score, power, answered))
     if budget == "uniform":
         return Survey(ranking, [], None)
     if calibration is not None:

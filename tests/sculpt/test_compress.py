@@ -103,6 +103,15 @@ def test_the_pilot_measures_what_selection_of_that_size_loses(case, max_elements
             torch.testing.assert_close(errors[b, g].double(), expected, rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.parametrize("answered", [[], [0, 3, 4, 449]])
+def test_rows_whose_answers_nobody_asks_for_rank_entries_all_the_same(case, answered):
+    everything = rank(case.problems, 1 << 22, power=2)
+    found = rank(case.problems, 1000, power=2, answered=torch.tensor(answered, dtype=torch.long))
+    assert torch.equal(found.order, everything.order)
+    torch.testing.assert_close(found.teacher_out, everything.teacher_out[:, answered])
+    torch.testing.assert_close(found.teacher_lse, everything.teacher_lse[:, answered])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_budgets_for_the_whole_span_return_it(case, method):
     everything = dataclasses.replace(PLAN, total=HEADS * SPAN_PAGES)
