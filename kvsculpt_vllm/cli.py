@@ -327,6 +327,9 @@ def precompute(
         code = run(_directory(model), store, effort, files, ctx.meta["engine_flags"], json)
     except WrongInput as error:
         raise typer.BadParameter(str(error), param_hint="FILE…") from None
+    except models.ModelError as error:
+        typer.echo(f"kvsculpt precompute: {error}", err=True)
+        raise typer.Exit(1) from error
     raise typer.Exit(code)
 
 

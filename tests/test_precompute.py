@@ -87,6 +87,16 @@ def test_wrong_input_ends_the_command_before_an_engine_starts(tmp_path):
     assert "'heroic' is none of: fast, balanced, thorough" in result.output
 
 
+def test_a_model_that_cannot_be_prepared_is_told_without_a_traceback(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("no directory can be made in here")
+    text = write(tmp_path / "a.txt", "Some text.")
+    arguments = ["precompute", str(text), "--store", str(tmp_path / "store"), "--model", "smollm2-135m"]
+    result = CliRunner().invoke(app, arguments, env={"KVSCULPT_CACHE": str(blocked)})
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert "kvsculpt precompute: " in result.output and str(blocked) in result.output
+
+
 @pytest.mark.engine
 def test_what_was_precomputed_is_found_in_the_store_by_the_next_engine(first_layers_path, tmp_path):
     """The flags are those of a server that only reads its store: what is made is written all the same."""
