@@ -482,6 +482,30 @@ def store_sizes(keep_ratio: float = 0.3) -> str:
     return table(header, body)
 
 
+def working_memory() -> str:
+    """What a GPU worker keeps free for compression, by the estimate that it makes at its start."""
+    from kvsculpt_vllm.config import CompressionConfig
+    from kvsculpt_vllm.engine.worker.working_memory import RankShape, reserved
+
+    lengths = (8_192, 32_768, 131_072)
+    ranks = {
+        "Qwen2.5-1.5B": RankShape(28, 2, 12, 128, 2),
+        "Llama-3.1-8B": RankShape(32, 8, 32, 128, 2),
+        "Llama-3.1-70B, each of 8 GPUs": RankShape(80, 1, 8, 128, 2),
+    }
+    body = []
+    for name, rank in ranks.items():
+        parts = [reserved(rank, CompressionConfig(), length) for length in lengths]
+        heads = f"{rank.num_layers} × {rank.num_query_heads} × {rank.num_kv_heads} × {rank.head_size}"
+        body.append([name, heads, _gibibytes(parts[0].samples), *(_gibibytes(sum(part)) for part in parts)])
+    header = ["", "layers × query heads × KV heads × head size", "of which queries"]
+    return table(header + [f"`--max-model-len {length}`" for length in lengths], body)
+
+
+def _gibibytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quality-small": quality_small,
     "quality-smollm2": lambda: quality(SMOLLM, "SmolLM2-135M", MAIN),
@@ -502,6 +526,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "efforts": efforts,
     "refusals": refusals,
     "store-sizes": store_sizes,
+    "working-memory": working_memory,
     "outcomes": outcomes,
     "reasons": reasons,
     "metrics": metrics,

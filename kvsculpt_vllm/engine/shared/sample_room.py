@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.utils.torch_utils import get_dtype_size
 
 from kvsculpt_vllm.config import CompressionConfig
 
@@ -21,7 +20,7 @@ def position_bytes(vllm_config: Any) -> int:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     assert isinstance(model.dtype, torch.dtype)  # and no name any more: vLLM has resolved it
     numbers = model.get_num_layers(parallel) * model.get_num_attention_heads(parallel) * model.get_head_size()
-    return numbers * get_dtype_size(model.dtype)
+    return numbers * model.dtype.itemsize
 
 
 def longest_segment(config: CompressionConfig) -> int:
@@ -35,4 +34,9 @@ def positions(vllm_config: Any, config: CompressionConfig) -> int:
     """Positions that all requests together may have queries kept of."""
     if vllm_config.device_config.device_type == "cpu":
         return CPU_BYTES // position_bytes(vllm_config)
+    return positions_on_gpu(config)
+
+
+def positions_on_gpu(config: CompressionConfig) -> int:
+    """Positions that all requests together may have queries kept of on a GPU, whatever the model."""
     return SEGMENTS * longest_segment(config)

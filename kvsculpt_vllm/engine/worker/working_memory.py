@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from kvsculpt_vllm.sculpt.memory import COPIES, layer_groups
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvsculpt_vllm.config import CompressionConfig
+from kvsculpt_vllm.engine.shared import sample_room
+from kvsculpt_vllm.sculpt.effort import EFFORTS
+from kvsculpt_vllm.sculpt.memory import BYTES, COPIES, GROUP_BYTES, layer_groups
+from kvsculpt_vllm.sculpt.queries import RECENT_POSITIONS
 
 BUILD_COPIES = 2
 """Tensors as large as a group's queries in float32 that live while they are built: the queries themselves, and what
@@ -16,6 +23,52 @@ TEMPORARIES = 3
 
 STEP_COPIES = 30
 """Tensors as large as the keys of a batch that key steps hold: ten pairs of curvature, and what one step makes."""
+
+
+@dataclass(frozen=True)
+class RankShape:
+    """The attention of one rank: what its memory for compression follows."""
+
+    num_layers: int
+    num_kv_heads: int
+    num_query_heads: int
+    head_size: int
+    element_bytes: int  # of a query, and of an entry of the cache
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes that the queries of one position take, in the model's dtype."""
+        return self.num_layers * self.num_query_heads * self.head_size * self.element_bytes
+
+
+class Reserved(NamedTuple):
+    """Bytes that a GPU worker keeps free."""
+
+    samples: int  # for the queries of all prompts
+    solve: int  # for the solve of the longest segment
+
+
+def reserved(rank: RankShape, config: CompressionConfig, max_model_len: int) -> Reserved:
+    """Say what to keep free on a GPU: the samples of all prompts at most, and the solve of the longest segment by any
+    effort that a request may ask for (`--kv-compression-max-effort`), in a context of `max_model_len` tokens.
+    """
+    efforts = [EFFORTS[name] for name in config.efforts]
+    tokens = min(sample_room.longest_segment(config), max_model_len)
+    sampled = min(tokens, max(effort.positions_for(rank.position_bytes) for effort in efforts))
+    solve = solve_bytes(
+        num_layers=rank.num_layers,
+        num_kv_heads=rank.num_kv_heads,
+        num_query_heads=rank.num_query_heads,
+        head_size=rank.head_size,
+        asked=sampled + RECENT_POSITIONS,
+        fitted_on=min((effort.fit_positions for effort in efforts if effort.key_steps), default=sampled),
+        segment_tokens=tokens,
+        context_tokens=max_model_len,
+        cache_bytes=rank.element_bytes,
+        largest_temporary=BYTES["cuda"],
+        group_bytes=GROUP_BYTES["cuda"],
+    )
+    return Reserved(rank.position_bytes * sample_room.positions_on_gpu(config), solve)
 
 
 def solve_bytes(

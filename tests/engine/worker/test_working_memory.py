@@ -2,20 +2,22 @@
 
 import weakref
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from vllm.v1.worker.gpu_worker import Worker
 
 from kvsculpt_vllm.config import CompressionConfig
-from kvsculpt_vllm.engine.shared import sample_room
-from kvsculpt_vllm.engine.worker.working_memory import solve_bytes
+from kvsculpt_vllm.engine.worker.worker_gpu import SculptGPUWorker
+from kvsculpt_vllm.engine.worker.working_memory import RankShape, reserved, solve_bytes
 from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.effort import EFFORTS, Effort
 from kvsculpt_vllm.sculpt.layerwise import compress_segment
 from kvsculpt_vllm.sculpt.matmul import fast_matmul
-from kvsculpt_vllm.sculpt.memory import BYTES, COPIES, GROUP_BYTES
+from kvsculpt_vllm.sculpt.memory import BYTES, COPIES
 from kvsculpt_vllm.sculpt.problem import Earlier
 from kvsculpt_vllm.sculpt.queries import RECENT_POSITIONS, sample_positions
 from kvsculpt_vllm.sculpt.segment_source import SegmentSource
@@ -127,22 +129,77 @@ class OnDemand:
         return OnDemand(self.entries[which]) if isinstance(which, slice) else self.entries[which].clone()
 
 
-def test_three_gigabytes_are_enough_for_a_model_of_eight_billion_parameters():
-    layers, kv_heads, heads, head_size, longest_context = 32, 8, 32, 128, 131_072  # Llama-3.1-8B, bfloat16
-    tokens = sample_room.longest_segment(CompressionConfig())
-    samples = sample_room.SEGMENTS * tokens * layers * heads * head_size * 2
-    solve = solve_bytes(
-        num_layers=layers,
-        num_kv_heads=kv_heads,
-        num_query_heads=heads,
-        head_size=head_size,
-        asked=tokens + RECENT_POSITIONS,
-        fitted_on=min(effort.fit_positions for effort in EFFORTS.values() if effort.key_steps),
-        segment_tokens=tokens,
-        context_tokens=longest_context,
-        cache_bytes=2,
-        largest_temporary=BYTES["cuda"],
-        group_bytes=GROUP_BYTES["cuda"],
-    )
-    print(f"samples {samples / 2**30:.2f} GiB, solve {solve / 2**30:.2f} GiB")
-    assert samples + solve <= 3 * 2**30
+RANKS = {
+    "Qwen2.5-1.5B": RankShape(num_layers=28, num_kv_heads=2, num_query_heads=12, head_size=128, element_bytes=2),
+    "Llama-3.1-8B": RankShape(num_layers=32, num_kv_heads=8, num_query_heads=32, head_size=128, element_bytes=2),
+    "Llama-3.1-70B TP 8": RankShape(num_layers=80, num_kv_heads=1, num_query_heads=8, head_size=128, element_bytes=2),
+}
+
+
+@pytest.mark.parametrize("longest_context", [8_192, 32_768, 131_072])
+@pytest.mark.parametrize("name", RANKS)
+def test_three_gigabytes_are_enough(name, longest_context):
+    assert 2**30 < sum(reserved(RANKS[name], CompressionConfig(), longest_context)) <= 3 * 2**30
+
+
+def test_what_is_kept_free_is_enough_for_the_most_effort_that_a_request_may_ask_for():
+    """Where a position's queries are large (a model of 70B on one GPU), efforts differ in how many are sampled."""
+    rank = RankShape(num_layers=80, num_kv_heads=8, num_query_heads=64, head_size=128, element_bytes=2)
+    by_effort = [
+        reserved(rank, CompressionConfig(method="sculpt", effort="fast", max_effort=most), 32_768).solve
+        for most in EFFORTS
+    ]
+    assert by_effort == sorted(by_effort) and by_effort[0] < by_effort[-1]
+
+
+GIB = 2**30
+
+
+class GPUWorker(SculptGPUWorker):
+    """On a device with so much memory for the KV cache, once vLLM has made it."""
+
+    def __init__(self, user_gave: int | None) -> None:
+        self.cache_config = SimpleNamespace(kv_cache_memory_bytes=user_gave)
+        self.parallel_config = None
+        self.model_config = SimpleNamespace(
+            dtype=torch.bfloat16,
+            max_model_len=32_768,
+            get_num_layers=lambda parallel: 32,
+            get_num_kv_heads=lambda parallel: 8,
+            get_num_attention_heads=lambda parallel: 32,
+            get_head_size=lambda: 128,
+        )
+        self.vllm_config = SimpleNamespace(additional_config={"kv_compression": "sculpt"})
+
+
+@pytest.fixture
+def vllm_finds(monkeypatch):
+    """What vLLM's worker finds, and whether it notes that as if the user had given it, as its start-up plan does."""
+
+    def install(available, by_plan=False):
+        def determine_available_memory(self):
+            if by_plan and self.cache_config.kv_cache_memory_bytes is None:
+                self.cache_config.kv_cache_memory_bytes = available
+            return self.cache_config.kv_cache_memory_bytes or available
+
+        monkeypatch.setattr(Worker, "determine_available_memory", determine_available_memory)
+
+    return install
+
+
+@pytest.mark.parametrize("by_plan", [False, True], ids=["measured", "from vLLM's plan of an earlier start"])
+def test_memory_for_compression_is_taken_off_what_vllm_finds(vllm_finds, by_plan):
+    vllm_finds(40 * GIB, by_plan)
+    kept_free = sum(reserved(RANKS["Llama-3.1-8B"], CompressionConfig(method="sculpt"), 32_768))
+    assert GPUWorker(None).determine_available_memory() == 40 * GIB - kept_free
+
+
+def test_a_size_that_the_user_gave_is_not_made_smaller(vllm_finds):
+    vllm_finds(40 * GIB)
+    assert GPUWorker(7 * GIB).determine_available_memory() == 7 * GIB
+
+
+def test_a_device_without_room_for_compression_is_refused_with_both_sizes(vllm_finds):
+    vllm_finds(2 * GIB)
+    with pytest.raises(ValueError, match=r"compressing takes 3\.0 GiB, and 2\.0 GiB are there"):
+        GPUWorker(None).determine_available_memory()
