@@ -8,7 +8,9 @@ queries (the same for both, and what answers depend on) is no higher than ours; 
 queries is no higher is reported beside it, though that is not what ours minimises: it stops early and shrinks values.
 
 With `--shape` the context is made of random numbers in the shape of a model whose weights are not needed: for seconds;
-what they come to means nothing (nor does the reference's number of steps). Prints a table and ends with one JSON line.
+what they come to means nothing (nor does the reference's number of steps). It is then also compressed as an engine
+compresses a segment, some layers at a time, with the budgets of the calibration that comes with the plugin for such a
+model, if one does: `segment_seconds`. `--every 0` leaves the reference out. Prints a table and ends with one JSON line.
 Timed in one run, nothing else should run beside it.
 """
 
@@ -22,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Annotated, NamedTuple
 
 import torch
@@ -31,7 +34,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from kvsculpt_vllm import models
+from kvsculpt_vllm import calibration_file, models
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.evaluation.harness import Context
 from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer
@@ -40,8 +43,11 @@ from kvsculpt_vllm.kernels.dispatch import VARIABLE
 from kvsculpt_vllm.sculpt.budgets import PagePlan, span_sizes
 from kvsculpt_vllm.sculpt.compress import compress, fit
 from kvsculpt_vllm.sculpt.effort import EFFORTS, Effort
+from kvsculpt_vllm.sculpt.layerwise import compress_segment
 from kvsculpt_vllm.sculpt.problem import Problems
-from kvsculpt_vllm.sculpt.queries import build_problems, sample_positions
+from kvsculpt_vllm.sculpt.queries import sample_positions
+from kvsculpt_vllm.sculpt.segment_source import SegmentSource
+from kvsculpt_vllm.sculpt.slices import at_once
 from kvsculpt_vllm.sculpt.survey import survey
 
 STEPS, REFIT_EVERY, RIDGE, BLOCK_SIZE = 100, 5, 1e-3, 32
@@ -54,12 +60,14 @@ class Shape(NamedTuple):
     query_heads: int
     kv_heads: int
     head_size: int
+    calibration: str = ""  # the name of the one that comes with the plugin, if one does
 
 
 SHAPES = {
-    "smollm2-135m": Shape(30, 9, 3, 64),
-    "qwen2.5-1.5b": Shape(28, 12, 2, 128),
+    "smollm2-135m": Shape(30, 9, 3, 64, "SmolLM2-135M-Instruct"),
+    "qwen2.5-1.5b": Shape(28, 12, 2, 128, "Qwen2.5-Coder-1.5B-Instruct"),
     "llama-3.1-8b": Shape(32, 32, 8, 128),
+    "tiny": Shape(2, 2, 1, 16),
 }
 
 
@@ -150,7 +158,7 @@ def reference(train: Part, held_out: Part, keys: Tensor, values: Tensor, goals: 
         result.steps += REFIT_EVERY
 
 
-def random_context(shape: Shape, tokens: int, span_tokens: int, effort: Effort, device: str) -> Problems:
+def random_context(shape: Shape, tokens: int, span_tokens: int, effort: Effort, device: str) -> SegmentSource:
     """A context of random queries, keys and values in bfloat16; logits spread by about 2, as is usual."""
     generator = torch.Generator().manual_seed(0)
 
@@ -160,9 +168,9 @@ def random_context(shape: Shape, tokens: int, span_tokens: int, effort: Effort, 
     count = effort.positions_for(2 * shape.layers * shape.query_heads * shape.head_size)
     positions, recent = sample_positions(0, tokens, count)
     pairs = (shape.layers * shape.kv_heads, tokens, shape.head_size)
-    return build_problems(
+    return SegmentSource(
         queries=2 * normal(shape.layers, len(positions), shape.query_heads, shape.head_size),
-        positions=positions.to(device),
+        positions=positions,
         recent=recent,
         keys=normal(*pairs),
         values=normal(*pairs),
@@ -171,6 +179,21 @@ def random_context(shape: Shape, tokens: int, span_tokens: int, effort: Effort, 
         rotaries=[None] * shape.layers,
         scale=shape.head_size**-0.5,
     )
+
+
+def segment_seconds(source: SegmentSource, plan: PagePlan, effort: Effort, shape: Shape, runs: int) -> list[float]:
+    """Seconds of each of some runs of what an engine does for a segment between reading its pages and writing them,
+    after a run that compiles.
+    """
+    curves = None
+    if shape.calibration:
+        curves = calibration_file.read(calibration_file.SHIPPED / f"{shape.calibration}.json").whole
+    seconds = []
+    for _ in range(runs + 1):
+        begin = now(source.device.type)
+        compress_segment(source, plan, "sculpt", "adaptive", effort, lambda *_: None, calibration=curves)
+        seconds.append(now(source.device.type) - begin)
+    return seconds[1:]
 
 
 def now(device: str) -> float:
@@ -202,8 +225,10 @@ def main(
     keep_ratio: Annotated[float, typer.Option(help="Fraction kept.")] = 0.3,
     effort: Annotated[str, typer.Option(help="fast, balanced or thorough.")] = "balanced",
     every: Annotated[
-        int, typer.Option(min=1, help="The reference takes every so many-th head; the rest is scaled.")
+        int,
+        typer.Option(min=0, help="The reference takes every so many-th head; the rest is scaled. 0: it takes none."),
     ] = 6,
+    runs: Annotated[int, typer.Option(min=1, help="Of --shape's segment, as an engine makes it.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json_path: Annotated[Path | None, typer.Option("--json", help="A file for the JSON line, too.")] = None,
 ) -> None:
@@ -218,12 +243,13 @@ def main(
             param_hint="--context, --keep-ratio",
         )
     if shape is not None:
-        name, source = shape, "random numbers"
+        name, origin = shape, "random numbers"
         with torch.no_grad():
-            problems = random_context(SHAPES[shape], context, span_blocks * BLOCK_SIZE, amount, device)
+            source = random_context(SHAPES[shape], context, span_blocks * BLOCK_SIZE, amount, device)
+            problems = at_once(source.of)(range(source.num_problems))
     else:
         directory = models.prepare(model) if model in models.MODELS else Path(model)
-        name, source = directory.name, Path(text).name
+        name, origin = directory.name, Path(text).name
         tokenizer, prefix = load_tokenizer(directory)
         tokens = tokenizer(read_text(text), add_special_tokens=False, verbose=False).input_ids
         (passage,) = passages(tokens, context, 1, 1, 0, prefix)
@@ -243,19 +269,29 @@ def main(
         fitted = now(device) - begin
     on_device = torch.cuda.max_memory_allocated() if device == "cuda" else None
     peak = on_device or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    sample = [b for b in range(0, problems.num_problems, every) if len(ours.keys[b]) < problems.num_entries]
+    segment, segment_peak = None, None
+    if shape is not None:
+        begin_bytes = torch.cuda.memory_allocated() if device == "cuda" else 0
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with torch.no_grad():
+            segment = segment_seconds(source, plan, amount, SHAPES[shape], runs)
+        if device == "cuda":
+            segment_peak = torch.cuda.max_memory_allocated() - begin_bytes
+    heads = range(0, problems.num_problems, every) if every else ()
+    sample = [b for b in heads if len(ours.keys[b]) < problems.num_entries]
     fitted_heads = sum(len(keys) < problems.num_entries for keys in ours.keys)
-    table = Table(title=f"{name}, {context} tokens of {source}, keep {keep_ratio:g}, {effort}, {device}")
+    table = Table(title=f"{name}, {context} tokens of {origin}, keep {keep_ratio:g}, {effort}, {device}")
     for heading in ("head", "entries", "our held-out loss", "reference's best", "steps", "s", "s to our training loss"):
         table.add_column(heading, justify="right")
     rows = problems.with_rows(problems.thin_rows(amount.fit_positions * problems.group))
-    runs = []
+    runs_of_reference = []
     for b in sample:
         parts = Part.split(rows, b)
         goals = tuple(float(part.loss(ours.keys[b].float(), ours.values[b].float())) for part in parts)
         kept = found.ranking.order[b, : len(ours.keys[b])]
-        runs.append(reference(*parts, problems.keys[b, kept], problems.values[b, kept], goals))
-        run = runs[-1]
+        runs_of_reference.append(reference(*parts, problems.keys[b, kept], problems.values[b, kept], goals))
+        run = runs_of_reference[-1]
         training = "never" if run.training is None else f"{run.training:.2f}"
         table.add_row(
             *(str(b), str(len(kept)), f"{goals[1]:.5f}", f"{run.held_out_loss:.5f}", str(run.steps)),
@@ -265,24 +301,43 @@ def main(
     def all_heads(seconds: Sequence[float]) -> float:
         return sum(seconds) / len(seconds) * fitted_heads
 
-    held_out = all_heads([run.seconds if run.held_out is None else run.held_out for run in runs])
-    training = all_heads([run.seconds if run.training is None else run.training for run in runs])
     out = Console(width=120)
-    out.print(table)
-    reached = {name: sum(getattr(run, name) is not None for run in runs) for name in ("held_out", "training")}
     out.print(
         f"ours: {surveyed:.2f} s for ranking and budgets, {fitted:.2f} s for the fit of {fitted_heads} heads; "
         f"{operations / (surveyed + fitted) / 1e9:.0f} GFLOP/s in matrix products.",
         f"peak memory{'' if on_device else ' of the whole process'}: {peak / 2**30:.2f} GiB.",
-        f"reference, fit alone, from {len(runs)} heads: {held_out:.0f} s until its held-out loss is no higher or its "
-        f"{STEPS} steps are over ({reached['held_out']} heads get there),",
-        f"{training:.0f} s until its training loss is no higher ({reached['training']} heads).",
         sep="\n",
     )
+    if segment is not None:
+        told = ", ".join(f"{seconds:.3f}" for seconds in segment)
+        out.print(f"a segment as an engine makes it: {told} s, median {median(segment):.3f} s.")
+    compared: dict[str, object] = {}
+    if runs_of_reference:
+        held_out = all_heads([run.seconds if run.held_out is None else run.held_out for run in runs_of_reference])
+        training = all_heads([run.seconds if run.training is None else run.training for run in runs_of_reference])
+        parts = ("held_out", "training")
+        reached = {name: sum(getattr(run, name) is not None for run in runs_of_reference) for name in parts}
+        out.print(table)
+        out.print(
+            f"reference, fit alone, from {len(runs_of_reference)} heads: {held_out:.0f} s until its held-out loss is "
+            f"no higher or its {STEPS} steps are over ({reached['held_out']} heads get there),",
+            f"{training:.0f} s until its training loss is no higher ({reached['training']} heads).",
+            sep="\n",
+        )
+        compared = {
+            "reference_heads": len(runs_of_reference),
+            "reference_fit_seconds": {"held_out": round(held_out, 1), "training": round(training, 1)},
+            "reference_reached": reached,
+            "fit_ratio": {"held_out": round(held_out / fitted, 1), "training": round(training / fitted, 1)},
+            "whole_ratio": {
+                name: round((surveyed + seconds) / (surveyed + fitted), 1)
+                for name, seconds in (("held_out", held_out), ("training", training))
+            },
+        }
     line = {
         "benchmark": "solver",
         "model": name,
-        "source": source,
+        "source": origin,
         "context": context,
         "keep_ratio": keep_ratio,
         "effort": effort,
@@ -290,20 +345,16 @@ def main(
         if device == "cuda"
         else f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
-        "survey_seconds": round(surveyed, 2),
-        "fit_seconds": round(fitted, 2),
-        "seconds": round(surveyed + fitted, 2),
+        "survey_seconds": round(surveyed, 4),
+        "fit_seconds": round(fitted, 4),
+        "seconds": round(surveyed + fitted, 4),
         "products_flop": operations,
         "flop_per_second": round(operations / (surveyed + fitted)),
         "peak_bytes": peak,
-        "reference_heads": len(runs),
-        "reference_fit_seconds": {"held_out": round(held_out, 1), "training": round(training, 1)},
-        "reference_reached": reached,
-        "fit_ratio": {"held_out": round(held_out / fitted, 1), "training": round(training / fitted, 1)},
-        "whole_ratio": {
-            name: round((surveyed + seconds) / (surveyed + fitted), 1)
-            for name, seconds in (("held_out", held_out), ("training", training))
-        },
+        "segment_seconds": None if segment is None else round(median(segment), 4),
+        "segment_peak_bytes": segment_peak,
+        "segment_runs": None if segment is None else [round(seconds, 4) for seconds in segment],
+        **compared,
     }
     if json_path is not None:
         json_path.write_text(json.dumps(line) + "\n")
