@@ -300,6 +300,8 @@ def main(
     common += ["--enable-prompt-tokens-details"]
     if device == "cpu":
         common += ["--enforce-eager", "--kv-cache-memory-bytes", str(1 << 30)]
+    else:  # both servers have a part of the device
+        common += ["--gpu-memory-utilization", "0.4"]
     ours = ["--kv-compression", "sculpt", "--kv-compression-keep-ratio", str(keep_ratio)]
     ours += ["--kv-compression-effort", effort]
     if device == "cpu":

@@ -20,6 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 START_UP_SECONDS = 300
 STOP_SECONDS = 30
+VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
+"""The command `vllm`, also where vLLM is in a folder of PYTHONPATH and has no script."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,7 @@ def serve(model: Path, *flags: str) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    vllm = Path(sys.executable).with_name("vllm")
-    command = [str(vllm), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *flags]
+    command = [*VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *flags]
     with NamedTemporaryFile(prefix="kvsculpt-serve-", suffix=".log", delete=False) as log:
         # A session of its own: vLLM's worker processes must stop with it.
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
