@@ -7,7 +7,7 @@ A job has `engine` (arguments of `LLM`), `batches` (lists of requests that run t
 request is `start`, `length` and `max_tokens` plus optionally `extra_args`, `priority`, `fault`, `sampling` (more of its
 `SamplingParams`) and the step it arrives after), and `identity`/`poison`/`v2`/`gpu_path`/`self_test`/`asynchronous`.
 With several ranks each is a fork of this process. Before the batches named in `empty_before` the prefix cache is
-emptied.
+emptied. With `cuda` it runs on a GPU, and nothing takes the place of one (`benchmarks/identity.py`).
 """
 
 import json
@@ -92,7 +92,8 @@ def install_identity(poison: bool) -> None:
     def commit(self, command, *args):
         record = stock_commit(self, command, *args)
         if poison:
-            self.state.pages.buffer[self.state.geometry.block_pages(spans_of[command.request_id])] = POISON
+            geometry, freed = self.state.geometry, spans_of[command.request_id]
+            self.state.pages.buffer[geometry.block_pages(freed.to(geometry.cell_pages.device))] = POISON
         return record
 
     spans.next_span, spans.why_exact = next_span, why_exact
@@ -204,7 +205,7 @@ def start(job: dict):
     ranks = job["engine"].get("tensor_parallel_size", 1) * job["engine"].get("pipeline_parallel_size", 1)
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join([CORE] * ranks)
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(job.get("v2", False)))
-    if job.get("v2") or job.get("gpu_path"):
+    if (job.get("v2") or job.get("gpu_path")) and not job.get("cuda"):
         interpret_triton()
     if job.get("gpu_path"):
         use_gpu_path(job.get("self_test", False))
@@ -234,7 +235,8 @@ def start(job: dict):
     }
     if faults:
         install_faults(faults, job.get("fault_rank", 0))
-    return LLM(enforce_eager=True, kv_cache_memory_bytes=1 << 29, disable_log_stats=False, **job["engine"])
+    usual = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 29, "disable_log_stats": False}
+    return LLM(**usual | job["engine"])
 
 
 def forget_stories(worker) -> None:
