@@ -384,7 +384,7 @@ class Day:
         text = json.dumps({"machine": self.machine, "steps": self.records}, indent=1)
         partial.write_text(text + "\n", encoding="utf-8")
         partial.replace(self.file)
-        self.page.write_text(page(self.machine, self.records), encoding="utf-8")
+        self.page.write_text(page(self.machine, self.code, self.records), encoding="utf-8")
 
 
 def run_bounded(
@@ -427,13 +427,14 @@ def _end(process: subprocess.Popen[Any], grace: float) -> None:
     psutil.wait_procs(started, timeout=5)  # until then they hold the device's memory
 
 
-def page(machine: dict[str, Any], records: dict[str, dict[str, Any]]) -> str:
-    """The page of all figures, in Markdown."""
+def page(machine: dict[str, Any], code: str, records: dict[str, dict[str, Any]]) -> str:
+    """The page of all figures, in Markdown. Targets are judged by what this code has measured with these versions."""
+    fresh = {name: one for name, one in records.items() if (one["machine"], one["code"]) == (machine, code)}
     lines = [f"# {machine['device']}", "", "Written by `benchmarks/gpu_day.sh`.", ""]
     lines += [", ".join(f"{name} {value}" for name, value in machine.items() if name != "device"), ""]
     lines += ["| target, for an H100 | to be | measured | met |", "| --- | --- | --- | --- |"]
     for target in TARGETS:
-        value = _measured(target, records)
+        value = _measured(target, fresh)
         found = ("not measured", "–") if value is None else (f"{value:.3g}", "yes" if target.met(value) else "**no**")
         lines.append(f"| {target.what} | {target.told()} | {found[0]} | {found[1]} |")
     lines += ["", "| step | | seconds | commit |", "| --- | --- | --- | --- |"]
@@ -442,7 +443,8 @@ def page(machine: dict[str, Any], records: dict[str, dict[str, Any]]) -> str:
             lines.append(f"| {step.name} | not run | | |")
         else:
             taken = f"{record['seconds']} of {record['bound']}"
-            lines.append(f"| {step.name} | {record['state']} | {taken} | {record['commit'] or record['code']} |")
+            state = record["state"] + ("" if step.name in fresh else ", by other code or versions")
+            lines.append(f"| {step.name} | {state} | {taken} | {record['commit'] or record['code']} |")
     for step in STEPS:
         if (record := records.get(step.name)) is None:
             continue
@@ -540,18 +542,18 @@ def main(
         record = day.run(step, model, rehearse)
         typer.echo(f"gpu_day: {step.name}: {record['state']} in {record['seconds']} s", err=True)
     day.write()
-    states = {name: day.records[name]["state"] if day.same(name) else "not run" for name in names}
+    fresh = {name: record for name, record in day.records.items() if day.same(name)}
     line = {
         "benchmark": "gpu_day",
         **machine,
         "commit": day.commit,
-        "steps": states,
+        "steps": {name: fresh[name]["state"] if name in fresh else "not run" for name in names},
         "left_over": left_over,
-        "targets": {target.what: _measured(target, day.records) for target in TARGETS},
+        "targets": {target.what: _measured(target, fresh) for target in TARGETS},
         "page": str(day.page),
     }
     typer.echo(json.dumps(line))
-    raise typer.Exit(0 if all(states[step.name] == "done" for step in wanted) and not left_over else 1)
+    raise typer.Exit(0 if all(day.is_done(step.name) for step in wanted) else 1)
 
 
 if __name__ == "__main__":

@@ -233,10 +233,12 @@ def test_targets_are_judged_by_what_was_measured():
         "attention_loss": [],
         "copy_bytes_per_second": 2.9e12,
     }
-    page = gpu_day.page({"device": "H100"}, record("kernels", results))
+    page = gpu_day.page({"device": "H100"}, "def", record("kernels", results))
     of_kernels = [target for target in gpu_day.TARGETS if target.step == "kernels"]
     assert {target.what.partition(": ")[2]: target.least for target in of_kernels} == kernels.TARGETS
     assert page.count("| yes |") == 4 and page.count("| **no** |") == 2 and "at least 0.8 | 0.7 |" in page
+    stale = gpu_day.page({"device": "H100"}, "other", record("kernels", results))
+    assert "done, by other code or versions" in stale and stale.count("| not measured |") == len(gpu_day.TARGETS)
 
 
 def rows_of_attention(layout, times):
