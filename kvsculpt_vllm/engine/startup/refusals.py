@@ -390,9 +390,13 @@ def check_attention_layers(layers: dict[str, Attention]) -> None:
     for name, layer in layers.items():
         for feature in _odd_attention(layer) if type(layer) is Attention else [type(layer).__name__]:
             found.setdefault(feature, name)
-    shapes = {(layer.head_size, layer.num_kv_heads): name for name, layer in layers.items() if type(layer) is Attention}
+    plain = {name: layer for name, layer in layers.items() if type(layer) is Attention}
+    shapes = {(layer.head_size, layer.num_heads, layer.num_kv_heads): name for name, layer in plain.items()}
     if len(shapes) > 1:
-        found["several head sizes or numbers of KV heads"] = ", ".join(shapes.values())
+        found["several head sizes or numbers of heads"] = ", ".join(shapes.values())
+    scales = {layer.impl.scale: name for name, layer in plain.items()}
+    if len(scales) > 1:
+        found["several scales of attention"] = ", ".join(scales.values())
     _refuse([Refusal(f"{what} ({name})", "the fit does not model it", _OTHER_MODEL) for what, name in found.items()])
 
 

@@ -289,6 +289,10 @@ def test_other_kv_caches_are_refused(config, feature):
         check_kv_cache_config(config)
 
 
+def implementation(**changes: object) -> SimpleNamespace:
+    return SimpleNamespace(**{"alibi_slopes": None, "logits_soft_cap": 0, "scale": 0.125, **changes})
+
+
 def layer(kind: type = Attention, **changes: object) -> Attention:
     result = kind.__new__(kind)
     torch.nn.Module.__init__(result)
@@ -300,9 +304,10 @@ def layer(kind: type = Attention, **changes: object) -> Attention:
         "use_mm_prefix": False,
         "head_size": 64,
         "head_size_v": 64,
+        "num_heads": 8,
         "num_kv_heads": 2,
         "kv_cache_dtype": "auto",
-        "impl": SimpleNamespace(alibi_slopes=None, logits_soft_cap=0),
+        "impl": implementation(),
     }
     for name, value in {**plain, **changes}.items():
         setattr(result, name, value)
@@ -324,11 +329,13 @@ def test_plain_layers_pass():
         (layer(kv_cache_update_bypass=True), "the model writes itself"),
         (layer(head_size_v=32), "values of another size"),
         (layer(kv_cache_dtype="fp8"), "quantised"),
-        (layer(impl=SimpleNamespace(alibi_slopes=torch.ones(1), logits_soft_cap=0)), "ALiBi"),
-        (layer(impl=SimpleNamespace(alibi_slopes=None, logits_soft_cap=30.0)), "soft cap"),
+        (layer(impl=implementation(alibi_slopes=torch.ones(1))), "ALiBi"),
+        (layer(impl=implementation(logits_soft_cap=30.0)), "soft cap"),
         (layer(type("ChunkedAttention", (Attention,), {})), "ChunkedAttention"),
-        (layer(num_kv_heads=4), "several head sizes or numbers of KV heads"),
-        (layer(head_size=128, head_size_v=128), "several head sizes or numbers of KV heads"),
+        (layer(num_heads=16), "several head sizes or numbers of heads"),
+        (layer(num_kv_heads=4), "several head sizes or numbers of heads"),
+        (layer(head_size=128, head_size_v=128), "several head sizes or numbers of heads"),
+        (layer(impl=implementation(scale=0.25)), "several scales of attention"),
     ],
 )
 def test_odd_layer_is_refused_by_name(odd, feature):
