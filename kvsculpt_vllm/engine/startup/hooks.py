@@ -95,6 +95,7 @@ def _with_compression(stock: Callable[..., VllmConfig]) -> Callable[..., VllmCon
         else:
             _use_our_attention(self)
         vllm_config = stock(self, *args, **kwargs)
+        _drop_idle_window(vllm_config)
         check_config(self, vllm_config)
         config.check_block_size(vllm_config.cache_config.block_size, flag)
         config = resolved(config, vllm_config.model_config)
@@ -135,6 +136,15 @@ def _use_our_attention(args: EngineArgs) -> None:
     # The workers register it too; here it is looked up while vLLM makes its configuration.
     register_backend(AttentionBackendEnum.CUSTOM, TRITON_BACKEND)
     args.attention_backend, args.attention_config.backend = AttentionBackendEnum.CUSTOM, None
+
+
+def _drop_idle_window(vllm_config: VllmConfig) -> None:
+    """Take a window that no context outgrows for the full attention that it is, as --disable-sliding-window does."""
+    model = vllm_config.model_config
+    window = model.get_sliding_window()
+    if window is not None and window >= model.max_model_len:
+        model.disable_sliding_window = True
+        model.hf_text_config.sliding_window = vllm_config.cache_config.sliding_window = None
 
 
 def _allow_long_steps() -> None:
