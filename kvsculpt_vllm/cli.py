@@ -247,9 +247,25 @@ def calibrate(
     typer.echo(path)
 
 
-@app.command()
+class _WithEngineFlags(TyperCommand):
+    """Takes what follows ``--`` for flags of ``vllm serve``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        ctx.meta["engine_flags"] = args[end + 1 :]
+        return super().parse_args(ctx, args[:end])
+
+
+@app.command(cls=_WithEngineFlags, options_metavar="[OPTIONS] [-- FLAGS OF VLLM SERVE]")
 def doctor(
-    model: Annotated[str | None, typer.Option(help="A model's directory: would compression be refused for it?")] = None,
+    ctx: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A model's directory, of which config.json is enough: would compression be refused for it, as it is "
+            "served with the flags behind --?"
+        ),
+    ] = None,
     url: Annotated[str | None, typer.Option(help="A running server, such as http://localhost:8000.")] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="VLLM_API_KEY", show_envvar=True, help="That server's API key.")
@@ -270,7 +286,7 @@ def doctor(
     from kvsculpt_vllm import doctor as checks
 
     console, well = Console(soft_wrap=True), True
-    for finding in checks.examine(model, url, api_key):
+    for finding in checks.examine(model, url, api_key, ctx.meta["engine_flags"]):
         mark = {True: "[green]ok  [/green]", False: "[red]BAD [/red]", None: "    "}[finding.good]
         console.print(f"{mark} {escape(finding.name)}: {escape(finding.detail)}", highlight=False)
         well = well and finding.good is not False
@@ -280,15 +296,6 @@ def doctor(
             table.add_row(*map(escape, row))
         console.print(table)
     raise typer.Exit(0 if well else 1)
-
-
-class _WithEngineFlags(TyperCommand):
-    """Takes what follows ``--`` for flags of ``vllm serve``."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        end = args.index("--") if "--" in args else len(args)
-        ctx.meta["engine_flags"] = args[end + 1 :]
-        return super().parse_args(ctx, args[:end])
 
 
 @app.command(cls=_WithEngineFlags, options_metavar="[OPTIONS] [-- FLAGS OF VLLM SERVE]")

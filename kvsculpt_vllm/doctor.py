@@ -8,7 +8,8 @@ import platform
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any, NamedTuple
 
@@ -36,8 +37,12 @@ class Trouble(Exception):
     """A check that found something wrong; the message says what and what to do."""
 
 
-def examine(model: str | None, url: str | None, api_key: str | None) -> Iterator[Finding]:
-    """Every check, one after the other; a check that fails does not end the others."""
+def examine(model: str | None, url: str | None, api_key: str | None, flags: Sequence[str] = ()) -> Iterator[Finding]:
+    """Every check, one after the other; a check that fails does not end the others.
+
+    Args:
+        flags: those of `vllm serve` that the model would be served with.
+    """
     yield Finding("versions", None, ", ".join(_versions()))
     checks: list[tuple[str, Callable[[], str]]] = [
         ("vLLM's version", _vllm_version),
@@ -48,7 +53,7 @@ def examine(model: str | None, url: str | None, api_key: str | None) -> Iterator
         ("self-test", _self_test),
     ]
     if model is not None:
-        checks.insert(-1, (f"model {model}", lambda: _model(model)))
+        checks.insert(-1, (f"model {model}", lambda: judge(model, flags)))
     if url is not None:
         checks.append((f"server {url}", lambda: _server(url.rstrip("/"), api_key)))
     for name, check in checks:
@@ -58,6 +63,45 @@ def examine(model: str | None, url: str | None, api_key: str | None) -> Iterator
             yield Finding(name, False, str(trouble))
         except Exception as error:  # noqa: BLE001 - what nobody thought of is a finding, too
             yield Finding(name, False, f"the check itself failed: {type(error).__name__}: {error}")
+
+
+def judge(model: str, flags: Sequence[str] = ()) -> str:
+    """What is chosen for a model that a server would compress; of its directory config.json is enough.
+
+    Args:
+        flags: those of `vllm serve` that it would be served with.
+
+    Raises:
+        Trouble: it would be refused, for which reasons, or cannot be configured or tried.
+        SystemExit: a flag is wrong; vLLM's parser has said which.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from kvsculpt_vllm.calibration_file import NONE
+    from kvsculpt_vllm.config import CompressionConfig
+    from kvsculpt_vllm.engine.compat.patcher import is_applied
+    from kvsculpt_vllm.engine.compat.patches import ADD_CLI_ARGS
+    from kvsculpt_vllm.engine.startup.refusals import UnsupportedFeature
+
+    if not is_applied(ADD_CLI_ARGS):
+        raise Trouble("not checked, because the plugin was not loaded")
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="kvsculpt doctor … --"))
+    given = parser.parse_args(["--kv-compression", "sculpt", *flags, "--model", model])
+    args = EngineArgs.from_cli_args(given)
+    args.load_format, args.enforce_eager = "dummy", True
+    args.kv_cache_memory_bytes = args.kv_cache_memory_bytes or 1 << 28  # else it is measured
+    try:
+        config = args.create_engine_config()
+        layers = _rehearsed(_plain(args, config))
+    except UnsupportedFeature as refused:
+        raise Trouble(_reasons(refused)) from None
+    except (ValueError, OSError) as error:
+        raise Trouble(f"vLLM cannot configure it: {error}") from None
+    calibration = CompressionConfig.from_additional_config(config.additional_config).calibration
+    if calibration == NONE:
+        calibration = "none (a pilot on each prompt, which `kvsculpt calibrate --model DIR` can save)"
+    return f"not refused, {layers} layers tried, block size {config.cache_config.block_size}, calibration {calibration}"
 
 
 def refusals() -> list[tuple[str, str, str]]:
@@ -138,28 +182,32 @@ def _environment() -> str:
     return f"KV cache layout {layout or DEFAULT_LAYOUT}, no variable that is refused"
 
 
-def _model(model: str) -> str:
-    from vllm.engine.arg_utils import EngineArgs
+def _plain(args: Any, config: Any) -> Any:
+    """The configuration for one rank and for weights that are not quantised, with which attention is the same."""
+    alone = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1}
+    if config.model_config.quantization is None and all(getattr(args, name) == 1 for name in alone):
+        return config
+    overrides = args.hf_overrides
+    if isinstance(overrides, dict) or overrides is None:  # and no function
+        overrides = {**(overrides or {}), "quantization_config": None}
+    return replace(args, **alone, hf_overrides=overrides, quantization=None).create_engine_config()
 
-    from kvsculpt_vllm.calibration_file import NONE
-    from kvsculpt_vllm.config import CompressionConfig
-    from kvsculpt_vllm.engine.compat.patcher import is_applied
-    from kvsculpt_vllm.engine.compat.patches import ADD_CLI_ARGS
+
+def _rehearsed(config: Any) -> int:
+    """How many attention layers the model has, none of which a server would refuse."""
     from kvsculpt_vllm.engine.startup.refusals import UnsupportedFeature
+    from kvsculpt_vllm.engine.worker.rehearsal import rehearse
 
-    if not is_applied(ADD_CLI_ARGS):
-        raise Trouble("not checked, because the plugin was not loaded")
-    args = EngineArgs(model=model, additional_config={"kv_compression": "sculpt"}, kv_cache_memory_bytes=1 << 28)
     try:
-        config = args.create_engine_config()
-    except UnsupportedFeature as refused:
-        raise Trouble(_reasons(refused)) from None
-    except (ValueError, OSError) as error:
-        raise Trouble(f"vLLM cannot configure it: {error}") from None
-    calibration = CompressionConfig.from_additional_config(config.additional_config).calibration
-    if calibration == NONE:
-        calibration = "none (a pilot on each prompt, which `kvsculpt calibrate --model DIR` can save)"
-    return f"not refused, block size {config.cache_config.block_size}, calibration {calibration}"
+        return rehearse(config)
+    except UnsupportedFeature:
+        raise
+    except Exception as error:
+        # Whatever a model raises that is built without its weights: its configuration was not refused.
+        raise Trouble(
+            "its configuration is not refused, and its layers could not be tried without its weights "
+            f"({type(error).__name__}: {error}): the start of a server tells"
+        ) from error
 
 
 def _reasons(refused: Any) -> str:
