@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from statistics import mean, median
 from types import SimpleNamespace
@@ -418,6 +419,20 @@ def refusals() -> str:
     return table(["refused at start-up", "because", "cure"], known_refusals())
 
 
+def zoo() -> str:
+    """Architectures that the tests run, and what becomes of each."""
+    spec = spec_from_file_location("zoo", ROOT / "tests" / "helpers" / "zoo.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return table(["model", "in particular", "with compression"], map(_model, module.ZOO))
+
+
+def _model(model: Any) -> list[str]:
+    told = f"refused: {model.refused}" if model.refused else "exact"
+    return [f"{model.name} (`{model.architecture}`)", model.particular, told]
+
+
 def outcomes() -> str:
     """What can become of a prompt."""
     from kvsculpt_vllm.engine.shared.reasons import Outcome
@@ -525,6 +540,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "flags": flags,
     "efforts": efforts,
     "refusals": refusals,
+    "zoo": zoo,
     "store-sizes": store_sizes,
     "working-memory": working_memory,
     "outcomes": outcomes,

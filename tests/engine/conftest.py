@@ -21,12 +21,16 @@ MOST = 3
 
 
 class Engine:
-    """A process that runs the jobs of one engine."""
+    """A process that runs the jobs of one engine, or of a script that answers a line with a line."""
 
-    def __init__(self) -> None:
+    def __init__(self, script: Path = JOB, *arguments: str) -> None:
         self._log = TemporaryFile("w+")  # noqa: SIM115 - as long as the process
         self._process = subprocess.Popen(
-            [sys.executable, str(JOB)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
+            [sys.executable, str(script), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
         )
 
     def run(self, job: str) -> dict:
