@@ -28,11 +28,11 @@ test: setup ## Run all tests
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels
 	@# Servers compute on the first core, the engines of the other tests on the last one: side by side they take two thirds
 	@# of the time. Behind the servers come the scheduler's tests, and those on vLLM 0.33's Python and 0.32's kernels.
-	@{ $(BIN)/python -m pytest -q tests/serving tests/engine/scheduler; serving=$$?; \
+	@{ $(BIN)/python -m pytest -q tests/serving tests/engine/scheduler tests/engine/test_zoo.py; serving=$$?; \
 	    next=$$($(NEXT_VLLM)) && PYTHONPATH=$$next $(BIN)/python -m pytest -q -m "not engine" $(ON_NEXT) && \
 	    PYTHONPATH=$$next $(BIN)/python -m pytest -q $(ENGINES_ON_NEXT) && exit $$serving; \
 	  } > $(VENV)/test-serving.log 2>&1 & serving=$$!; \
-	  $(BIN)/python -m pytest -q --ignore=tests/kernels --ignore=tests/serving --ignore=tests/engine/scheduler; others=$$?; \
+	  $(BIN)/python -m pytest -q --ignore=tests/kernels --ignore=tests/serving --ignore=tests/engine/scheduler --ignore=tests/engine/test_zoo.py; others=$$?; \
 	  wait $$serving; serving=$$?; cat $(VENV)/test-serving.log; exit $$((serving || others))
 
 # `.venv/bin/pre-commit install` has git run it before every commit.

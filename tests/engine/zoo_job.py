@@ -8,7 +8,6 @@ import gc
 import json
 import random
 import sys
-import time
 
 import engine_job  # first: it keeps what libraries print out of the answers
 from engine_job import RESULT, install_identity
@@ -85,7 +84,7 @@ def answer(job: dict, packed: bool) -> dict:
         llm = LLM(**{**ENGINE, **job["engine"], **settings}, model=job["model"])
     except UnsupportedFeature as error:
         cleanup_dist_env_and_memory()
-        return {"refused": [refusal._asdict() for refusal in error.refusals], "seconds": time.process_time()}
+        return {"refused": [refusal._asdict() for refusal in error.refusals]}
     batch = [request(at * LENGTH, LENGTH, 16) for at in range(2)]
     done = engine_job.run({"batches": [batch]}, llm, tokens_of_prompts())
     llm.llm_engine.engine_core.shutdown()
@@ -94,7 +93,6 @@ def answer(job: dict, packed: bool) -> dict:
         "refused": [],
         "tokens": done["tokens"][0],
         "told": done["told"][0],
-        "seconds": time.process_time(),
     }
 
 
