@@ -48,12 +48,12 @@ class RaggedCache:
         return sum(len(keys) for keys in self.keys)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """See `Cache`."""
-        heads, new = key.shape[:2]
+        """See `Cache`. There may be more keys and values than queries: the first ones are of tokens before these."""
+        (heads, tail), new = key.shape[:2], query.shape[1]
         query = query.unflatten(0, (heads, -1)) * scale  # (H, G, T, D)
         # The engine stores new tokens' keys and values before anything reads them.
         key, value = key.to(self.storage).to(key.dtype), value.to(self.storage).to(value.dtype)
-        hidden = torch.ones(new, new, dtype=torch.bool, device=key.device).triu_(1)
+        hidden = torch.ones(new, tail, dtype=torch.bool, device=key.device).triu_(1 + tail - new)
         outputs = []
         for head in range(heads):
             kept_keys, kept_values = (held[layer * heads + head].to(key.dtype) for held in (self.keys, self.values))
@@ -63,6 +63,25 @@ class RaggedCache:
                 logits[..., : len(kept_keys)] += self.biases[layer * heads + head]
             outputs.append(logits.softmax(-1) @ torch.cat([kept_values, value[head]]))
         return torch.cat(outputs)
+
+
+class Continued:
+    """A cache behind which tokens come in several passes, each of them computed once. The cache stays as it is."""
+
+    def __init__(self, cache: RaggedCache) -> None:
+        self._cache = cache
+        self._tail: dict[int, tuple[Tensor, Tensor]] = {}  # of each layer: keys and values (KV heads, t, D)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See `Cache`."""
+        if layer in self._tail:
+            key, value = (torch.cat(pair, 1) for pair in zip(self._tail[layer], (key, value), strict=True))
+        self._tail[layer] = key, value
+        return self._cache.attend(layer, query, key, value, scale)
+
+    def cut(self, count: int) -> None:
+        """Forget all tokens behind the first `count`."""
+        self._tail = {layer: (key[:, :count], value[:, :count]) for layer, (key, value) in self._tail.items()}
 
 
 class Recorder:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kvsculpt_vllm import models
-from kvsculpt_vllm.evaluation.attention import NAME, Cache, RaggedCache, Recorder
+from kvsculpt_vllm.evaluation.attention import NAME, Cache, Continued, RaggedCache, Recorder
 from kvsculpt_vllm.sculpt.matmul import fast_matmul
 from kvsculpt_vllm.sculpt.rotary import Rotary, rotaries_of
 
@@ -70,7 +70,7 @@ class EvaluationModel:
         return recorder
 
     @torch.no_grad()
-    def continue_from(self, cache: RaggedCache, tokens: Sequence[int], first_position: int) -> Tensor:
+    def continue_from(self, cache: Cache, tokens: Sequence[int], first_position: int) -> Tensor:
         """Logits (T, vocabulary) after each of `tokens`, which follow the cached context at `first_position`."""
         return self._forward(tokens, first_position, cache, last_only=False)
 
@@ -79,20 +79,27 @@ class EvaluationModel:
     ) -> list[int]:
         """The greedy continuation of `tokens`, which follow the cached context at `first_position`.
 
-        It ends before the model's end of sequence, or after `limit` tokens. It is computed in one pass as far as it
-        follows the `draft`, and in one more for each departure from it.
+        It ends before the model's end of sequence, or after `limit` tokens. Nothing is computed twice, and as much as
+        follows the `draft` in one pass.
         """
         answer: list[int] = []
+        continued, new, known = Continued(cache), list(tokens), 0  # `known` tokens are computed, `new` ones are not
         while True:
-            guess = list(draft[len(answer) : limit])
-            logits = self.continue_from(cache, [*tokens, *answer, *guess], first_position)
-            following = logits[len(tokens) + len(answer) - 1 :].argmax(-1).tolist()
-            for token, guessed in zip(following, [*guess, None], strict=True):
-                if token in self._end or len(answer) == limit:
+            as_drafted = not answer or answer[-1:] == list(draft[len(answer) - 1 : len(answer)])
+            guess = list(draft[len(answer) : limit]) if as_drafted else []
+            logits = self.continue_from(continued, [*new, *guess], first_position + known)
+            known += len(new) - 1
+            for token, guessed in zip(logits[len(new) - 1 :].argmax(-1).tolist(), [*guess, None], strict=True):
+                if token in self._end:
                     return answer
                 answer.append(token)
+                known += 1
+                if len(answer) == limit:
+                    return answer
                 if token != guessed:
                     break
+            continued.cut(known)
+            new = answer[-1:]
 
     def _forward(self, tokens: Sequence[int], first_position: int, cache: Cache, last_only: bool) -> Tensor:
         positions = torch.arange(first_position, first_position + len(tokens), device=self.device)
