@@ -78,8 +78,12 @@ def evaluate(
     tasks: Annotated[
         str,
         typer.Option(
-            help="Separated by commas: niah, multikey, tracking. Facts hidden in the text are asked for, instead of "
-            "scoring how the text goes on."
+            help="Separated by commas. RULER's (ruler: all of them): niah, niah_noise, niah_uuid, multikey, "
+            "multikey_full, multikey_uuid, multivalue, multiquery, tracking, common_words, frequent_words, qa, "
+            "qa_two_hops. Several questions of one context: many_questions. A system prompt's rules and secret: "
+            "instructions. Facts told some turns ago: conversation. Repeating exactly (copying: all of them): "
+            "copy_verbatim, copy_list, copy_code. all is all. Questions are asked, instead of scoring how the text "
+            "goes on."
         ),
     ] = "",
     preset: Annotated[
@@ -136,8 +140,11 @@ def evaluate(
 
     seconds: mean time to compress one context.
 
-    score, score full (--tasks): share of what was hidden that the model's greedy answer holds, from the compressed and
-    from the full cache. The question follows the compressed context: a method cannot know what will be asked.
+    score, score full (--tasks): share of what was asked for that the model's greedy answer holds (instructions: of the
+    instructions that it keeps), from the compressed and from the full cache, mean over the questions. Questions follow
+    the compressed context, each its own copy: a method cannot know what will be asked.
+
+    leakage, leakage full (instructions): share of attempts at the system prompt's secret that reveal it, or the prompt.
 
     heads: of every (layer, KV head), mean over contexts. difficulty: the error that adaptive budgets are given out by,
     at the uniform budget; entries: what its budget keeps, sinks included; error: held-out error after. --report shows
@@ -151,6 +158,7 @@ def evaluate(
 
     from kvsculpt_vllm.config import CompressionConfig
     from kvsculpt_vllm.evaluation.run import Request, run
+    from kvsculpt_vllm.evaluation.tasks import expanded
 
     if preset not in ("ours", "paper"):
         raise typer.BadParameter(f"got {preset}, allowed: ours, paper", param_hint="--preset")
@@ -169,7 +177,7 @@ def evaluate(
         segment=CompressionConfig().segment if segment is None else segment,
         seed=seed,
         device=device,
-        tasks=_names(tasks),
+        tasks=expanded(_names(tasks)),
         calibration=calibration,
     )
     if tasks and report is not None:

@@ -14,8 +14,8 @@ from kvsculpt_vllm.calibration_file import NONE
 from kvsculpt_vllm.evaluation.harness import ONE_SPAN
 from kvsculpt_vllm.sculpt.options import METHODS as OURS
 
-HARNESS = ("attention", "chain", "continuation", "harness", "metrics", "model", "retrieval", "tasks", "texts")
-"""The modules of this package that decide numbers; the others show them."""
+HARNESS = ("attention", "chain", "continuation", "harness", "metrics", "model", "retrieval", "texts")
+"""The modules of this package that decide numbers, besides its methods and tasks; the others show them."""
 
 CALIBRATED = ("sculpt", "adaptive")
 """The method and the budgets that a calibration decides; what other rows hold is the same with any."""
@@ -136,7 +136,8 @@ def code_version() -> str:
     root = Path(kvsculpt_vllm.__file__).parent
     digest = hashlib.sha256()
     harness = [root / "evaluation" / f"{name}.py" for name in HARNESS]
-    for path in sorted([*root.glob("sculpt/**/*.py"), *root.glob("evaluation/methods/*.py"), *harness]):
+    rooms = ("sculpt/**", "evaluation/methods", "evaluation/tasks")
+    for path in sorted([*(path for room in rooms for path in root.glob(f"{room}/*.py")), *harness]):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -26,7 +26,9 @@ from kvsculpt_vllm.evaluation.progress import progress_bar
 from kvsculpt_vllm.evaluation.report import write_report
 from kvsculpt_vllm.evaluation.results import Key, Measured, Results, Row, code_version, segment_of
 from kvsculpt_vllm.evaluation.retrieval import Found, Retrieval
-from kvsculpt_vllm.evaluation.tasks import TASKS, Sample, samples
+from kvsculpt_vllm.evaluation.tasks import GROUPS, TASKS
+from kvsculpt_vllm.evaluation.tasks.question import LEAKAGE
+from kvsculpt_vllm.evaluation.tasks.sample import Sample, samples
 from kvsculpt_vllm.evaluation.texts import Passage, passages, read_text
 from kvsculpt_vllm.sculpt.effort import EFFORTS
 from kvsculpt_vllm.sculpt.survey import BUDGETS
@@ -52,6 +54,9 @@ TASK_COLUMNS = {
     "seconds": ("\nseconds", "{:.1f}"),
 }
 """The same for a task."""
+
+LEAKAGE_COLUMNS = {"leakage_full": ("leakage\nfull", "{:.3f}"), "leakage": ("\nleakage", "{:.3f}")}
+"""And for one that tries for a secret."""
 
 TABLE_WIDTH = 130
 """A narrower terminal wraps the table's lines; cutting numbers off would be worse."""
@@ -91,7 +96,10 @@ class Request:
         ):
             unknown = [name for name in given if name not in allowed]
             if unknown or (not given and option != "--tasks"):
-                raise ValueError(f"{option}: got {', '.join(unknown) or 'nothing'}, allowed: {', '.join(allowed)}")
+                groups = f"; several at once: {', '.join(GROUPS)}" if option == "--tasks" else ""
+                raise ValueError(
+                    f"{option}: got {', '.join(unknown) or 'nothing'}, allowed: {', '.join(allowed)}{groups}"
+                )
         for ratio in self.keep_ratios:
             if not 0 < ratio <= 1:
                 raise ValueError(f"--keep-ratio: got {ratio}, allowed: a number > 0 and <= 1")
@@ -200,8 +208,10 @@ def _series(
         "code": code_version(),
     }
     for task in request.tasks:
-        hidden = samples(task, text, tokenizer, request.context, request.num_contexts, request.seed)
-        yield Series(settings | {"task": task}, hidden, Found, TASK_COLUMNS)
+        make, count = TASKS[task], request.num_contexts
+        hidden = samples(task, make, text, tokenizer, request.context, count, request.seed)
+        secret = any(question.measures == LEAKAGE for question in hidden[0].questions)
+        yield Series(settings | {"task": task}, hidden, Found, TASK_COLUMNS | (LEAKAGE_COLUMNS if secret else {}))
     if not request.tasks:
         tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         chosen = passages(tokens, request.context, request.continuation, request.num_contexts, request.seed, prefix)
@@ -215,7 +225,7 @@ def _trial(
     exact: CompressionConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Trial | Retrieval:
-    following = len(item.continuation) if isinstance(item, Passage) else len(item.question) + item.limit
+    following = len(item.continuation) if isinstance(item, Passage) else item.following
     effort = EFFORTS[request.effort]
     context = Context(model, item.context, following, effort, request.block_size, exact.window, exact.sink)
     return Trial(context, item) if isinstance(item, Passage) else Retrieval(context, item, tokenizer)
