@@ -8,6 +8,7 @@ fails while a table is not what this script would write.
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import math
 import re
@@ -237,6 +238,23 @@ def retrieval() -> str:
         samples = ", ".join(str(row["settings"]["num_contexts"]) for row in rows)
         body.append([name, *shares, samples])
     return table(["Qwen2.5-Coder-1.5B, keep 0.3", "needle", "key-value lines", "variable tracking", "samples"], body)
+
+
+@cache
+def tasks_benchmark() -> Any:
+    """The module benchmarks/quality.py, which makes the tables of tasks from their own folder of results."""
+    spec = importlib.util.spec_from_file_location("benchmarks_quality", ROOT / "benchmarks" / "quality.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tasks(name: str) -> str:
+    """One of the tables of tasks: scores, wins, leakage, conversations by turn."""
+    benchmark = tasks_benchmark()
+    header, body = benchmark.TABLES[name](benchmark.Measured(benchmark.read()))
+    return table(header, body) if body else "Not measured yet."
 
 
 def paper() -> str:
@@ -533,6 +551,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "uniform-qwen": lambda: quality(QWEN, "Qwen2.5-Coder-1.5B", UNIFORM),
     "segments": segments,
     "retrieval": retrieval,
+    "tasks-scores": lambda: tasks("tasks-scores"),
+    "tasks-wins": lambda: tasks("tasks-wins"),
+    "tasks-leakage": lambda: tasks("tasks-leakage"),
+    "tasks-turns": lambda: tasks("tasks-turns"),
     "paper": paper,
     "cost-small": cost_small,
     "cost": cost,
