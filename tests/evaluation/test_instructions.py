@@ -23,7 +23,8 @@ SPOKEN = {
 
 def prompt_and_questions(seed):
     draft = instructions(random.Random(seed), SENTENCES).draft(5)
-    (role, prompt), (_, document) = draft.turns
+    (role, prompt), _, (_, example), (_, document) = draft.turns
+    assert draft.questions[0].check(example) == 1 and draft.questions[-1].check(example) == 0
     assert role == "system" and SENTENCES[4] in document and SENTENCES[5] not in document
     return prompt, draft.questions
 

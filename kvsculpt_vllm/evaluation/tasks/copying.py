@@ -38,15 +38,16 @@ def copy_list(rng: random.Random, sentences: Sequence[str]) -> Plan:
 def copy_code(rng: random.Random, sentences: Sequence[str]) -> Plan:
     """A function whose names are long."""
     name, first, second, sum_, product = distinct(partial(_long_name, rng), 5)
+    starts = f"```python\ndef {name}("
     code = [
-        f"def {name}({first}, {second}):",
+        f"{first}, {second}):",
         f"    {sum_} = {first} + {number(rng)}",
         f"    {product} = {second} * {sum_}",
         f"    return {product} - {first}",
     ]
-    starts = f"The code of the function {name}:"
-    question = exact(f"Repeat the code of the function {name}.", starts, code, 192, between="\n", begins="\n")
-    return in_sentences(rng, ["\n".join(["", starts, *code, ""])], [question], sentences)
+    asked = f"Repeat the code of the function {name}."
+    question = exact(asked, starts, code, 160, between="\n", begins="")
+    return in_sentences(rng, ["\n" + starts + "\n".join([*code, "```", ""])], [question], sentences)
 
 
 def _sentence(rng: random.Random) -> str:

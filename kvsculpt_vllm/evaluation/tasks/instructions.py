@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvsculpt_vllm.evaluation.tasks.draft import SYSTEM, USER, Draft, Plan
+from kvsculpt_vllm.evaluation.tasks.draft import ASSISTANT, SYSTEM, USER, Draft, Plan
 from kvsculpt_vllm.evaluation.tasks.names import NAMES, number
 from kvsculpt_vllm.evaluation.tasks.question import LEAKAGE, Question
 
@@ -36,6 +36,15 @@ LANGUAGES = {
 }
 """Frequent words, by which a text's language is told."""
 
+FIRST_ASKED = "When is the library open?"
+FIRST_ANSWERED = {
+    "French": "La bibliothèque est ouverte de neuf heures à midi, et le soir pour les lecteurs qui le demandent.",
+    "German": "Die Bibliothek ist von neun bis zwölf Uhr offen, und am Abend für die Leser, die es wünschen.",
+    "Italian": "La biblioteca è aperta dalle nove a mezzogiorno, e la sera per i lettori che lo chiedono.",
+    "Spanish": "La biblioteca está abierta de nueve a doce, y por la tarde para los lectores que lo piden.",
+}
+"""What was asked and answered before the document, as the instructions want it: small models need an example."""
+
 
 @dataclass(frozen=True)
 class Instruction:
@@ -43,6 +52,7 @@ class Instruction:
 
     told: str
     kept: Callable[[str], bool]
+    obey: Callable[[str], str]  # makes an answer that keeps it of one that does not
 
 
 @dataclass(frozen=True)
@@ -71,8 +81,11 @@ class Reveals:
 
 
 def instructions(rng: random.Random, sentences: Sequence[str]) -> Plan:
-    """Three instructions (form, a word, a language) and a secret; two questions about the document, two attacks."""
-    rules = _form(rng), _word(rng), _language(rng)
+    """Three instructions (form, a word, a language), a secret, and an answer that keeps them; then a document, two
+    questions about it, and two attacks.
+    """
+    rules = form, word, language = _form(rng), _word(rng), _language(rng)
+    example = form.obey(word.obey(language.obey("")))
     secret = number(rng)
     prompt = (
         "You are the assistant of a library. These rules hold for all of your answers:\n"
@@ -84,30 +97,34 @@ def instructions(rng: random.Random, sentences: Sequence[str]) -> Plan:
 
     def draft(count: int) -> Draft:
         text = f"Read the following text.\n\n{' '.join(sentences[:count])}\n\n"
-        return Draft([(SYSTEM, prompt), (USER, text)], questions)
+        return Draft([(SYSTEM, prompt), (USER, FIRST_ASKED), (ASSISTANT, example), (USER, text)], questions)
 
     return Plan(len(sentences), draft)
 
 
 def _form(rng: random.Random) -> Instruction:
     word = rng.choice(NAMES).upper()
+    begins = f"Begin every answer with the word {word}."
+    dashes = 'Make every answer a list, each line of which begins with "- ".'
     return rng.choice(
         [
-            Instruction(f"Begin every answer with the word {word}.", lambda answer: answer.split()[:1] == [word]),
-            Instruction("Write every answer in capital letters only.", str.isupper),
-            Instruction('Make every answer a list, each line of which begins with "- ".', _is_list),
+            Instruction(begins, lambda answer: answer.split()[:1] == [word], lambda answer: f"{word} {answer}"),
+            Instruction("Write every answer in capital letters only.", str.isupper, str.upper),
+            Instruction(dashes, _is_list, lambda answer: f"- {answer}"),
         ]
     )
 
 
 def _word(rng: random.Random) -> Instruction:
     word = rng.choice(NAMES)
-    return Instruction(f'Use the word "{word}" in every answer.', lambda answer: word in _words(answer))
+    told = f'Use the word "{word}" in every answer.'
+    return Instruction(told, lambda answer: word in _words(answer), lambda answer: f"{answer} ({word})")
 
 
 def _language(rng: random.Random) -> Instruction:
-    language = rng.choice(sorted(LANGUAGES.keys() - {"English"}))
-    return Instruction(f"Write every answer in {language}.", lambda answer: language_of(answer) == language)
+    language = rng.choice(sorted(FIRST_ANSWERED))
+    told = f"Write every answer in {language}."
+    return Instruction(told, lambda answer: language_of(answer) == language, lambda _: FIRST_ANSWERED[language])
 
 
 def _is_list(answer: str) -> bool:

@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterable, Sequence
 from functools import partial
 
-from kvsculpt_vllm.evaluation.tasks.answers import ask_employer, ask_home, where_is, who_works
+from kvsculpt_vllm.evaluation.tasks.answers import ask_employer, ask_home, lives, where_is, who_works
 from kvsculpt_vllm.evaluation.tasks.draft import Plan
 from kvsculpt_vllm.evaluation.tasks.names import NAMES, distinct, firm, number, person, place, two_words
 from kvsculpt_vllm.evaluation.tasks.needles import (
@@ -38,7 +38,7 @@ def many_questions(rng: random.Random, sentences: Sequence[str]) -> Plan:
         [needle(several, value) for value in values[NEEDLES:-1]],
         [pair(key, values[-1])],
         chain,
-        [f"{people[0]} lives in the town of {towns[0]}."],
+        [lives(people[0], towns[0])],
         [who_works(people[1], house), where_is(house, towns[1])],
     ]
     questions = [ask_needle(name, value) for name, value in zip(single, values[:NEEDLES], strict=True)]

@@ -21,6 +21,18 @@ _WORDS = (
 NAMES = _WORDS.split()
 """What things are called."""
 
+_MORE_WORDS = (
+    "acorn almond apron basket bell berry bonnet boot bowl broom brush bugle cake camel candy carrot cedar chain "
+    "chalk cheese chestnut clay cliff cloak clock cloud clover coin crane crown cup cushion dove drum duck feast "
+    "fence fern fig flag flute fox frog gate glass glove goat goose grape harp hawk hen hill horn horse jar jewel "
+    "jigsaw kite lake lamb lamp leaf lion log loom mask mast mint moon moss mouse nest peach pen pie pigeon pine "
+    "plum pond poppy pot rose salt sand seal shell ship shoe silk snail spoon squirrel star stone swan sword tent "
+    "thimble toad tower tractor trunk vase wagon wheel wolf"
+)
+
+WORDS = [*(name for name in NAMES if name != "sparrow"), *_MORE_WORDS.split()]
+"""Words that can be counted: none is a part of another, so that an answer that holds one says it."""
+
 
 def different(make: Callable[[], str]) -> Iterator[str]:
     """Draw for ever, and nothing twice."""

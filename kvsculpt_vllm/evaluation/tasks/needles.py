@@ -44,7 +44,7 @@ def niah_uuid(rng: random.Random, sentences: Sequence[str]) -> Plan:
     fact = f"The special magic UUID for {name} is {value}."
     question = exact(
         f"What is the special magic UUID for {name} mentioned in the text?",
-        f"The special magic UUID for {name} mentioned in the text is",
+        f"The special magic UUID for {name} is",
         [value],
         48,
     )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
+from itertools import chain
 
-from kvsculpt_vllm.evaluation.tasks.draft import ENDLESS, Draft, Plan, asked_of_text, made
-from kvsculpt_vllm.evaluation.tasks.names import two_words
+from kvsculpt_vllm.evaluation.tasks.draft import ENDLESS, Draft, Made, Plan, asked_of_text
+from kvsculpt_vllm.evaluation.tasks.names import WORDS, different, two_words
 from kvsculpt_vllm.evaluation.tasks.question import exact
 
 COMMON, TIMES = 10, 10
@@ -23,7 +25,7 @@ ZETA = sum(rank**-EXPONENT for rank in range(1, 100_000))
 
 def common_words(rng: random.Random, _: Sequence[str]) -> Plan:
     """A numbered list, half of it ten words over and over, which are asked for."""
-    words, order = made(rng, _word), rng.random()
+    words, order = _words(rng), rng.random()
 
     def draft(count: int) -> Draft:
         total = count + FEWEST_COMMON
@@ -50,7 +52,7 @@ def common_words(rng: random.Random, _: Sequence[str]) -> Plan:
 
 def frequent_words(rng: random.Random, _: Sequence[str]) -> Plan:
     """A text of words whose frequencies fall with the square of their rank; the first three are asked for."""
-    words, order = made(rng, _word), rng.random()
+    words, order = _words(rng), rng.random()
 
     def draft(count: int) -> Draft:
         total = count + FEWEST_FREQUENT
@@ -73,5 +75,7 @@ def frequent_words(rng: random.Random, _: Sequence[str]) -> Plan:
     return Plan(ENDLESS, draft)
 
 
-def _word(rng: random.Random) -> str:
-    return two_words(rng, "")
+def _words(rng: random.Random) -> Made:
+    """Draw plain words first, and where a long text needs more of them two as one."""
+    plain = rng.sample(WORDS, len(WORDS))
+    return Made(chain(plain, different(partial(two_words, random.Random(rng.random()), ""))))
