@@ -8,7 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
+from typer.main import get_command
+from typer.testing import CliRunner
 
+from kvsculpt_vllm.cli import app
 from kvsculpt_vllm.evaluation.tasks import GROUPS, RULER, TASKS, expanded
 from kvsculpt_vllm.evaluation.tasks.conversation import FACTS, TOLD, TURNS
 from kvsculpt_vllm.evaluation.tasks.names import WORDS
@@ -258,6 +261,18 @@ def test_groups_name_their_tasks_and_nothing_is_run_twice():
     assert len(RULER) == 13
     assert set(expanded(["all"])) == set(TASKS) >= {task for group in GROUPS.values() for task in group}
     assert expanded(["niah", "copying", "copy_list", "unheard-of"]) == ["niah", *GROUPS["copying"], "unheard-of"]
+
+
+def test_an_unknown_task_is_told_with_what_is_allowed():
+    found = CliRunner().invoke(app, ["eval", "--tasks", "niah,needles"])
+    assert found.exit_code == 1
+    assert "--tasks: got needles, allowed: niah, " in found.output
+    assert "several at once: ruler, copying, all" in found.output
+
+
+def test_the_help_names_every_task():
+    options = {option.name: option.help for option in get_command(app).commands["eval"].params}
+    assert not [name for name in (*TASKS, *GROUPS) if not re.search(rf"\b{name}\b", options["tasks"])]
 
 
 def test_the_score_counts_the_references_that_are_there():
