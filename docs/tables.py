@@ -398,6 +398,100 @@ def sharing() -> str:
     return table(["", "exact", "sculpted (ratio)"], rows)
 
 
+REUSE = ("reuse-smollm2-135m-cpu.json", "reuse-qwen2.5-coder-1.5b-cpu.json")
+"""What `benchmarks/reuse.py` measured, of each model."""
+
+
+def _reused(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def _both(found: dict[str, Any], part: str, when: str, key: str, form: Callable[[float], str]) -> list[str]:
+    """A figure of both systems, the plugin's with what it is of stock vLLM's."""
+    stock, plugin = (found[part][when][system][key] for system in ("stock", "plugin"))
+    return [form(stock), f"{form(plugin)} ({plugin / stock:.2g}x)"]
+
+
+def _per_second(rate: float) -> str:
+    return f"{rate:.2f}"
+
+
+def _waited(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def reuse_small() -> str:
+    """The README's: many questions about more documents than fit."""
+    found = _reused(REUSE[0])
+    rows = [
+        ["documents whose cache is there", *(str(found["resident"][name]) for name in ("stock", "plugin"))],
+        ["requests/s once all are sculpted", *_both(found, "many", "steady", "requests_per_s", _per_second)],
+        ["first token then, median", *_both(found, "many", "steady", "first_token_median_s", _waited)],
+        ["requests/s from the start", *_both(found, "many", "in_all", "requests_per_s", _per_second)],
+    ]
+    return table(["", "stock vLLM, prefix cache on", "sculpted"], rows)
+
+
+def reuse() -> str:
+    """All of it."""
+    found = _reused(REUSE[0])
+    rows = [["documents resident at the end", *(str(found["resident"][name]) for name in ("stock", "plugin"))]]
+    measures: list[tuple[str, str, Callable[[float], str]]] = [
+        ("requests_per_s", "requests/s", _per_second),
+        ("first_token_median_s", "first token, median", _waited),
+        ("first_token_p99_s", "first token, 99th percentile", _waited),
+        ("hit_rate", "prompt tokens found in the cache", lambda share: f"{100 * share:.0f} %"),
+    ]
+    few = f"{found['few_documents']} documents, all fit"
+    for part, when, told in (
+        ("many", "in_all", f"{found['documents']} documents, {found['questions']} questions each, from the start"),
+        ("many", "steady", "the same, once each was asked about"),
+        ("few", "in_all", f"{few}, from the start"),
+        ("few", "steady", f"{few}, once each was asked about"),
+    ):
+        rows += [[f"{told}: {what}", *_both(found, part, when, key, form)] for key, what, form in measures]
+    rows.append(["seconds sculpting, in all", "", _waited(found["many"]["in_all"]["plugin"]["sculpting_s"])])
+    for part, told in (("restart", "after a restart, from the store"), ("precomputed", "precomputed, from the store")):
+        first = found[part]["first"]
+        exact, ours = first["exact_first_token_median_s"], first["first_token_median_s"]
+        rows.append(
+            [
+                f"first question of a document {told}: first token",
+                _waited(exact),
+                f"{ours:.2f} s ({first['ratio']:.2g}x)",
+            ]
+        )
+    return table(["", "stock vLLM, prefix cache on", "plugin"], rows)
+
+
+def reuse_pays() -> str:
+    """At how many questions a document pays, if stock vLLM computes it anew for each."""
+    rows = []
+    for name in REUSE:
+        found = _reused(name)
+        many, exact = found["many"], found["exact_prefill_s"]
+        sculpted = many["in_all"]["plugin"]["sculpting_s"] / found["documents"]
+        again = many["steady"]["plugin"]["first_token_median_s"]
+        pays = math.ceil(sculpted / (exact - again))
+        rows.append(
+            [
+                found["model"],
+                _waited(exact),
+                f"{_waited(sculpted)} ({sculpted / exact:.1f}x)",
+                _waited(again),
+                str(pays),
+            ]
+        )
+    header = [
+        "model",
+        "a document, computed",
+        "sculpted, once",
+        "found, first token",
+        "further questions that pay for it",
+    ]
+    return table(header, rows)
+
+
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
 
@@ -559,6 +653,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost-small": cost_small,
     "cost": cost,
     "sharing": sharing,
+    "reuse-small": reuse_small,
+    "reuse": reuse,
+    "reuse-pays": reuse_pays,
     "flags": flags,
     "efforts": efforts,
     "refusals": refusals,
