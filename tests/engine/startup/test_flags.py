@@ -100,6 +100,7 @@ MODEL = SimpleNamespace(
     model="some/model",
     hf_text_config=SimpleNamespace(num_hidden_layers=2),
     get_total_num_kv_heads=lambda: 3,
+    get_sliding_window=lambda: None,
 )
 
 
