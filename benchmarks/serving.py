@@ -330,7 +330,7 @@ def main(
     chosen = [part.strip() for part in parts.split(",")]
     if unknown := [part for part in chosen if part not in PARTS]:
         raise typer.BadParameter(f"got {', '.join(unknown)}, allowed: {', '.join(PARTS)}", param_hint="--parts")
-    if {"throughput", "roomy"} & set(chosen) and find_spec("pandas") is None:
+    if {"throughput", "roomy", "answers"} & set(chosen) and find_spec("pandas") is None:
         raise SystemExit("vllm bench serve needs pandas to read prompts: pip install '.[bench]'")
     if device not in BLOCK_SIZE:
         raise typer.BadParameter(f"got {device}, allowed: cpu, cuda", param_hint="--device")
