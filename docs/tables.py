@@ -492,6 +492,27 @@ def reuse_pays() -> str:
     return table(header, rows)
 
 
+def answers() -> str:
+    """Throughput by the length of answers, with memory short and with plenty."""
+    rows: dict[tuple[int, int], dict[str, Any]] = {}
+    for row in _reused("answers-smollm2-135m-cpu.json")["answers"]:
+        rows.setdefault((row["room"], row["answer"]), {})[row["system"]] = row
+    body = []
+    for (room, length), both in rows.items():
+        stock, ours = both["stock"], both["sculpt"]
+        rates = [row["output_throughput"] for row in (stock, ours)]
+        body.append(
+            [
+                f"{room} of {stock['concurrency']}",
+                str(length),
+                f"{rates[0]:.0f}",
+                f"{rates[1]:.0f} ({rates[1] / rates[0]:.2f})",
+                f"{stock['preemptions']}, {ours['preemptions']}",
+            ]
+        )
+    return table(["memory for", "tokens of an answer", "tokens/s, stock", "sculpted (ratio)", "preemptions"], body)
+
+
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
 
@@ -653,6 +674,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost-small": cost_small,
     "cost": cost,
     "sharing": sharing,
+    "answers": answers,
     "reuse-small": reuse_small,
     "reuse": reuse,
     "reuse-pays": reuse_pays,
