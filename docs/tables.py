@@ -8,7 +8,6 @@ fails while a table is not what this script would write.
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import math
 import re
@@ -243,9 +242,14 @@ def retrieval() -> str:
 @cache
 def tasks_benchmark() -> Any:
     """The module benchmarks/quality.py, which makes the tables of tasks from their own folder of results."""
-    spec = importlib.util.spec_from_file_location("benchmarks_quality", ROOT / "benchmarks" / "quality.py")
+    return _module(ROOT / "benchmarks" / "quality.py")
+
+
+def _module(path: Path) -> Any:
+    """A file that is no part of a package, as a module."""
+    spec = spec_from_file_location(f"tables_{path.stem}", path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -554,11 +558,8 @@ def refusals() -> str:
 
 def zoo() -> str:
     """Architectures that the tests run, and what becomes of each."""
-    spec = spec_from_file_location("zoo", ROOT / "tests" / "helpers" / "zoo.py")
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return table(["model", "in particular", "with compression"], map(_model, module.ZOO))
+    models = _module(ROOT / "tests" / "helpers" / "zoo.py").ZOO
+    return table(["model", "in particular", "with compression"], map(_model, models))
 
 
 def _model(model: Any) -> list[str]:
@@ -633,7 +634,8 @@ def store_sizes(keep_ratio: float = 0.3) -> str:
 def working_memory() -> str:
     """What a GPU worker keeps free for compression, by the estimate that it makes at its start."""
     from kvsculpt_vllm.config import CompressionConfig
-    from kvsculpt_vllm.engine.worker.working_memory import RankShape, reserved
+    from kvsculpt_vllm.engine.shared.rank_shape import RankShape
+    from kvsculpt_vllm.engine.worker.working_memory import reserved
 
     lengths = (8_192, 32_768, 131_072)
     ranks = {

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from kvsculpt_vllm.config import CompressionConfig
+from kvsculpt_vllm.engine.shared.rank_shape import RankShape
 
 CPU_BYTES = 4 << 30
 """What the queries of all prompts that are computed or wait for their compression may take in a CPU's memory."""
 
 SEGMENTS = 2
 """On a GPU there is room for the queries of so many segments: one that is made, and one that is computed meanwhile."""
-
-
-def position_bytes(vllm_config: Any) -> int:
-    """Bytes that the queries of one position take on the rank that has most of them."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    assert isinstance(model.dtype, torch.dtype)  # and no name any more: vLLM has resolved it
-    numbers = model.get_num_layers(parallel) * model.get_num_attention_heads(parallel) * model.get_head_size()
-    return numbers * model.dtype.itemsize
 
 
 def longest_segment(config: CompressionConfig) -> int:
@@ -33,7 +24,7 @@ def longest_segment(config: CompressionConfig) -> int:
 def positions(vllm_config: Any, config: CompressionConfig) -> int:
     """Positions that all requests together may have queries kept of."""
     if vllm_config.device_config.device_type == "cpu":
-        return CPU_BYTES // position_bytes(vllm_config)
+        return CPU_BYTES // RankShape.of(vllm_config).position_bytes
     return positions_on_gpu(config)
 
 

@@ -8,9 +8,10 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu_worker import Worker
 
 from kvsculpt_vllm.config import CompressionConfig
+from kvsculpt_vllm.engine.shared.rank_shape import RankShape
 from kvsculpt_vllm.engine.worker.pages import TokenPages
 from kvsculpt_vllm.engine.worker.worker import SculptWorkerMixin
-from kvsculpt_vllm.engine.worker.working_memory import RankShape, reserved
+from kvsculpt_vllm.engine.worker.working_memory import reserved
 
 logger = init_logger("vllm.kvsculpt")
 
@@ -52,14 +53,5 @@ class SculptGPUWorker(SculptWorkerMixin, Worker):
 
     def _reserved_bytes(self) -> int:
         """Bytes that the samples of all prompts take at most, and the solve of the longest segment."""
-        model, parallel = self.model_config, self.parallel_config
-        assert isinstance(model.dtype, torch.dtype)  # and no name any more: vLLM has resolved it
-        rank = RankShape(
-            num_layers=model.get_num_layers(parallel),
-            num_kv_heads=model.get_num_kv_heads(parallel),
-            num_query_heads=model.get_num_attention_heads(parallel),
-            head_size=model.get_head_size(),
-            element_bytes=model.dtype.itemsize,
-        )
         config = CompressionConfig.from_additional_config(self.vllm_config.additional_config)
-        return sum(reserved(rank, config, model.max_model_len))
+        return sum(reserved(RankShape.of(self.vllm_config), config, self.model_config.max_model_len))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.shared import sample_room
+from kvsculpt_vllm.engine.shared.rank_shape import RankShape
 from kvsculpt_vllm.sculpt.effort import EFFORTS
 from kvsculpt_vllm.sculpt.memory import BYTES, COPIES, GROUP_BYTES, layer_groups
 from kvsculpt_vllm.sculpt.queries import RECENT_POSITIONS
@@ -23,22 +23,6 @@ TEMPORARIES = 3
 
 STEP_COPIES = 30
 """Tensors as large as the keys of a batch that key steps hold: ten pairs of curvature, and what one step makes."""
-
-
-@dataclass(frozen=True)
-class RankShape:
-    """The attention of one rank: what its memory for compression follows."""
-
-    num_layers: int
-    num_kv_heads: int
-    num_query_heads: int
-    head_size: int
-    element_bytes: int  # of a query, and of an entry of the cache
-
-    @property
-    def position_bytes(self) -> int:
-        """Bytes that the queries of one position take, in the model's dtype."""
-        return self.num_layers * self.num_query_heads * self.head_size * self.element_bytes
 
 
 class Reserved(NamedTuple):

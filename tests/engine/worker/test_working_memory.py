@@ -11,8 +11,9 @@ from torch.utils._pytree import tree_leaves
 from vllm.v1.worker.gpu_worker import Worker
 
 from kvsculpt_vllm.config import CompressionConfig
+from kvsculpt_vllm.engine.shared.rank_shape import RankShape
 from kvsculpt_vllm.engine.worker.worker_gpu import SculptGPUWorker
-from kvsculpt_vllm.engine.worker.working_memory import RankShape, reserved, solve_bytes
+from kvsculpt_vllm.engine.worker.working_memory import reserved, solve_bytes
 from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.effort import EFFORTS, Effort
 from kvsculpt_vllm.sculpt.layerwise import compress_segment
@@ -160,7 +161,6 @@ class GPUWorker(SculptGPUWorker):
 
     def __init__(self, user_gave: int | None) -> None:
         self.cache_config = SimpleNamespace(kv_cache_memory_bytes=user_gave)
-        self.parallel_config = None
         self.model_config = SimpleNamespace(
             dtype=torch.bfloat16,
             max_model_len=32_768,
@@ -169,7 +169,9 @@ class GPUWorker(SculptGPUWorker):
             get_num_attention_heads=lambda parallel: 32,
             get_head_size=lambda: 128,
         )
-        self.vllm_config = SimpleNamespace(additional_config={"kv_compression": "sculpt"})
+        self.vllm_config = SimpleNamespace(
+            additional_config={"kv_compression": "sculpt"}, model_config=self.model_config, parallel_config=None
+        )
 
 
 @pytest.fixture

@@ -1,0 +1,37 @@
+"""The attention of one rank: what its memory for compression follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class RankShape:
+    """The numbers of one rank's attention."""
+
+    num_layers: int
+    num_kv_heads: int
+    num_query_heads: int
+    head_size: int
+    element_bytes: int  # of a query, and of an entry of the cache
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> RankShape:
+        """The shape of the rank whose configuration this is; the first one's in the scheduler."""
+        model, parallel = vllm_config.model_config, vllm_config.parallel_config
+        assert isinstance(model.dtype, torch.dtype)  # and no name any more: vLLM has resolved it
+        return cls(
+            num_layers=model.get_num_layers(parallel),
+            num_kv_heads=model.get_num_kv_heads(parallel),
+            num_query_heads=model.get_num_attention_heads(parallel),
+            head_size=model.get_head_size(),
+            element_bytes=model.dtype.itemsize,
+        )
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes that the queries of one position take, in the model's dtype."""
+        return self.num_layers * self.num_query_heads * self.head_size * self.element_bytes
