@@ -62,9 +62,11 @@ def compress_segment_in_slices(
         own = slice(numbers.start, numbers.stop)
         of_group = None if calibration is None else calibration.part(own)
         problems = yield from source.of(numbers)
-        rows = problems.thin_rows(effort.fit_positions * problems.group)
-        # Fits ask for the answers of their own rows only: here, or when their problems are built again.
-        answered = None if budget == "adaptive" and calibration is None else rows[: len(rows) * (len(groups) == 1)]
+        if budget == "adaptive" and calibration is None:
+            answered = None  # the pilot asks for all
+        else:  # fits ask for those of their own rows: of these problems, or of problems that are built again
+            rows = problems.thin_rows(effort.fit_positions * problems.group)
+            answered = rows if len(groups) == 1 else rows[:0]
         found = yield from survey_in_slices(
             problems, plan, method, budget, effort, limit=limit, calibration=of_group, answered=answered
         )

@@ -131,29 +131,23 @@ def teach(problems: Problems, max_elements: int, power: int | None = 1, answered
     received = torch.zeros_like(problems.values[..., :1])
     # Not even one row need be wanted.
     outs, lses = [problems.retained_out[:, :0]], [problems.retained_lse[:, :0]]
-    passes: list[tuple[bool, Tensor | None]] = [(True, answered)]
-    if answered is not None and power is not None:
-        others = torch.ones(problems.queries.shape[1], dtype=torch.bool).index_fill_(0, answered, False)
-        passes.append((False, others.nonzero()[:, 0]))
-    for wanted, among in passes:
-        for rows in _row_parts(problems, max_elements, among):
-            # By entry (B, n, q): the sum that ranks entries runs along memory, as do the rows taken in `_errors`.
-            weights = torch.bmm(problems.keys, problems.queries[:, rows].transpose(1, 2) * problems.scale)
-            peak = weights.amax(1, keepdim=True)
-            weights = weights.sub_(peak).exp_()
-            retained_lse = problems.retained_lse[:, rows]
-            if wanted:
-                both = torch.bmm(weights.transpose(1, 2), values)
-                summed = both[..., -1]
-                of_span, of_span_lse = both[..., :-1] / both[..., -1:], summed.log() + peak[:, 0]
-                out, lse = merge(of_span, of_span_lse, problems.retained_out[:, rows], retained_lse)
-                outs.append(out)
-                lses.append(lse)
-            else:
-                lse = torch.logaddexp(weights.sum(1).log() + peak[:, 0], retained_lse)
-            if power is not None:
-                to_share = (peak[:, 0] - lse).exp()
-                received += matvec(weights.pow_(power), to_share.pow(power).unsqueeze(-1))
+    for rows, wanted in _asked(problems, max_elements, answered, others=power is not None):
+        # By entry (B, n, q): the sum that ranks entries runs along memory, as do the rows taken in `_errors`.
+        weights = torch.bmm(problems.keys, problems.queries[:, rows].transpose(1, 2) * problems.scale)
+        peak = weights.amax(1, keepdim=True)
+        weights = weights.sub_(peak).exp_()
+        retained_lse = problems.retained_lse[:, rows]
+        if wanted:
+            both = torch.bmm(weights.transpose(1, 2), values)
+            of_span, of_span_lse = both[..., :-1] / both[..., -1:], both[..., -1].log() + peak[:, 0]
+            out, lse = merge(of_span, of_span_lse, problems.retained_out[:, rows], retained_lse)
+            outs.append(out)
+            lses.append(lse)
+        else:
+            lse = torch.logaddexp(weights.sum(1).log() + peak[:, 0], retained_lse)
+        if power is not None:
+            to_share = (peak[:, 0] - lse).exp()
+            received += matvec(weights.pow_(power), to_share.pow(power).unsqueeze(-1))
     attention = None if power is None else received.squeeze(-1)
     return Teacher(torch.cat(outs, dim=1), torch.cat(lses, dim=1), attention)
 
@@ -192,6 +186,16 @@ def _errors(problems: Problems, ranking: Ranking, sizes: Sequence[int], max_elem
             total[i] += (output_error + LSE_WEIGHT * lse_error).sum(1)
             done = size
     return total.T / problems.queries.shape[1]
+
+
+def _asked(
+    problems: Problems, max_elements: int, answered: Tensor | None, others: bool
+) -> Iterator[tuple[slice | Tensor, bool]]:
+    """The query rows `answered`, some at a time, and True; then with False the `others`, if they are to be asked."""
+    yield from ((rows, True) for rows in _row_parts(problems, max_elements, answered))
+    if answered is not None and others:
+        left = torch.ones(problems.queries.shape[1], dtype=torch.bool).index_fill_(0, answered, False)
+        yield from ((rows, False) for rows in _row_parts(problems, max_elements, left.nonzero()[:, 0]))
 
 
 def _row_parts(problems: Problems, max_elements: int, among: Tensor | None = None) -> Iterator[slice | Tensor]:
