@@ -56,9 +56,13 @@ class Measurement:
         heads = {
             name: np.mean([measurement.heads[name] for measurement in measurements], axis=0).tolist() for name in HEADS
         }
+        errors = {"held_out_error_per_context": [measurement.held_out_error_after for measurement in measurements]}
         trace = np.mean([measurement.trace for measurement in measurements], axis=0).tolist()
         return (
-            summarise([measurement.scores for measurement in measurements]) | means | {"heads": heads, "trace": trace}
+            summarise([measurement.scores for measurement in measurements])
+            | means
+            | errors
+            | {"heads": heads, "trace": trace}
         )
 
 
