@@ -97,6 +97,13 @@ class CompressionConfig(BaseModel):
     keep_ratio: float = Field(
         default=0.3, gt=0, le=1, description="Fraction of the compressed span's entries that is kept."
     )
+    keep_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="Tokens whose entries a context keeps, however long it is, in place of a fraction: one that has no "
+        "more stays exact. What follows a chain that has them already, in a later turn say, still keeps a little. 0: "
+        "the keep ratio says it.",
+    )
     budget: Annotated[str, OneOf(BUDGETS)] = Field(default="adaptive", description=described(BUDGETS))
     min_tokens: int = Field(default=512, ge=1, description="Prompts with fewer tokens stay exact.")
     sink: int = Field(default=4, ge=0, description="First tokens of a prompt, kept exactly. Fewer than the block size.")
@@ -113,8 +120,8 @@ class CompressionConfig(BaseModel):
         default=1.0,
         gt=0,
         description="A segment that has a larger error on held-out queries (relative squared output error plus squared "
-        "log-sum-exp error, mean over layers and heads) is made again with more entries, up to all of them. 1 is an "
-        "output as far off as none.",
+        "log-sum-exp error, mean over layers and heads) is made again with as many more entries as it takes, up to all "
+        "of them; what the keep ratio says is the least. 1 is an output as far off as none.",
     )
     segment: int = Field(
         default=2048,
@@ -181,6 +188,15 @@ class CompressionConfig(BaseModel):
         """Whether anything is compressed."""
         return self.method != "none"
 
+    def kept(self, num_tokens: int) -> float:
+        """The fraction of the entries of a context of `num_tokens` that is kept, at most 1."""
+        return min(1.0, self.keep_tokens / num_tokens) if self.keep_tokens else self.keep_ratio
+
+    @property
+    def amount(self) -> str:
+        """How much is kept, in words."""
+        return f"{self.keep_tokens} tokens" if self.keep_tokens else f"a fraction of {self.keep_ratio:g}"
+
     @property
     def efforts(self) -> tuple[str, ...]:
         """The efforts that are allowed, from the least to `max_effort`."""
@@ -231,9 +247,16 @@ class CompressionConfig(BaseModel):
         fields = {request_key(field): field for field in type(self).model_fields if field not in SERVER_ONLY}
         wrong = [WrongSetting(key, value, _cure(key)) for key, value in given.items() if key not in fields]
         changes = {fields[key]: value for key, value in given.items() if key in fields}
+        if "keep_ratio" in changes:  # a request that names a fraction does not mean the server's number of tokens
+            changes = {"keep_tokens": 0} | changes
         return _build(self.model_dump() | changes, request_key, wrong)._consistent(request_key)
 
     def _consistent(self, spell: Callable[[str], str]) -> CompressionConfig:
+        """This configuration, with defaults that follow from other settings.
+
+        Raises:
+            ConfigError: if settings that are allowed each for itself do not go together.
+        """
         if self.decode > self.segment and "decode" not in self.model_fields_set:
             return self.model_copy(update={"decode": self.segment})._consistent(spell)
         if self.decode > self.segment:

@@ -23,6 +23,7 @@ configs = st.builds(
     CompressionConfig,
     method=st.sampled_from(sorted(METHODS)),
     keep_ratio=st.floats(0, 1, exclude_min=True),
+    keep_tokens=st.integers(0, 2**40),
     budget=st.sampled_from(["uniform", "adaptive"]),
     min_tokens=st.integers(1, 2**40),
     sink=st.integers(0, 2**40),
@@ -89,6 +90,15 @@ def test_request_without_our_keys_costs_no_new_configuration():
 
 def test_request_can_switch_compression_off_and_keep_its_other_settings():
     assert not SCULPT.for_request({"kv_compression": "none", "kv_compression_keep_ratio": 0.5}).active
+
+
+def test_a_request_that_names_a_fraction_does_not_mean_the_servers_number_of_tokens():
+    server = SCULPT.model_copy(update={"keep_tokens": 600})
+    assert server.kept(2000) == 0.3
+    assert server.kept(500) == 1
+    assert server.for_request({"kv_compression_keep_ratio": 0.5}).kept(2000) == 0.5
+    assert server.for_request({"kv_compression_window": 32}).kept(2000) == 0.3
+    assert SCULPT.for_request({"kv_compression_keep_tokens": 500}).kept(2000) == 0.25
 
 
 WRONG = [

@@ -233,7 +233,7 @@ class Worker:
         for block in command.packed:
             self.content[block] = [packed.content] * BLOCK
         if failed == "loses too much":
-            return Solved(command.request_id, command.attempt, succeeded=False, reason=Reason.ERROR_BOUND)
+            return Solved(command.request_id, command.attempt, succeeded=False, error=2.0, reason=Reason.ERROR_BOUND)
         if failed:
             self.told[command.request_id] += 1
             return Solved(command.request_id, command.attempt, succeeded=False, reason=Reason.EXCEPTION, told=True)

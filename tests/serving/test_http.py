@@ -92,6 +92,10 @@ def test_a_request_chooses_for_itself(client, get):
     kept = record["blocks_after"] - (record["blocks_before"] - record["span_tokens"] // 32)
     assert kept == -(-record["span_tokens"] // 32 // 2)
     assert record["span_tokens"] // 32 - kept == record["blocks_freed"]
+    story = ask(kv_compression="select", kv_compression_keep_tokens=320, kv_compression_budget="uniform")
+    record = story["compression"]
+    assert record["keep_ratio"] == pytest.approx(320 / record["prompt_tokens"])
+    assert 8 <= record["entries_kept"] / 32 <= 10
 
 
 @pytest.mark.parametrize(
@@ -210,6 +214,7 @@ BAD = [
     ({"kv_compression_keep_ratio": 1.5}, ["kv_compression_keep_ratio", "1.5", "<= 1"]),
     ({"kv_compression_keep_ratio": 0}, ["kv_compression_keep_ratio", "> 0"]),
     ({"kv_compression_keep_ratio": -0.3}, ["kv_compression_keep_ratio", "-0.3"]),
+    ({"kv_compression_keep_tokens": -1}, ["kv_compression_keep_tokens", "-1", ">= 0"]),
     ({"kv_compression_keep_ratio": "half"}, ["kv_compression_keep_ratio", "half"]),
     ({"kv_compression_keep_ratio": 1e300}, ["kv_compression_keep_ratio", "<= 1"]),
     ({"kv_compression_keep_ratio": "nan"}, ["kv_compression_keep_ratio", "nan"]),

@@ -209,19 +209,12 @@ class SculptSchedulerMixin(LongTails):
             return
         request = self.requests[solved.request_id]
         self._drop(solved.request_id)
-        if solved.reason == Reason.ERROR_BOUND and (larger := self._larger(pending.span)) is not None:
+        too_much = solved.reason == Reason.ERROR_BOUND
+        if too_much and (larger := pending.span.grown(solved.error, pending.config.max_error)) is not None:
             self._times_made[solved.request_id] += 1
             self._spans[solved.request_id] = larger
         else:
             self._fail(request, solved.reason or Reason.EXCEPTION, told=solved.told)
-
-    def _larger(self, span: spans.Span) -> spans.Span | None:
-        """The same segment with twice the entries, or a copy of everything where others are to follow; None where that
-        would free nothing.
-        """
-        packed = min(2 * span.packed_blocks, span.blocks)
-        is_copy_of_use = span.followed and span.packed_blocks < span.blocks
-        return replace(span, packed_blocks=packed) if packed < span.blocks or is_copy_of_use else None
 
     def _fail(self, request: Request, reason: Reason, told: bool = False) -> None:
         """Nothing more of a request is compressed; `told` says that the workers' books know."""

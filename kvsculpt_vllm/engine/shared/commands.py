@@ -120,7 +120,7 @@ class Solved:
     attempt: int
     succeeded: bool = True  # or nothing was written that may be used
     seconds: float = 0.0  # that it took, on the slowest rank
-    error: float = 0.0  # held-out
+    error: float = 0.0  # held-out; also of what lost more than `max_error`
     by_method: bool = True  # it is what was asked for, and not selection after a failure
     reason: Reason | None = None  # why it failed
     told: bool = False  # the books have heard of the failure

@@ -172,7 +172,7 @@ def _start_up_line(vllm_config: VllmConfig, config: CompressionConfig, block_siz
         budgets += " (by a pilot on each prompt, which `kvsculpt calibrate` can save)"
     return (
         f"KV compression: active, because --kv-compression is {config.method}. "
-        f"Keep ratio {config.keep_ratio:g}, budget {budgets}, prompts from {config.min_tokens} tokens, "
+        f"Keeps {config.amount}, budget {budgets}, prompts from {config.min_tokens} tokens, "
         f"store {shown(config.store)}, "
         f"block size {vllm_config.cache_config.block_size}{' (chosen, the smallest)' if block_size_chosen else ''}, "
         f"layout {requested_layout() or DEFAULT_LAYOUT}, "

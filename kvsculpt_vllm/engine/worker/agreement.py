@@ -22,6 +22,7 @@ class Failure:
 
     reason: Reason
     description: str
+    error: float = 0.0  # held-out, where it is too large
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
@@ -84,5 +85,5 @@ def agreed(
     record = of_all_ranks(records)
     if record.error_after > max_error:
         told = f"held-out error {record.error_after:.4g}, at most {max_error:g} is allowed"
-        return Failure(Reason.ERROR_BOUND, told), (0, 0)
+        return Failure(Reason.ERROR_BOUND, told, record.error_after), (0, 0)
     return record, (0, 0)

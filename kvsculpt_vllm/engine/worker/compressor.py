@@ -162,7 +162,7 @@ class Compressor:
         return CompressionRecord(
             request_id=command.request_id,
             method=config.method,
-            keep_ratio=config.keep_ratio,
+            keep_ratio=config.kept(command.num_prompt_tokens),
             budget=config.budget,
             effort=config.effort,
             prompt_tokens=command.num_prompt_tokens,

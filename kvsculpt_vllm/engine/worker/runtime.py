@@ -270,7 +270,14 @@ class Runtime:
                 tokens = command.num_prompt_tokens
                 self.ledger.settle(command.request_id, tokens, outcome, lost.reason, lost.description)
                 self.state.samples.pop(command.request_id, None)
-            answer = Solved(command.request_id, command.attempt, succeeded=False, reason=lost.reason, told=told)
+            answer = Solved(
+                command.request_id,
+                command.attempt,
+                succeeded=False,
+                error=lost.error,
+                reason=lost.reason,
+                told=told,
+            )
         else:
             self.state.solved[command.request_id] = result
             answer = Solved(

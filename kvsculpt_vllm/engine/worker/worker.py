@@ -183,7 +183,7 @@ class SculptWorkerMixin(Worker):
             "dtype": str(model.dtype),
             "block_size": str(self.cache_config.block_size),
             "method": config.method,
-            "keep_ratio": f"{config.keep_ratio:g}",
+            "kept": config.amount,
             "budget": config.budget,
             "written_by": f"kvsculpt-vllm {__version__}, vLLM {vllm.__version__}",
         }

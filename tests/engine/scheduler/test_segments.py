@@ -78,6 +78,7 @@ LORA = LoRARequest("a", 1, "/a")
         (request(), SCULPT.model_copy(update={"effort": "fast"}), True),
         (request(), SCULPT.model_copy(update={"effort": "thorough"}), False),  # it took less
         (request(), SCULPT.model_copy(update={"keep_ratio": 0.5}), False),
+        (request(), SCULPT.model_copy(update={"keep_tokens": 300}), False),
         (request(), SCULPT.model_copy(update={"method": "select"}), False),
         (request(), SCULPT.model_copy(update={"budget": "uniform"}), False),
         (request(), SCULPT.model_copy(update={"sink": 8}), False),
