@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,9 @@ FILE = "kvsculpt-calibration.json"
 SHIPPED = Path(__file__).parent / "calibrations"
 """The folder of the calibrations that come with the package, `<name of the model>.json`."""
 
-AUTO, NONE = "auto", "none"
+AUTO, NONE, MEASURE = "auto", "none", "measure"
+"""What the setting may be besides a path. `measure` is `auto`, and where that finds nothing the server's first start
+writes a file, where `auto` finds it, too (`measured_place`)."""
 
 
 class CalibrationError(ValueError):
@@ -107,8 +110,9 @@ def read(path: Path) -> CalibrationFile:
 def find(setting: str, model: str, num_layers: int, num_kv_heads: int) -> Path | None:
     """Find the file that the setting `calibration` means for a model (a directory, or a name as on Hugging Face).
 
-    `none` means no file, and a path means that file. `auto` means the file in the model's directory, else the one that
-    comes with the package for a model of that name and shape, else none.
+    `none` means no file, and a path means that file. `auto` and `measure` mean the file in the model's directory, else
+    the one that a server has measured, else the one that comes with the package for a model of that name and shape,
+    else none.
 
     Raises:
         CalibrationError: the file that was named, or is in the model's directory, does not fit the model.
@@ -117,10 +121,12 @@ def find(setting: str, model: str, num_layers: int, num_kv_heads: int) -> Path |
         return None
     directory, name = _place(model)
     beside, shipped = directory / FILE if directory else None, SHIPPED / f"{name}.json"
-    if setting != AUTO:
+    if setting not in (AUTO, MEASURE):
         path = Path(setting)
     elif beside is not None and beside.is_file():
         path = beside
+    elif (measured := measured_place(model)).is_file():
+        path = measured
     else:
         fits = shipped.is_file() and _shape(read(shipped)) == (num_layers, num_kv_heads)
         return shipped if fits else None
@@ -131,6 +137,16 @@ def find(setting: str, model: str, num_layers: int, num_kv_heads: int) -> Path |
             f"{num_kv_heads}"
         )
     return path.resolve()
+
+
+def measured_place(model: str) -> Path:
+    """Where a server keeps what it has measured of a model: in the user's cache, as models are often not its own to
+    write to. Models of one name are told apart by where they are, or by their whole name on Hugging Face.
+    """
+    directory, name = _place(model)
+    digest = hashlib.sha256(str(directory or model).encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return cache / "kvsculpt-vllm" / "calibrations" / f"{name}-{digest}.json"
 
 
 def _place(model: str) -> tuple[Path | None, str]:

@@ -154,7 +154,8 @@ class CompressionConfig(BaseModel):
         default="auto",
         description="What adaptive budgets of the method sculpt follow: a file that `kvsculpt calibrate` wrote, or "
         "none, a pilot on each prompt, which takes longer. auto: kvsculpt-calibration.json in the model's directory, "
-        "or what comes with the plugin for the model, else none. The server's only.",
+        "what a server has measured, or what comes with the plugin for the model, else none. measure: the same, and "
+        "where there is none the first start measures it, which takes minutes. The server's only.",
     )
 
     store: str = Field(
@@ -335,7 +336,7 @@ def allowed(field: str) -> str:
         return ", ".join(options)
     info = CompressionConfig.model_fields[field]
     if field == "calibration":
-        return "auto, none, or a file that `kvsculpt calibrate` wrote for this model"
+        return "auto, measure, none, or a file that `kvsculpt calibrate` wrote for this model"
     symbols = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     bounds = [
         f"{symbol} {getattr(rule, name):g}"

@@ -1,10 +1,12 @@
 """The calibration's file: what is in it, what is refused, and which one a server takes."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from transformers import AutoConfig
 
 from kvsculpt_vllm import calibration_file
 from kvsculpt_vllm.calibration_file import FILE, CalibrationError, CalibrationFile, find, read
@@ -38,6 +40,7 @@ def made():
 def model(tmp_path, monkeypatch):
     """A model's directory, and an empty one of shipped files beside it."""
     monkeypatch.setattr(calibration_file, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("shipped", "m"):
         (tmp_path / name).mkdir()
     return tmp_path / "m"
@@ -87,8 +90,13 @@ def test_auto_is_the_models_own_before_the_shipped_one_of_its_name_and_shape(mad
     cached = model.parent / "models--org--m" / "snapshots" / "abc"
     cached.mkdir(parents=True)
     assert find("auto", str(cached), LAYERS, HEADS) == shipped
+    measured = calibration_file.measured_place(str(model))
+    assert measured != calibration_file.measured_place(str(model.parent / "other" / "m"))
+    measured.parent.mkdir(parents=True)
+    made.write(measured)
+    assert find("auto", *shape) == find("measure", *shape) == measured
     made.write(model / FILE)
-    assert find("auto", *shape) == model / FILE
+    assert find("auto", *shape) == find("measure", *shape) == model / FILE
     (model / "m.gguf").touch()
     assert find("auto", str(model / "m.gguf"), LAYERS, HEADS) == model / FILE
     assert find("none", *shape) is None
@@ -109,6 +117,36 @@ def test_a_file_that_does_not_fit_stops_the_server(made, model):
         with pytest.raises(ConfigError, match=f"--kv-compression-calibration: got .*{given}.*{why}"):
             setting = given if given == "auto" else str(model / given)
             resolved(CompressionConfig(method="sculpt", calibration=setting), served)
+
+
+def test_the_first_start_measures_and_the_next_one_finds_the_file(first_layers_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measure, auto = (CompressionConfig(method="sculpt", calibration=name) for name in ("measure", "auto"))
+    # 2,048 positions: four contexts of 512 tokens.
+    config = AutoConfig.from_pretrained(first_layers_path)
+    config.max_position_embeddings = 2048
+    served = SimpleNamespace(model=str(first_layers_path), hf_text_config=config, get_total_num_kv_heads=lambda: 3)
+    assert resolved(auto, served).calibration == "none"
+    path = resolved(measure, served).calibration
+    file = read(Path(path))
+    assert Path(path).is_relative_to(tmp_path)
+    assert (file.num_layers, file.num_kv_heads, file.context, file.texts) == (4, 3, 512, {"stdlib": 4})
+    monkeypatch.setattr("subprocess.run", None)
+    assert resolved(measure, served).calibration == resolved(auto, served).calibration == path
+
+
+def test_a_model_that_cannot_be_measured_stops_the_server(model, capfd):
+    (model / "config.json").write_text("{}")
+    served = SimpleNamespace(
+        model=str(model), hf_text_config=SimpleNamespace(num_hidden_layers=LAYERS), get_total_num_kv_heads=lambda: HEADS
+    )
+    with pytest.raises(ConfigError, match=r"calibration: got 'measure', allowed: .*none.* cannot be calibrated"):
+        resolved(CompressionConfig(method="sculpt", calibration="measure"), served)
+    assert "kvsculpt calibrate:" in capfd.readouterr().err
+    (model / "m.gguf").touch()
+    served.model = str(model / "m.gguf")
+    with pytest.raises(ConfigError, match="single file"):
+        resolved(CompressionConfig(method="sculpt", calibration="measure"), served)
 
 
 @pytest.mark.parametrize(

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from vllm.config import ModelConfig
 
-from kvsculpt_vllm.calibration_file import NONE, CalibrationError, find
+from kvsculpt_vllm.calibration_file import MEASURE, NONE, CalibrationError, find
 from kvsculpt_vllm.config import CompressionConfig, ConfigError, WrongSetting, allowed, flag
+from kvsculpt_vllm.engine.startup.measured_calibration import measure
 
 
 def resolved(config: CompressionConfig, model: ModelConfig) -> CompressionConfig:
-    """The configuration with the path of the file that its `calibration` means for the model, or with `none`.
+    """The configuration with the path of the file that its `calibration` means for the model, or with `none`. The
+    file is made now if it is to be measured and is not there.
 
     Raises:
-        ConfigError: that file does not fit the model.
+        ConfigError: that file does not fit the model, or cannot be made.
     """
     num_layers = model.hf_text_config.num_hidden_layers
     try:
         path = find(config.calibration, model.model, num_layers, model.get_total_num_kv_heads())
+        if path is None and config.calibration == MEASURE:
+            path = measure(model)
     except CalibrationError as error:
         cure = f"{allowed('calibration')} ({error})"
         raise ConfigError([WrongSetting(flag("calibration"), config.calibration, cure)]) from None

@@ -164,7 +164,15 @@ def test_compression_chooses_classes_and_block_size_and_says_so(log, block_size,
     }
     assert given["kv_compression"] == settings
     (line,) = log
-    for said in ("active", "is sculpt", "a fraction of 0.5", "adaptive", f"size {block_size or 32}", "LBHNC", "runner V1"):
+    for said in (
+        "active",
+        "is sculpt",
+        "a fraction of 0.5",
+        "adaptive",
+        f"size {block_size or 32}",
+        "LBHNC",
+        "runner V1",
+    ):
         assert said in line
 
 
