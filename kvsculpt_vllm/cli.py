@@ -68,7 +68,7 @@ def evaluate(
         str,
         typer.Option(
             help="Separated by commas: ours are select, select_fit, sculpt; peers are attention_matching, "
-            "attention_matching_omp, attention_matching_our_budgets, expected_attention, keydiff, snapkv, "
+            "attention_matching_omp, attention_matching_our_budgets, expected_attention, keydiff, kvzip, snapkv, "
             "kvsculpt_paper; random shows how bad it can be."
         ),
     ] = "select,select_fit,sculpt",

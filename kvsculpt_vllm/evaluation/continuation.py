@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvsculpt_vllm.evaluation.attention import RaggedCache
 from kvsculpt_vllm.evaluation.harness import ONE_SPAN, Attempt, Context
-from kvsculpt_vllm.evaluation.methods.base import Method
+from kvsculpt_vllm.evaluation.methods.base import Method, OfContext
 from kvsculpt_vllm.evaluation.metrics import TokenScores, compare, summarise
 from kvsculpt_vllm.evaluation.texts import Passage
 
@@ -74,7 +74,7 @@ class Trial:
         self._full_logits = self._logits(context.full_cache)
 
     def measure(
-        self, method: Method, budget: str, keep_ratios: Sequence[float], segment: int = ONE_SPAN
+        self, method: Method | OfContext, budget: str, keep_ratios: Sequence[float], segment: int = ONE_SPAN
     ) -> Iterator[Measurement]:
         """Compress the context to each keep ratio, in segments of `segment` tokens, continue from it, compare."""
         return map(self._measurement, self.context.compress(method, budget, keep_ratios, segment))

@@ -11,7 +11,7 @@ import torch
 
 from kvsculpt_vllm.evaluation.attention import RaggedCache
 from kvsculpt_vllm.evaluation.chain import Chain, joined
-from kvsculpt_vllm.evaluation.methods.base import Method
+from kvsculpt_vllm.evaluation.methods.base import Method, OfContext
 from kvsculpt_vllm.evaluation.methods.biased import BiasedCompressed
 from kvsculpt_vllm.evaluation.model import EvaluationModel
 from kvsculpt_vllm.sculpt.budgets import PagePlan, span_sizes
@@ -70,7 +70,7 @@ class Context:
             )
         if num_tokens + following > model.num_positions:
             raise ValueError(f"{num_tokens} + {following} tokens exceed the model's {model.num_positions} positions")
-        self.model, self.num_tokens, self._tokens = model, num_tokens, tokens
+        self.model, self.num_tokens, self.tokens = model, num_tokens, tokens
         self._effort, self._block_size, self._window, self.sinks = effort, block_size, window, sinks
         self._end = self.span_blocks * block_size + window
         positions, self._recent = sample_positions(0, self._end, effort.positions_for(model.position_bytes))
@@ -104,16 +104,23 @@ class Context:
 
     @torch.no_grad()
     def compress(
-        self, method: Method, budget: str, keep_ratios: Sequence[float], segment: int = ONE_SPAN
+        self, method: Method | OfContext, budget: str, keep_ratios: Sequence[float], segment: int = ONE_SPAN
     ) -> Iterator[Attempt]:
         """One attempt for each keep ratio, in segments of `segment` tokens.
 
         What serves all ratios of one span is done once; its seconds count in each, as a single request would pay them.
+
+        Raises:
+            NotImplementedError: a method that has the context read again cannot make segments.
         """
         if not is_one_span(self.num_tokens, self._window, self._block_size, segment):
+            if isinstance(method, OfContext):
+                raise NotImplementedError("a method that has a context read again takes it at once: --segment 0")
             yield from (self._chained(method, budget, self.pieces(ratio, segment)) for ratio in keep_ratios)
             return
         begin = time.perf_counter()
+        if isinstance(method, OfContext):
+            method = method.of(self)
         to_pages = method(self.problems, self.plan(1.0), budget, self._effort)
         prepared = time.perf_counter() - begin
         for keep_ratio in keep_ratios:
@@ -127,7 +134,7 @@ class Context:
         return list(pieces(self.num_tokens, self._window, self._block_size, keep_ratio, segment))
 
     def _chained(self, method: Method, budget: str, cuts: Sequence[Piece]) -> Attempt:
-        chain = Chain(self.model, self._tokens, self._effort, self._block_size, self._window, self.sinks)
+        chain = Chain(self.model, self.tokens, self._effort, self._block_size, self._window, self.sinks)
         made = chain.make(cuts, method, budget)
         return self._attempt(joined(made.segments), made.cache, made.seconds)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,11 +23,17 @@ class EvaluationModel:
         NotImplementedError: an architecture that cannot be evaluated faithfully; the message says why.
     """
 
-    def __init__(self, model: PreTrainedModel, storage: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        storage: torch.dtype = torch.bfloat16,
+        tokenize: Callable[[str], list[int]] = lambda text: [],
+    ) -> None:
+        """`tokenize` says a text in the model's tokens, without any around it; by default it has no words."""
         if model.dtype != torch.float32:
             raise ValueError(f"the model is to compute in float32, it has {model.dtype}")
         model.eval().set_attn_implementation(NAME)
-        self._model, self.storage = model, storage
+        self._model, self.storage, self.tokenize = model, storage, tokenize
         config = model.config.get_text_config()
         self.num_positions: int = config.max_position_embeddings
         self.num_layers: int = config.num_hidden_layers
@@ -52,7 +58,10 @@ class EvaluationModel:
         if not found:
             raise ValueError(f"--device: got {device}, allowed: cpu, and cuda where torch finds a GPU")
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
-        return cls(model.to(device))
+        tokenizer, _ = load_tokenizer(directory)
+        return cls(
+            model.to(device), tokenize=lambda text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        )
 
     @property
     def device(self) -> torch.device:

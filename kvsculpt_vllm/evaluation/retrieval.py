@@ -10,7 +10,7 @@ import numpy as np
 
 from kvsculpt_vllm.evaluation.attention import RaggedCache
 from kvsculpt_vllm.evaluation.harness import ONE_SPAN, Context
-from kvsculpt_vllm.evaluation.methods.base import Method
+from kvsculpt_vllm.evaluation.methods.base import Method, OfContext
 from kvsculpt_vllm.evaluation.tasks.sample import Sample
 
 
@@ -62,7 +62,7 @@ class Retrieval:
         self._full = self._answers(context.full_cache, sample.expected)
 
     def measure(
-        self, method: Method, budget: str, keep_ratios: Sequence[float], segment: int = ONE_SPAN
+        self, method: Method | OfContext, budget: str, keep_ratios: Sequence[float], segment: int = ONE_SPAN
     ) -> Iterator[Found]:
         """Compress the context to each keep ratio, in segments of `segment` tokens, ask each question of it as it is
         then, compare the answers with what was hidden.

@@ -1,7 +1,8 @@
 """The methods that can be compared: ours and its peers, one small file each.
 
 A method takes a request's problems, its pages, the budget rule (uniform, adaptive) and the effort, and returns what
-compresses to any number of pages. To add one, write its file and name it in `METHODS`.
+compresses to any number of pages; one that is `OfContext` is made for a context first. To add one, write its file and
+name it in `METHODS`.
 """
 
 from __future__ import annotations
@@ -11,21 +12,24 @@ from kvsculpt_vllm.evaluation.methods.attention_matching import (
     attention_matching_omp,
     attention_matching_our_budgets,
 )
-from kvsculpt_vllm.evaluation.methods.base import Method, surveyed
+from kvsculpt_vllm.evaluation.methods.base import Method, OfContext, surveyed
 from kvsculpt_vllm.evaluation.methods.expected_attention import expected_attention
 from kvsculpt_vllm.evaluation.methods.keydiff import keydiff
 from kvsculpt_vllm.evaluation.methods.kvsculpt_paper import kvsculpt_paper
+from kvsculpt_vllm.evaluation.methods.kvzip import kvzip
 from kvsculpt_vllm.evaluation.methods.random_choice import random_choice
 from kvsculpt_vllm.evaluation.methods.snapkv import snapkv
 from kvsculpt_vllm.sculpt.options import METHODS as OURS
 
-METHODS: dict[str, Method] = {name: surveyed(name) for name in OURS} | {
+METHODS: dict[str, Method | OfContext] = {
+    **{name: surveyed(name) for name in OURS},
     "attention_matching": attention_matching,
     "attention_matching_omp": attention_matching_omp,
     "attention_matching_our_budgets": attention_matching_our_budgets,
     "expected_attention": expected_attention,
     "keydiff": keydiff,
     "kvsculpt_paper": kvsculpt_paper,
+    "kvzip": OfContext(kvzip),
     "snapkv": snapkv,
     "random": random_choice,
 }

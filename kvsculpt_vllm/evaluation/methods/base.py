@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,11 +17,21 @@ from kvsculpt_vllm.sculpt.problem import Problems
 from kvsculpt_vllm.sculpt.selection import Ranking, Score, by_attention
 from kvsculpt_vllm.sculpt.survey import Survey, survey
 
+if TYPE_CHECKING:
+    from kvsculpt_vllm.evaluation.harness import Context
+
 ToPages = Callable[[PagePlan], Compressed]
 """Compresses the problems it was prepared for to the total of a plan, which may differ from call to call."""
 
 Method = Callable[[Problems, PagePlan, str, Effort], ToPages]
 """Does, for problems, a budget rule and an effort, what serves any number of pages; the plan's total plays no part."""
+
+
+@dataclass(frozen=True)
+class OfContext:
+    """A method that has the model read a context again before it compresses it."""
+
+    of: Callable[[Context], Method]
 
 
 def surveyed(name: str, score: Score = by_attention, calibration: LossCurves | None = None) -> Method:
