@@ -6,6 +6,7 @@ travels as an argument: nothing of the model is replaced, and there is no state 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from kvsculpt_vllm.evaluation.windows import Kept, Layers, attend_window, behind, kept
+
 NAME = "kvsculpt_evaluation"
 
-UNSUPPORTED = ("sliding_window", "softcap", "s_aux")
+UNSUPPORTED = ("softcap", "s_aux")
 """What other architectures hand to their attention and we would have to honour."""
 
 
@@ -24,6 +27,10 @@ class Cache(Protocol):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention output (heads, T, D) of new tokens: query (heads, T, D), key and value (KV heads, T, D)."""
+        ...
+
+    def attend_window(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
+        """The same of a layer that sees the last `window` tokens; such layers have numbers of their own."""
         ...
 
 
@@ -41,6 +48,7 @@ class RaggedCache:
     values: list[Tensor]
     storage: torch.dtype
     biases: list[Tensor] | None = None  # (entries,), added to the logits
+    windows: Sequence[Kept] = ()  # of each layer that sees a window: what it kept of the context's end
 
     @property
     def num_entries(self) -> int:
@@ -64,20 +72,32 @@ class RaggedCache:
             outputs.append(logits.softmax(-1) @ torch.cat([kept_values, value[head]]))
         return torch.cat(outputs)
 
+    def attend_window(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
+        """See `Cache`, and `attend` for more keys and values than queries."""
+        return attend_window(query, *behind(self.windows[layer], key, value, self.storage), scale, window)
+
 
 class Continued:
     """A cache behind which tokens come in several passes, each of them computed once. The cache stays as it is."""
 
     def __init__(self, cache: RaggedCache) -> None:
         self._cache = cache
-        self._tail: dict[int, tuple[Tensor, Tensor]] = {}  # of each layer: keys and values (KV heads, t, D)
+        self._tail: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}  # of each layer, and whether it has a window:
+        # keys and values (KV heads, t, D)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `Cache`."""
+        return self._cache.attend(layer, query, *self._appended((layer, False), key, value), scale)
+
+    def attend_window(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
+        """See `Cache`."""
+        return self._cache.attend_window(layer, query, *self._appended((layer, True), key, value), scale, window)
+
+    def _appended(self, layer: tuple[int, bool], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if layer in self._tail:
             key, value = (torch.cat(pair, 1) for pair in zip(self._tail[layer], (key, value), strict=True))
         self._tail[layer] = key, value
-        return self._cache.attend(layer, query, key, value, scale)
+        return key, value
 
     def cut(self, count: int) -> None:
         """Forget all tokens behind the first `count`."""
@@ -100,6 +120,7 @@ class Recorder:
         self._queries: list[Tensor] = []  # per layer (P, heads, D)
         self._keys: list[Tensor] = []  # per layer (KV heads, n, D)
         self._values: list[Tensor] = []
+        self.windows: list[Kept] = []  # of each layer that sees a window: what it kept of the last tokens
 
     @property
     def queries(self) -> Tensor:
@@ -133,6 +154,13 @@ class Recorder:
             query[None], key[None], value[None], is_causal=True, scale=scale, enable_gqa=True
         )[0]
 
+    def attend_window(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
+        """See `Cache`. Layers come in order."""
+        past = None if self._past is None else self._past.windows[layer]
+        key, value = behind(past, key, value, self.storage)
+        self.windows.append(kept(key, value, window, self.storage))
+        return attend_window(query, key, value, scale, window)
+
 
 def _attention(
     module: AttentionModule,
@@ -143,6 +171,8 @@ def _attention(
     *,
     scaling: float,
     evaluation_cache: Cache,
+    evaluation_layers: Layers,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     for name in UNSUPPORTED:
@@ -150,7 +180,14 @@ def _attention(
             raise NotImplementedError(f"{type(module).__name__} attends with {name}, which cannot be evaluated")
     if len(query) != 1 or attention_mask is not None:
         raise NotImplementedError("one sequence at a time, without an attention mask of its own")
-    out = evaluation_cache.attend(module.layer_idx, query[0], key[0], value[0], scaling)
+    layer = module.layer_idx
+    if evaluation_layers.have_window[layer] != (sliding_window is not None):
+        raise NotImplementedError(f"layer {layer} sees another window ({sliding_window}) than the configuration says")
+    new = evaluation_layers.numbers[layer], query[0], key[0], value[0], scaling
+    if sliding_window is None:
+        out = evaluation_cache.attend(*new)
+    else:
+        out = evaluation_cache.attend_window(*new, sliding_window)
     return out.transpose(0, 1)[None], None
 
 

@@ -181,7 +181,7 @@ def _fitted_and_judging(
         values=recording.values[:, first:end],
         span=span,
         sinks=sinks,
-        rotaries=[model.rotary] * model.num_layers,
+        rotaries=model.rotaries,
         scale=recording.scale,
         first=first,
         earlier=_before(recording, first),

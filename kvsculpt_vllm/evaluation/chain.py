@@ -13,6 +13,7 @@ from kvsculpt_vllm.evaluation.attention import RaggedCache
 from kvsculpt_vllm.evaluation.methods.base import Method
 from kvsculpt_vllm.evaluation.methods.biased import BiasedCompressed
 from kvsculpt_vllm.evaluation.model import EvaluationModel
+from kvsculpt_vllm.evaluation.windows import Kept
 from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.chain import Piece
 from kvsculpt_vllm.sculpt.compress import Compressed
@@ -66,6 +67,7 @@ class Chain:
         self._earlier: Earlier | None = None  # what the segments hold, per problem
         self._first = 0  # tokens that they stand for
         self._exact: Exact | None = None  # the computed tokens behind them
+        self._windows: Sequence[Kept] = ()  # what the layers that see a window kept of the last of these
 
     def make(self, pieces: Sequence[Piece], method: Method, budget: str) -> Made:
         """Compute the context up to a window behind a piece, put a segment in the piece's place, go on.
@@ -101,7 +103,7 @@ class Chain:
                 [torch.cat(pair) for pair in zip(made, exact, strict=True)]
                 for made, exact in ((self._earlier.keys, keys), (self._earlier.values, values))
             )
-        return RaggedCache(keys, values, self._model.storage)
+        return RaggedCache(keys, values, self._model.storage, windows=self._windows)
 
     def _compute(self, end: int) -> None:
         """Compute all tokens before `end` that are not computed yet."""
@@ -110,6 +112,7 @@ class Chain:
             return
         past = None if self._exact is None else self._cache
         recorded = self._model.record(self._tokens[begin:end], torch.arange(begin, end), begin, past)
+        self._windows = recorded.windows
         new = Exact(recorded.queries, recorded.keys, recorded.values, recorded.scale)
         self._exact = new if self._exact is None else self._exact.followed_by(new)
 
@@ -126,7 +129,7 @@ class Chain:
             values=self._exact.values,
             span=span,
             sinks=self._sinks_here,
-            rotaries=[self._model.rotary] * self._model.num_layers,
+            rotaries=self._model.rotaries,
             scale=self._exact.scale,
             first=self._first,
             earlier=self._earlier,

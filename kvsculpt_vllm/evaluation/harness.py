@@ -87,14 +87,15 @@ class Context:
             values=self.recording.values[:, : self._end],
             span=self.span_blocks * self._block_size,
             sinks=self.sinks,
-            rotaries=[self.model.rotary] * self.model.num_layers,
+            rotaries=self.model.rotaries,
             scale=self.recording.scale,
         )
 
     @property
     def full_cache(self) -> RaggedCache:
         """The uncompressed cache: all keys and values of every head."""
-        return RaggedCache(list(self.recording.keys), list(self.recording.values), self.recording.storage)
+        recording = self.recording
+        return RaggedCache(list(recording.keys), list(recording.values), recording.storage, windows=recording.windows)
 
     def plan(self, keep_ratio: float) -> PagePlan:
         """Say how many pages the engine would give out. Where it would leave the prompt as it is, that is all pages."""
@@ -152,4 +153,4 @@ class Context:
         if isinstance(fitted, BiasedCompressed):
             around = self.sinks, self.num_tokens - span
             biases = [torch.nn.functional.pad(bias, around) for bias in fitted.biases]
-        return RaggedCache(keys, values, self.model.storage, biases)
+        return RaggedCache(keys, values, self.model.storage, biases, self.recording.windows)

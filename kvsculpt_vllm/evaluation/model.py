@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,12 +13,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kvsculpt_vllm import models
 from kvsculpt_vllm.evaluation.attention import NAME, Cache, Continued, RaggedCache, Recorder
+from kvsculpt_vllm.evaluation.windows import Layers
+from kvsculpt_vllm.layer_kinds import FULL
 from kvsculpt_vllm.sculpt.matmul import fast_matmul
-from kvsculpt_vllm.sculpt.rotary import Rotary, rotaries_of
+from kvsculpt_vllm.sculpt.rotary import Rotary, rotaries_of, same_queries
 
 
 class EvaluationModel:
     """A model that computes in float32 and keeps keys and values in `storage` (the engine's cache dtype).
+
+    Layers that see a window of the last tokens keep that window, and play no part in what is compressed.
 
     Raises:
         NotImplementedError: an architecture that cannot be evaluated faithfully; the message says why.
@@ -36,11 +41,15 @@ class EvaluationModel:
         self._model, self.storage, self.tokenize = model, storage, tokenize
         config = model.config.get_text_config()
         self.num_positions: int = config.max_position_embeddings
-        self.num_layers: int = config.num_hidden_layers
+        self._layers = Layers(config)
+        self.num_layers: int = self._layers.num_full
+        """Layers that see everything."""
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.position_bytes: int = self.num_layers * config.num_attention_heads * head_size * storage.itemsize
         """What the queries of one position take, as the engine keeps them."""
         self.rotary = _rotary(model, self.num_positions)
+        self.rotaries = self._rotaries()
+        """Of each layer that sees everything; None where queries do not depend on the position."""
         end = model.generation_config.eos_token_id if model.generation_config else None
         self._end = set(end) if isinstance(end, list) else {end}
 
@@ -110,6 +119,25 @@ class EvaluationModel:
             continued.cut(known)
             new = answer[-1:]
 
+    def _rotaries(self) -> list[Rotary | None]:
+        """Which layers are turned. One token everywhere has the same content everywhere, so that what differs between
+        its queries is their position.
+
+        Raises:
+            NotImplementedError: a layer's queries depend on the position in another way.
+        """
+        positions, found = torch.arange(8), list[Rotary | None]()
+        padding = self._model.config.get_text_config().pad_token_id
+        token = 1 if padding == 0 else 0  # the padding's embedding is zero
+        for layer, queries in enumerate(self.record([token] * len(positions), positions).queries):
+            if self.rotary.explains(queries, positions.to(self.device)):
+                found.append(self.rotary)
+            elif same_queries(queries[:1], queries):
+                found.append(None)
+            else:
+                raise NotImplementedError(f"layer {layer} turns its queries in a way that is not understood")
+        return found
+
     def _forward(self, tokens: Sequence[int], first_position: int, cache: Cache, last_only: bool) -> Tensor:
         positions = torch.arange(first_position, first_position + len(tokens), device=self.device)
         with fast_matmul():
@@ -119,6 +147,7 @@ class EvaluationModel:
                 use_cache=False,
                 logits_to_keep=1 if last_only else 0,
                 evaluation_cache=cache,
+                evaluation_layers=self._layers,
             ).logits[0]
 
 
@@ -143,13 +172,16 @@ def load_tokenizer(directory: Path) -> tuple[AutoTokenizer, list[int]]:
 
 
 def _rotary(model: PreTrainedModel, num_positions: int) -> Rotary:
-    """The model's rotary embedding as vLLM would cache it, checked against the model's own rotation of queries."""
+    """The rotary embedding of the layers that see everything, as vLLM would cache it, checked against the model's own
+    rotation of queries.
+    """
     modules = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "rotary_emb"]
     apply = getattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", None)
     if len(modules) != 1 or apply is None:
         raise NotImplementedError(f"{type(model).__name__} has no single rotary embedding, so it cannot be evaluated")
     positions = torch.arange(num_positions, device=model.device)[None]
-    cos, sin = modules[0](torch.zeros((), device=model.device), positions)  # (1, positions, rotary_dim)
+    kind = {"layer_type": FULL} if "layer_type" in inspect.signature(modules[0].forward).parameters else {}
+    cos, sin = modules[0](torch.zeros((), device=model.device), positions, **kind)  # (1, positions, rotary_dim)
     asked_at = torch.tensor([0, 1, 3, num_positions - 1], device=cos.device)
     query = torch.randn(1, 1, 1, cos.shape[-1], generator=torch.Generator().manual_seed(0)).to(cos.device)
     query = query.expand(-1, -1, len(asked_at), -1)

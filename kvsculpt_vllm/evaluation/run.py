@@ -30,6 +30,7 @@ from kvsculpt_vllm.evaluation.tasks import GROUPS, TASKS
 from kvsculpt_vllm.evaluation.tasks.question import LEAKAGE
 from kvsculpt_vllm.evaluation.tasks.sample import Sample, samples
 from kvsculpt_vllm.evaluation.texts import Passage, passages, read_text
+from kvsculpt_vllm.layer_kinds import full_layers
 from kvsculpt_vllm.sculpt.effort import EFFORTS
 from kvsculpt_vllm.sculpt.survey import BUDGETS
 
@@ -145,7 +146,7 @@ def run(request: Request, json_path: Path | None, console: Console, report: Path
     exact = CompressionConfig()
     shape = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
     num_kv_heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-    path = find(request.calibration, str(directory), shape.num_hidden_layers, num_kv_heads)
+    path = find(request.calibration, str(directory), len(full_layers(shape)), num_kv_heads)
     calibration = None if path is None else read(path)
     methods = METHODS
     if calibration is not None:
@@ -209,7 +210,7 @@ def _series(
     }
     for task in request.tasks:
         make, count = TASKS[task], request.num_contexts
-        hidden = samples(task, make, text, tokenizer, request.context, count, request.seed)
+        hidden = samples(task, make, text, tokenizer, request.context, count, request.seed, prefix)
         secret = any(question.measures == LEAKAGE for question in hidden[0].questions)
         yield Series(settings | {"task": task}, hidden, Found, TASK_COLUMNS | (LEAKAGE_COLUMNS if secret else {}))
     if not request.tasks:

@@ -55,6 +55,15 @@ def text_of(tokens):
     return "".join(map(chr, tokens))
 
 
+def test_a_base_model_reads_what_its_texts_begin_with():
+    plain, begun = (
+        samples("niah", TASKS["niah"], TEXT, NoTemplate(), LENGTH, 1, 3, prefix)[0].context for prefix in ([], [7])
+    )
+    assert begun[0] == 7 and text_of(begun[1:])[:40] == text_of(plain)[:40] and len(begun) <= LENGTH
+    chat = samples("niah", TASKS["niah"], TEXT, Letters(), LENGTH, 1, 3, [7])[0].context
+    assert chat[0] != 7  # the template says it, where a model has one
+
+
 @cache
 def context_and_questions(name, seed):
     (sample,) = make(name, count=1, seed=seed)

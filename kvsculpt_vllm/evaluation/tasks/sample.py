@@ -38,9 +38,17 @@ class Sample:
 
 
 def samples(
-    name: str, make: Maker, text: str, tokenizer: PreTrainedTokenizerBase, context: int, count: int, seed: int
+    name: str,
+    make: Maker,
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    count: int,
+    seed: int,
+    prefix: Sequence[int] = (),
 ) -> list[Sample]:
-    """`count` samples of task `name`, each in another part of the text; `context` is their most tokens.
+    """`count` samples of task `name`, each in another part of the text; `context` is their most tokens. Without a chat
+    template, which would say it, a sample begins with the `prefix` that every text has.
 
     Raises:
         ValueError: the text is too short for them, or the context for the task.
@@ -49,19 +57,23 @@ def samples(
     room = len(sentences) // count
     return [
         _sample(
-            name, make(random.Random(f"{seed}/{name}/{i}"), sentences[i * room : (i + 1) * room]), tokenizer, context
+            name,
+            make(random.Random(f"{seed}/{name}/{i}"), sentences[i * room : (i + 1) * room]),
+            tokenizer,
+            context,
+            [] if tokenizer.chat_template else list(prefix),
         )
         for i in range(count)
     ]
 
 
-def _sample(name: str, plan: Plan, tokenizer: PreTrainedTokenizerBase, context: int) -> Sample:
+def _sample(name: str, plan: Plan, tokenizer: PreTrainedTokenizerBase, context: int, prefix: Tokens) -> Sample:
     def tokens(text: str) -> Tokens:
         return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
     def before(count: int) -> Tokens:
         draft = plan.draft(count)
-        return tokens(_chat(tokenizer, draft, draft.questions[0].asked)[0])
+        return prefix + tokens(_chat(tokenizer, draft, draft.questions[0].asked)[0])
 
     few, many = 0, 1  # the most units that fit, by doubling and bisection
     if (least := len(before(few))) > context:
