@@ -38,3 +38,13 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     weight_a = (lse_a - floor).exp().unsqueeze(-1)
     weight_b = (lse_b - floor).exp().unsqueeze(-1)
     return weight_a * out_a + weight_b * out_b, lse
+
+
+def with_sink(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The attention (…, Q, D) and log-sum-exp (…, Q) over some keys and one more that has the logit `sink_logits`
+    (…, Q), -inf where there is none, and the value 0: a learned sink takes a share of the softmax and adds nothing.
+    """
+    # Not `logaddexp`, whose last bit depends on how many queries there are.
+    both = torch.logsumexp(torch.stack([lse, sink_logits]), dim=0)
+    floor = both.masked_fill(both == -torch.inf, 0.0)
+    return out * (lse - floor).exp().unsqueeze(-1), both

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvsculpt_vllm.sculpt.attention import attend, merge
+from kvsculpt_vllm.sculpt.attention import attend, merge, with_sink
 from kvsculpt_vllm.sculpt.memory import max_elements
 from kvsculpt_vllm.sculpt.transfer import on_device
 
@@ -20,7 +20,7 @@ class Problems:
     The softmax of a problem runs over the span's entries *and* the retained ones (sinks, recent window), as in KVSculpt
     (arXiv 2603.27819), and over what earlier segments left. The retained ones never change. So for each query they act
     as one more entry with logit `retained_lse` and value `retained_out`, and the solver needs to know nothing else of
-    them.
+    them. A learned sink is one of them (`retained_attention`).
     """
 
     queries: Tensor  # (B, Q, D)
@@ -132,11 +132,13 @@ def retained_attention(
     recent_positions: Tensor,  # (w,)
     scale: float,
     earlier: Earlier | None = None,  # of these B problems
+    sink_logits: Tensor | None = None,  # (B, Q) fp32, of each query's head; None for a model without learned sinks
 ) -> tuple[Tensor, Tensor]:
     """Compute the attention over the entries that stay as they are: output (B, Q, D) and log-sum-exp (B, Q), float32.
 
     Every query sees the sinks and the entries of earlier segments; a recent entry is seen by queries at its position or
-    later (causality). A query that sees nothing has log-sum-exp -inf.
+    later (causality). A learned sink (gpt-oss, arXiv 2508.10925) is one entry more that every query of its head sees:
+    it has a logit of its own, which no query changes, and the value 0. A query that sees nothing has log-sum-exp -inf.
     """
     keys = torch.cat([sink_keys, recent_keys], dim=1).float()
     values = torch.cat([sink_values, recent_values], dim=1).float()
@@ -153,6 +155,8 @@ def retained_attention(
     ]
     outs, lses = zip(*parts, strict=True)
     out, lse = torch.cat(outs, dim=1), torch.cat(lses, dim=1)
+    if sink_logits is not None:
+        out, lse = with_sink(out, lse, sink_logits)
     if earlier is not None:
         # A head at a time: padded to the longest, heads with few entries would cost as much as it does.
         for b, head_keys, head_values in zip(range(len(out)), earlier.keys, earlier.values, strict=True):

@@ -109,6 +109,7 @@ def build_in_slices(
     *,
     first: int = 0,
     earlier: Earlier | None = None,  # of all L·H problems: what stands for the tokens before `first`
+    sink_logits: Tensor | None = None,  # (L, heads) fp32: what each query head's learned sink has as its logit
     followed: bool = False,  # whether other segments come behind this one
     numbers: Sequence[int] | None = None,  # build only these of the L·H problems, ascending; None means all
     count: int | None = None,  # build only about so many of the queries of each head; None means all
@@ -158,6 +159,7 @@ def build_in_slices(
         scale=scale,
         first=first,
         earlier=earlier,
+        sink_logits=sink_logits,
         numbers=numbers,
         ask=ask,
     )
@@ -183,6 +185,7 @@ def _asked_in_slices(
     scale: float,
     first: int = 0,
     earlier: Earlier | None = None,
+    sink_logits: Tensor | None = None,
     numbers: Sequence[int] | None = None,
     ask: Callable[[Sequence[int], Tensor], Tensor] = lambda layers, rows: rows.float(),
 ) -> Slices[Problems]:
@@ -192,8 +195,8 @@ def _asked_in_slices(
     P, G, D) of some layers asks (b, A, G, D), in float32, `ask` says.
 
     Raises:
-        ValueError: `numbers` is empty, does not ascend or leaves the model; `earlier` is not of all the model's
-            problems.
+        ValueError: `numbers` is empty, does not ascend or leaves the model; `earlier` or `sink_logits` is not of all
+            the model's problems or query heads.
     """
     total, device = len(keys), keys.device
     numbers = range(total) if numbers is None else numbers
@@ -204,6 +207,9 @@ def _asked_in_slices(
             f"earlier entries of {len(earlier.keys)} and {len(earlier.values)} problems were given for {total}"
         )
     num_layers, _, query_heads, head_size = queries.shape
+    if sink_logits is not None and sink_logits.shape != (num_layers, query_heads):
+        expected = (num_layers, query_heads)
+        raise ValueError(f"sink_logits: shape {tuple(sink_logits.shape)} given, expected {expected}, one a query head")
     heads, group = total // num_layers, query_heads * num_layers // total
     recent_positions = torch.arange(first + span, first + keys.shape[1], device=device)
     asked_at = on_device(positions.repeat_interleave(group), device)
@@ -242,6 +248,8 @@ def _asked_in_slices(
             recent_positions,
             scale,
             None if earlier is None else earlier.part(own),
+            # A position's rows are those of the group's query heads, in their order.
+            None if sink_logits is None else sink_logits[of_layer, of_heads].repeat(1, len(positions)),
         )
         yield
     return built

@@ -33,6 +33,7 @@ class SegmentSource:
     scale: float
     first: int = 0
     earlier: Earlier | None = None  # of all L·H problems
+    sink_logits: Tensor | None = None  # (L, heads)
     followed: bool = False
     turns: Turns = field(default_factory=dict)
 

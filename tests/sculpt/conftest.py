@@ -16,12 +16,16 @@ class Case:
     problems: Problems
     retained_keys: Tensor  # (B, r, D) float64
     retained_values: Tensor
+    sink_logits: Tensor | None = None  # (B, Q) float64: a learned sink is retained, too
 
     def attention(self, keys: Tensor, values: Tensor, b: int) -> tuple[Tensor, Tensor]:
         """Output (Q, D) and log-sum-exp (Q,) of problem b over these (m, D) pairs and the retained ones."""
         keys = torch.cat([keys.double(), self.retained_keys[b]])
         values = torch.cat([values.double(), self.retained_values[b]])
         logits = self.problems.queries[b].double() @ keys.T * self.problems.scale
+        if self.sink_logits is not None:
+            logits = torch.cat([logits, self.sink_logits[b][:, None]], dim=1)
+            values = torch.cat([values, torch.zeros_like(values[:1])])
         return torch.softmax(logits, -1) @ values, torch.logsumexp(logits, -1)
 
     def teacher(self) -> tuple[Tensor, Tensor]:
@@ -58,8 +62,11 @@ def _make(
     num_retained: int = 5,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
+    sinks: bool = False,
 ) -> Case:
-    """Random problems, the later ones with sharper attention. Every third query is held out."""
+    """Random problems, the later ones with sharper attention. Every third query is held out. With learned `sinks` there
+    are two query heads, whose sinks take much and little.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -78,10 +85,15 @@ def _make(
         out, lse = torch.softmax(logits, -1) @ retained_values, torch.logsumexp(logits, -1)
     else:
         out, lse = torch.zeros(queries.shape), torch.full(queries.shape[:2], -torch.inf)
+    sink_logits = None
+    if sinks:
+        sink_logits = torch.tensor([3.0, 0.5], dtype=torch.float64).repeat(num_problems, num_queries)[:, :num_queries]
+        alone, lse = lse.double(), torch.logaddexp(lse.double(), sink_logits)
+        out = out * (alone - lse).exp()[..., None]
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     held_out = torch.arange(num_queries) % 3 == 2
     problems = Problems(queries, keys, values, lse.to(exact), out.to(exact), held_out, scale)
-    return Case(problems, retained_keys, retained_values)
+    return Case(problems, retained_keys, retained_values, sink_logits)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -41,9 +41,9 @@ def test_loss_is_the_formula_written_out_per_query(compressed):
             assert target.loss(keys, values)[b].item() == pytest.approx(expected, rel=1e-11)
 
 
-@pytest.mark.parametrize("num_retained", [5, 0])
-def test_gradient_is_that_of_autograd_and_of_finite_differences(make_case, num_retained):
-    case = make_case(num_retained=num_retained)
+@pytest.mark.parametrize("case", [{}, {"num_retained": 0}, {"sinks": True}], ids=str)
+def test_gradient_is_that_of_autograd_and_of_finite_differences(make_case, case):
+    case = make_case(**case)
     train, _ = Target.split(case.problems, *case.teacher())
     keys, values = (x[:, 3:10].clone() for x in case.entries)
     keys += 0.1

@@ -113,6 +113,8 @@ def test_queries_without_rotary_embedding_ask_from_the_future_as_they_are_and_no
 
 
 LAYERS, FIRST = 3, 23
+LEARNED = torch.linspace(-3.0, 4.0, LAYERS * HEADS).view(LAYERS, HEADS)[:, torch.tensor([2, 0, 3, 1])]
+LEARNED[1] = -torch.inf  # of a layer that has none
 
 
 def segment(**changed):
@@ -146,9 +148,10 @@ def same(one, other):
 @pytest.mark.parametrize("part", [1 << 20, 50])  # all queries at once, and few at a time
 @pytest.mark.parametrize("sinks", [0, SINKS])
 @pytest.mark.parametrize("window", [0, 3])
-def test_every_query_sees_what_earlier_segments_left(window, sinks, part, monkeypatch):
+@pytest.mark.parametrize("learned", [None, LEARNED], ids=["no learned sinks", "learned sinks"])
+def test_every_query_sees_what_earlier_segments_left(learned, window, sinks, part, monkeypatch):
     monkeypatch.setattr(problem, "max_elements", lambda device: part)
-    given, problems = segment(sinks=sinks, span=PROMPT - window)
+    given, problems = segment(sinks=sinks, span=PROMPT - window, sink_logits=learned)
     asked_at = torch.cat([torch.full((len(given["positions"]),), FIRST + PROMPT), given["positions"][-RECENT:]])
     recent = torch.arange(PROMPT - window, PROMPT)
     for b, (kept_keys, kept_values) in enumerate(zip(given["earlier"].keys, given["earlier"].values, strict=True)):
@@ -157,12 +160,16 @@ def test_every_query_sees_what_earlier_segments_left(window, sinks, part, monkey
         causal = asked_at.repeat_interleave(problems.group)[:, None] >= FIRST + recent
         seen = torch.cat([torch.ones(len(causal), sinks + len(kept_keys), dtype=torch.bool), causal], dim=1)
         scores = (problems.queries[b].double() @ keys.T * given["scale"]).masked_fill(~seen, -torch.inf)
+        if learned is not None:
+            of_heads = learned[b // KV_HEADS].view(KV_HEADS, -1)[b % KV_HEADS].repeat(len(asked_at))
+            scores = torch.cat([scores, of_heads[:, None].double()], dim=1)
+            values = torch.cat([values, torch.zeros(1, HEAD_SIZE)])
         # A softmax over nothing is NaN; the problem says 0.
         expected = torch.softmax(scores, -1).nan_to_num(0.0) @ values
         torch.testing.assert_close(problems.retained_out[b].double(), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(problems.retained_lse[b].double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
     blind = problems.retained_lse == -torch.inf
-    assert bool(blind.any()) == (sinks == 0)
+    assert bool(blind.any()) == (sinks == 0 and learned is None)
     assert (problems.retained_out[blind] == 0).all()
 
 
@@ -196,7 +203,7 @@ def test_without_rotary_embedding_a_segment_without_others_before_it_is_a_prompt
 
 @pytest.mark.parametrize("numbers", [range(0, 2), range(2, 6), range(0, 6), [1, 2, 5]])
 def test_some_of_the_problems_are_those_of_the_whole_and_nothing_else_is_read(numbers):
-    given, whole = segment()
+    given, whole = segment(sink_logits=LEARNED)
     own = torch.tensor(numbers)
     by_problem = given["queries"].unflatten(2, (KV_HEADS, -1)).transpose(1, 2).flatten(0, 1)
     others = [b for b in range(len(by_problem)) if b not in numbers]
@@ -237,6 +244,8 @@ def test_numbers_that_are_no_problems_of_the_model_s_are_refused(numbers):
         segment(numbers=numbers)
 
 
-def test_earlier_entries_of_fewer_heads_are_refused():
+def test_earlier_entries_and_learned_sinks_of_fewer_heads_are_refused():
     with pytest.raises(ValueError, match="5 and 5 problems"):
         segment(earlier=segment()[0]["earlier"].part(range(5)))
+    with pytest.raises(ValueError, match=r"sink_logits: shape \(3, 3\) given, expected \(3, 4\)"):
+        segment(sink_logits=LEARNED[:, :3])
