@@ -46,8 +46,12 @@ def register_random_weights() -> None:
         def load_weights(self, model, model_config) -> None:
             generator = torch.Generator().manual_seed(0)
             for name, weight in model.named_parameters():
+                drawn = torch.randn(weight.shape, generator=generator)
+                if name.endswith("sinks"):  # one takes about as much as all entries of a prompt, another nearly nothing
+                    weight.data.copy_(5.0 + 2.0 * drawn)
+                    continue
                 is_norm = weight.dim() == 1 and not name.endswith("bias")
-                weight.data.copy_(0.15 * torch.randn(weight.shape, generator=generator) + float(is_norm))
+                weight.data.copy_(0.15 * drawn + float(is_norm))
 
 
 def tokens_of_prompts() -> list[int]:

@@ -26,6 +26,7 @@ SIZES = {
     "eos_token_id": 2,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
+GPT_OSS_YARN = YARN | {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
@@ -150,6 +151,8 @@ ZOO = (
     Model("Gemma 3", "a context within its window", "Gemma3ForCausalLM", "gemma3_text",
           {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": CONTEXT,
            **every("sliding_attention", 4)}),
+    Model("gpt-oss", "learned sinks, YaRN, experts, a context within its window", "GptOssForCausalLM", "gpt_oss",
+          EXPERTS | {"head_dim": 32, "sliding_window": CONTEXT, "rope_parameters": GPT_OSS_YARN}),
     Model("Mistral", "a window in every layer", "MistralForCausalLM", "mistral", {"sliding_window": 256}, WINDOW),
     Model("Qwen2", "a window in some layers", "Qwen2ForCausalLM", "qwen2",
           {"use_sliding_window": True, "sliding_window": 256, "max_window_layers": 2}, WINDOW),

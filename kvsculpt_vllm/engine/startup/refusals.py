@@ -87,8 +87,11 @@ def _attention_sinks(config: VllmConfig) -> bool:
         "swa_attention_sink_enabled",
         "add_swa_attention_sink_bias",
         "add_full_attention_sink_bias",
-        "param_sink_number",
     )
+
+
+def _on_cuda(config: VllmConfig) -> bool:
+    return config.device_config.device_type == "cuda"
 
 
 def _block_size(config: VllmConfig) -> bool:
@@ -107,6 +110,12 @@ def _other_cache_dtype(config: VllmConfig) -> bool:
 def _fine_prefix_match(config: VllmConfig) -> bool:
     return config.cache_config.prefix_match_unit not in (None, config.cache_config.block_size)
 
+
+NOT_ON_CUDA = Refusal(
+    "learned attention sinks on CUDA",
+    "the kernel that reads pages there does not know them yet",
+    f"use the CPU build, or {_OTHER_MODEL}",
+)
 
 # Read after vLLM has made its configuration. Rules about the engine's arguments, which vLLM changes on the way, are
 # in `check_engine_args`.
@@ -219,9 +228,10 @@ _RULES = (
             "leave out --kv-cache-dtype",
         ),
     ),
+    _Rule(lambda c: _on_cuda(c) and _attention_sinks(c), NOT_ON_CUDA),
     _Rule(
-        _attention_sinks,
-        Refusal("models with learned attention sinks", "the fit does not know their share of attention", _OTHER_MODEL),
+        lambda c: _text_config(c, "param_sink_number"),
+        Refusal("models whose attention sinks have keys", "the fit does not know these entries", _OTHER_MODEL),
     ),
     _Rule(
         lambda c: c.model_config.uses_alibi,
@@ -438,8 +448,6 @@ def _odd_attention(layer: Attention) -> Iterable[str]:
         yield f"{layer.attn_type} attention"
     if layer.sliding_window is not None:
         yield "sliding-window attention"
-    if layer.has_sink:
-        yield "learned attention sinks"
     if layer.kv_sharing_target_layer_name is not None:
         yield "a KV cache shared between layers"
     if layer.use_mm_prefix:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,9 @@ READABLE_ISAS = ("vec", "vec16")
 class PackedBatch:
     """The compressed rows of a batch, each (KV head, row) being a sequence with one KV head. Sequence = h · R + r.
 
+    One call of the kernel is for all sequences. Where query heads have learned sinks it is for the rows of one KV head:
+    the kernel takes one sink for each of a sequence's query heads, and those of every KV head are others.
+
     Rows without a packed prefix go through the stock path beside them, so that they get exactly the tokens that
     stock vLLM gives: the kernel's tiling, and with it the rounding, depends on the number of heads.
     """
@@ -43,10 +47,11 @@ class PackedBatch:
     tokens: Tensor  # (T,) indices of these rows' tokens in the batch
     plain: CPUAttentionMetadata | None  # stock metadata of the other rows, if there are any
     plain_tokens: Tensor  # their tokens
-    query_start_loc: Tensor  # (H·R + 1,) int32
+    calls: int  # of the kernel in every layer: 1, or H
+    query_start_loc: Tensor  # (H·R / calls + 1,) int32: of any call, for all KV heads have the same rows
     page_lists: Tensor  # (L, H·R, P) int32
     lengths: Tensor  # (L, H·R) int32
-    scheduler_metadata: list[Tensor]  # per layer: work split of the stock kernel, which depends on the lengths
+    scheduler_metadata: list[list[Tensor]]  # per layer and call: work split of the kernel, which depends on the lengths
 
 
 @dataclass
@@ -86,9 +91,10 @@ class SculptCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             cause = f"pages of the CPU kernels {', '.join(READABLE_ISAS)} are read, and this machine uses {self.isa!r}"
             raise UnsupportedFeature([Refusal("this processor", cause, "run it on an x86 machine")])
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        impl = layers[layer_names[0]].impl
-        assert isinstance(impl, SculptCPUImpl)
-        self._first_impl = impl
+        impls = [layers[name].impl for name in layer_names]
+        assert isinstance(impls[0], SculptCPUImpl)
+        self._first_impl = impls[0]
+        self._has_sinks = any(getattr(impl, "sinks", None) is not None for impl in impls)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -114,18 +120,23 @@ class SculptCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         rows, plain_rows = is_packed.nonzero()[:, 0], (~is_packed).nonzero()[:, 0]
         pages, lengths = page_lists(state.geometry, batch.block_table[rows], batch.seq_lens[rows], chains.of(rows))
         num_layers, num_heads, num_rows = lengths.shape
-        query_start_loc = _starts(row_lengths[rows].repeat(num_heads))
+        calls = num_heads if self._has_sinks else 1
+        query_start_loc = _starts(row_lengths[rows].repeat(num_heads // calls))
         lengths = lengths.view(num_layers, num_heads * num_rows)
         return PackedBatch(
             tokens=token_is_packed.nonzero()[:, 0],
             plain=self._rows(batch, plain_rows, row_lengths[plain_rows]) if len(plain_rows) else None,
             plain_tokens=(~token_is_packed).nonzero()[:, 0],
+            calls=calls,
             query_start_loc=query_start_loc,
             page_lists=pages.view(num_layers, num_heads * num_rows, -1),
             lengths=lengths,
             scheduler_metadata=[
-                self._split_work(self.num_heads // num_heads, 1, lengths[layer], query_start_loc)
-                for layer in range(num_layers)
+                [
+                    self._split_work(self.num_heads // num_heads, 1, own, query_start_loc)
+                    for own in of_layer.chunk(calls)
+                ]
+                for of_layer in lengths
             ],
         )
 
@@ -205,23 +216,39 @@ class SculptCPUImpl(CPUAttentionBackendImpl):
         pages = bound.state.pages
         assert isinstance(pages, VectorPages)  # as the worker of this backend says
         keys, values = pages.kernel_views
-        ops.cpu_attention_with_kv_cache(
-            query=by_head,
-            key_cache=keys,
-            value_cache=values,
-            output=result,
-            query_start_loc=batch.query_start_loc,
-            seq_lens=batch.lengths[bound.index],
-            scale=self.scale,
-            causal=True,
-            alibi_slopes=None,
-            sliding_window=-1,
-            block_table=batch.page_lists[bound.index],
-            softcap=0,
-            scheduler_metadata=batch.scheduler_metadata[bound.index],
-            s_aux=None,
+        of_layer = by_head, result, batch.lengths[bound.index], batch.page_lists[bound.index]
+        each_call = zip(
+            *(tensor.chunk(batch.calls) for tensor in of_layer),
+            batch.scheduler_metadata[bound.index],
+            self._sinks_of(batch.calls),
+            strict=True,
         )
+        for asked, answer, lengths, own_pages, scheduler_metadata, sinks in each_call:
+            ops.cpu_attention_with_kv_cache(
+                query=asked,
+                key_cache=keys,
+                value_cache=values,
+                output=answer,
+                query_start_loc=batch.query_start_loc,
+                seq_lens=lengths,
+                scale=self.scale,
+                causal=True,
+                alibi_slopes=None,
+                sliding_window=-1,
+                block_table=own_pages,
+                softcap=0,
+                scheduler_metadata=scheduler_metadata,
+                s_aux=sinks,
+            )
         return result.view(shape[1], shape[0], *shape[2:]).transpose(0, 1).reshape(query.shape)
+
+    def _sinks_of(self, calls: int) -> Sequence[Tensor | None]:
+        """Logits of the learned sinks for each call of the kernel, None for a layer without them."""
+        if self.sinks is None:
+            return [None] * calls
+        # The kernel takes these two dtypes; vLLM, too, casts others.
+        sinks = self.sinks if self.sinks.dtype in (torch.bfloat16, torch.float32) else self.sinks.float()
+        return sinks.chunk(calls)
 
 
 def _by_token(output: Tensor, query: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from kvsculpt_vllm.engine.startup.refusals import NOT_ON_CUDA, UnsupportedFeature
 from kvsculpt_vllm.engine.worker.capture import CaptureRows
 from kvsculpt_vllm.engine.worker.pages import TokenPages
 from kvsculpt_vllm.kernels import checks
@@ -81,6 +82,11 @@ class SculptTritonBackend(AttentionBackend):
         return head_size <= checks.MOST
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        """To vLLM: so that a model with learned sinks comes to `refusals`, which say what can be done."""
+        return True
+
+    @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """Layouts in which a (block, layer, KV head) page is contiguous."""
         return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
@@ -131,8 +137,15 @@ class SculptTritonImpl(AttentionImpl[SculptMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = "decoder",
         kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,  # (heads,)
     ) -> None:
-        """See vLLM's `AttentionImpl`; what the kernel lacks is refused by `refusals.check_attention_layers`."""
+        """See vLLM's `AttentionImpl`; what else the kernel lacks is refused by `refusals.check_attention_layers`.
+
+        Raises:
+            UnsupportedFeature: the layer has learned sinks.
+        """
+        if sinks is not None:
+            raise UnsupportedFeature([NOT_ON_CUDA])
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
@@ -172,6 +185,7 @@ class SculptTritonImpl(AttentionImpl[SculptMetadata]):
         for rows in attn_metadata.captures:
             rows.store(bound.index, query)
         tokens = slice(attn_metadata.num_tokens)
+        # Here learned sinks are to be passed on, once the kernel knows them: see `NOT_ON_CUDA`.
         paged_attention(
             query[tokens],
             output.view(query.shape)[tokens],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -45,7 +46,8 @@ def reason_of(error: Exception) -> Reason:
 
 class Compressor:
     """Compresses the requests of one worker, whose `state` it reads and writes. `softmax_scale` is that of all
-    attention layers; adaptive budgets of the method sculpt follow the `calibration`.
+    attention layers, and `sink_logits` tells what `softmax.sink_logits_of` does; adaptive budgets of the method sculpt
+    follow the `calibration`.
     """
 
     def __init__(
@@ -54,9 +56,10 @@ class Compressor:
         rotaries: list[Rotary | None],
         softmax_scale: float,
         calibration: LossCurves | None = None,
+        sink_logits: Callable[[], Tensor | None] = lambda: None,
     ) -> None:
         self.state, self.rotaries, self.softmax_scale = state, rotaries, softmax_scale
-        self.calibration = calibration
+        self.calibration, self.sink_logits = calibration, sink_logits
 
     def solve(self, command: SolveCommand, fallback: Reason | None = None) -> Slices[CompressionRecord]:
         """Compress a run of the request's tokens into the blocks taken for it. Its own blocks are only read.
@@ -210,5 +213,6 @@ class Compressor:
             scale=self.softmax_scale,
             first=first,
             earlier=packed_entries(state, command.earlier) if command.earlier else None,
+            sink_logits=self.sink_logits(),
             followed=command.followed,
         )

@@ -101,8 +101,7 @@ CASES = [
     ("cache_config.cache_dtype", "fp8_e4m3", "quantised KV cache"),
     ("cache_config.cache_dtype", "float16", "another dtype"),
     ("cache_config.cache_dtype", "int8_per_token_head", "quantised KV cache"),
-    (f"{TEXT}.model_type", "gpt_oss", "attention sinks"),
-    (f"{TEXT}.attention_sinks", True, "attention sinks"),
+    (f"{TEXT}.param_sink_number", 128, "attention sinks have keys"),
     ("model_config.uses_alibi", True, "ALiBi"),
     ("model_config.uses_mrope", True, "M-RoPE"),
     (f"{TEXT}.attn_logit_softcapping", 50.0, "soft cap"),
@@ -112,6 +111,10 @@ CASES = [
     ("model_config.runner_type", "pooling", "pooling and embedding"),
     ("cache_config.block_size", 48, "block size"),
     ("cache_config.prefix_match_unit", 16, "inside a block"),
+]
+ON_CUDA = [
+    (f"{TEXT}.model_type", "gpt_oss", "learned attention sinks"),
+    (f"{TEXT}.attention_sinks", True, "learned attention sinks"),
 ]
 ENVIRONMENT = [
     ("VLLM_USE_RUST_FRONTEND", "1", "Rust frontend"),
@@ -143,6 +146,15 @@ def test_configured_feature_is_refused(path, value, feature):
     assert feature in refused(STOCK_ARGS, config)
 
 
+@pytest.mark.parametrize(("path", "value", "feature"), ON_CUDA)
+def test_what_only_the_cpu_kernel_knows_is_refused_on_cuda(path, value, feature):
+    config = supported()
+    put(config, path, value)
+    check_config(STOCK_ARGS, config)
+    config.device_config.device_type = "cuda"
+    assert feature in refused(STOCK_ARGS, config)
+
+
 @pytest.mark.parametrize(("name", "value", "feature"), ENVIRONMENT)
 def test_environment_is_refused(monkeypatch, name, value, feature):
     monkeypatch.setenv(name, value)
@@ -155,7 +167,7 @@ def test_argument_is_refused(name, value, feature):
 
 
 def test_every_rule_has_a_case():
-    tested = [feature for _, _, feature in CASES + ENVIRONMENT + ARGUMENTS]
+    tested = [feature for _, _, feature in CASES + ON_CUDA + ENVIRONMENT + ARGUMENTS]
     for rule in refusals._RULES:
         assert any(feature in rule.refusal.feature for feature in tested), rule.refusal.feature
 
@@ -315,7 +327,7 @@ def layer(kind: type = Attention, **changes: object) -> Attention:
 
 
 def test_plain_layers_pass():
-    check_attention_layers({"a": layer(), "b": layer()})
+    check_attention_layers({"a": layer(), "b": layer(has_sink=True)})
 
 
 @pytest.mark.parametrize(
@@ -323,7 +335,6 @@ def test_plain_layers_pass():
     [
         (layer(attn_type="encoder_only"), "encoder_only attention"),
         (layer(sliding_window=64), "sliding-window attention"),
-        (layer(has_sink=True), "learned attention sinks"),
         (layer(kv_sharing_target_layer_name="a"), "shared between layers"),
         (layer(use_mm_prefix=True), "non-causal"),
         (layer(kv_cache_update_bypass=True), "the model writes itself"),
