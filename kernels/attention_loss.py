@@ -1,12 +1,13 @@
 """Loss of compressed key/value pairs and its gradient in the keys, for a batch of ragged problems.
 
-With logits ``s_qj = q·k_j`` (queries come scaled), weights relative to the teacher's mass ``w_qj = e^(s_qj - z*_q)``,
-and the retained entries' mass ``r_q`` and weighted sum ``R_q`` on the same scale (KVSculpt, arXiv 2603.27819: output
-MSE + log-sum-exp MSE over compressed and retained entries together)::
+With logits ``s_qj = q·k_j`` (queries come scaled), or ``c tanh(q·k_j / c)`` under a soft cap c, weights relative to the
+teacher's mass ``w_qj = e^(s_qj - z*_q)``, and the retained entries' mass ``r_q`` and weighted sum ``R_q`` on the same
+scale (KVSculpt, arXiv 2603.27819: output MSE + log-sum-exp MSE over compressed and retained entries together)::
 
     M_q = Σ_j w_qj + r_q          o_q = (Σ_j w_qj v_j + R_q) / M_q
     loss = mean_q |o_q - o*_q|² / norm + λ mean_q (log M_q)²
-    dloss/dk_j = Σ_q w_qj (a_q·v_j + c_q) q,    a_q = 2 (o_q - o*_q) / (Q norm M_q)
+    dloss/dk_j = Σ_q w_qj (a_q·v_j + c_q) t_qj q,    t_qj = 1, or 1 - tanh²(q·k_j / c)
+                                                a_q = 2 (o_q - o*_q) / (Q norm M_q)
                                                 c_q = 2 λ log M_q / (Q M_q) - a_q·o_q
 
 Two passes, both streaming: by blocks of queries for `M`, `o`, `a`, `c`, and by blocks of keys for the gradient. No
@@ -21,12 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kvsculpt_vllm.kernels.checks import check_tensors
+from kvsculpt_vllm.kernels.soft_cap import capped, slope_at, slope_tile
 from kvsculpt_vllm.kernels.tiles import (
     TINY,
     attend_tile,
     check_problems,
     load_queries,
     load_rows,
+    logits_of,
     relative_weights,
     tiling,
     with_strides,
@@ -44,11 +47,13 @@ def attention_loss_twin(
     values: Tensor,
     sizes: Tensor,
     lse_weight: float,
+    soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The formulas with a matrix of weights; see `attention_loss`."""
     num_queries = queries.shape[1]
     valid = torch.arange(keys.shape[1], device=keys.device) < sizes[:, None]
-    weights = (queries @ keys.transpose(1, 2) - shift[..., None]).exp() * valid[:, None]
+    logits = capped(queries @ keys.transpose(1, 2), soft_cap)
+    weights = (logits - shift[..., None]).exp() * valid[:, None]
     mass = (weights.sum(-1) + retained_mass).clamp_min(TINY)
     given = (weights @ values + retained_sum) / mass[..., None]
     error, lse_error = given - out, mass.log()
@@ -56,6 +61,8 @@ def attention_loss_twin(
     a = 2 * error / (num_queries * out_norm[:, None, None] * mass[..., None])
     c = 2 * lse_weight * lse_error / (num_queries * mass) - (a * given).sum(-1)
     pull = weights * (a @ values.transpose(1, 2) + c[..., None])
+    if soft_cap is not None:
+        pull = pull * slope_at(logits, soft_cap)
     return loss, pull.transpose(1, 2) @ queries
 
 
@@ -71,6 +78,7 @@ def attention_loss(
     sizes: Tensor,  # (B,) int, entries of each problem; those behind are neither read nor given a gradient
     lse_weight: float = 1.0,
     with_grad: bool = True,
+    soft_cap: float | None = None,  # of the logits
 ) -> tuple[Tensor, Tensor | None]:
     """Loss (B,) and its gradient in the keys (B, m, D), 0 for padding, None without `with_grad`.
 
@@ -97,6 +105,7 @@ def attention_loss(
         num_queries,
         lse_weight,
         tiny=TINY,
+        soft_cap=soft_cap,
         **constants,
     )
     loss = partial.sum(1) / num_queries
@@ -107,6 +116,7 @@ def attention_loss(
         *with_strides(queries, shift, keys, values, pull, push, grad),
         sizes,
         num_queries,
+        soft_cap=soft_cap,
         **constants,
     )
     return loss, grad
@@ -125,7 +135,7 @@ def _forward(
     push, push_b, push_q,
     out_norm, sizes, partial,
     num_queries, lse_weight,
-    head_size: tl.constexpr, tiny: tl.constexpr,
+    head_size: tl.constexpr, tiny: tl.constexpr, soft_cap: tl.constexpr,
     block_q: tl.constexpr, block_m: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
     block, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -137,7 +147,7 @@ def _forward(
     mass, given = attend_tile(
         q, z, keys + b * keys_b, keys_m, values + b * values_b, values_m,
         retained_mass + b * retained_mass_b, retained_mass_q, retained_sum + b * retained_sum_b, retained_sum_q,
-        rows, num_queries, tl.load(sizes + b), d, tiny, head_size, block_m,
+        rows, num_queries, tl.load(sizes + b), d, tiny, head_size, block_m, soft_cap,
     )  # fmt: skip
     error = given - load_rows(out + b * out_b, out_q, rows, num_queries, d, head_size)
     norm, lse_error = tl.load(out_norm + b), tl.log(mass)
@@ -161,7 +171,7 @@ def _backward(
     push, push_b, push_q,
     grad, grad_b, grad_m,
     sizes, num_queries,
-    head_size: tl.constexpr,
+    head_size: tl.constexpr, soft_cap: tl.constexpr,
     block_q: tl.constexpr, block_m: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
@@ -179,8 +189,11 @@ def _backward(
             )
             a = load_rows(pull + b * pull_b, pull_q, rows, num_queries, d, head_size)
             c = tl.load(push + b * push_b + rows * push_q, mask=inside, other=0.0)
-            w = relative_weights(q, k, z, columns, size)
+            logits = logits_of(q, k, soft_cap)
+            w = relative_weights(logits, z, columns, size)
             w *= tl.dot(a, tl.trans(v), input_precision="tf32") + c[:, None]
+            if soft_cap is not None:
+                w *= slope_tile(logits, soft_cap)
             gradient += tl.dot(tl.trans(w), q, input_precision="tf32")
         tl.store(
             grad + b * grad_b + columns[:, None] * grad_m + d[None, :],

@@ -1,6 +1,6 @@
 """What the full cache answers, and how much attention every entry receives; both stream over the other side.
 
-With logits ``s_qj = q·k_j`` (queries come scaled)::
+With logits ``s_qj = q·k_j`` (queries come scaled), or ``c tanh(q·k_j / c)`` under a soft cap c::
 
     attention_with_lse:    z_q = log Σ_j e^(s_qj)            o_q = Σ_j e^(s_qj - z_q) v_j
     received:  a_j = Σ_q e^(power (s_qj - z_q))
@@ -17,24 +17,28 @@ import triton.language as tl
 from torch import Tensor
 
 from kvsculpt_vllm.kernels.checks import check_head_size, check_tensors
-from kvsculpt_vllm.kernels.tiles import load_rows, tiling, with_strides
+from kvsculpt_vllm.kernels.soft_cap import capped
+from kvsculpt_vllm.kernels.tiles import load_rows, logits_of, tiling, with_strides
 
 
-def attention_with_lse_twin(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def attention_with_lse_twin(
+    queries: Tensor, keys: Tensor, values: Tensor, soft_cap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """See `attention_with_lse`."""
-    logits = queries @ keys.transpose(1, 2)
+    logits = capped(queries @ keys.transpose(1, 2), soft_cap)
     return logits.softmax(-1) @ values, logits.logsumexp(-1)
 
 
-def received_twin(queries: Tensor, lse: Tensor, keys: Tensor, power: int) -> Tensor:
+def received_twin(queries: Tensor, lse: Tensor, keys: Tensor, power: int, soft_cap: float | None = None) -> Tensor:
     """See `received`."""
-    return (power * (queries @ keys.transpose(1, 2) - lse[..., None])).exp().sum(1)
+    return (power * (capped(queries @ keys.transpose(1, 2), soft_cap) - lse[..., None])).exp().sum(1)
 
 
 def attention_with_lse(
     queries: Tensor,  # (B, Q, D) scaled
     keys: Tensor,  # (B, n, D)
     values: Tensor,  # (B, n, D)
+    soft_cap: float | None = None,  # of the logits
 ) -> tuple[Tensor, Tensor]:
     """Attention (B, Q, D) over all keys and its log-sum-exp (B, Q), float32 as all that is given.
 
@@ -59,6 +63,7 @@ def attention_with_lse(
         *with_strides(queries, keys, values, out, lse),
         num_queries,
         n,
+        soft_cap=soft_cap,
         **constants,
     )
     return out, lse
@@ -69,6 +74,7 @@ def received(
     lse: Tensor,  # (B, Q) log-sum-exp over everything that each query sees
     keys: Tensor,  # (B, n, D)
     power: int,
+    soft_cap: float | None = None,  # of the logits
 ) -> Tensor:
     """Sum over queries the attention that each key receives, to the `power` (B, n); float32 as all that is given.
 
@@ -94,6 +100,7 @@ def received(
         num_queries,
         n,
         power,
+        soft_cap=soft_cap,
         **constants,
     )
     return scores
@@ -107,7 +114,7 @@ def _attend(
     out, out_b, out_q,
     lse, lse_b, lse_q,
     num_queries, n,
-    head_size: tl.constexpr,
+    head_size: tl.constexpr, soft_cap: tl.constexpr,
     block_q: tl.constexpr, block_m: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
@@ -120,7 +127,7 @@ def _attend(
         columns = first + tl.arange(0, block_m)
         k = load_rows(keys + b * keys_b, keys_m, columns, n, d, head_size)
         v = load_rows(values + b * values_b, values_m, columns, n, d, head_size)
-        logits = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+        logits = logits_of(q, k, soft_cap)
         logits = tl.where(columns[None, :] < n, logits, float("-inf"))
         higher = tl.maximum(peak, tl.max(logits, 1))  # finite: the first block has a key
         shrink, w = tl.exp(peak - higher), tl.exp(logits - higher[:, None])
@@ -143,7 +150,7 @@ def _received(
     keys, keys_b, keys_m,
     scores, scores_b, scores_m,
     num_queries, n, power,
-    head_size: tl.constexpr,
+    head_size: tl.constexpr, soft_cap: tl.constexpr,
     block_q: tl.constexpr, block_m: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
@@ -155,6 +162,6 @@ def _received(
         q = load_rows(queries + b * queries_b, queries_q, rows, num_queries, d, head_size)
         # A row beyond the last query attends to nothing.
         z = tl.load(lse + b * lse_b + rows * lse_q, mask=rows < num_queries, other=float("inf"))
-        logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") - z[:, None]
+        logits = logits_of(q, k, soft_cap) - z[:, None]
         total += tl.sum(tl.exp(logits * power), 0)
     tl.store(scores + b * scores_b + columns * scores_m, total, mask=columns < n)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvsculpt_vllm.kernels.checks import check_head_size, check_tensors
+from kvsculpt_vllm.kernels.soft_cap import cap_tile
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -79,10 +80,15 @@ def load_rows(base, row_stride, rows, count, columns, width):
 
 
 @triton.jit
-def relative_weights(q, k, z, columns, size):
-    """e^(q·k - z), 0 for columns that are padding."""
-    logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") - z[:, None]
-    return tl.where(columns[None, :] < size, tl.exp(logits), 0.0)
+def logits_of(q, k, soft_cap: tl.constexpr):
+    """q·k, nearly in float32, under a soft cap if the model has one."""
+    return cap_tile(tl.dot(q, tl.trans(k), input_precision="tf32x3"), soft_cap)
+
+
+@triton.jit
+def relative_weights(logits, z, columns, size):
+    """e^(logit - z), 0 for columns that are padding."""
+    return tl.where(columns[None, :] < size, tl.exp(logits - z[:, None]), 0.0)
 
 
 @triton.jit
@@ -96,6 +102,7 @@ def load_queries(queries, queries_q, shift, shift_q, rows, count, columns, width
 def attend_tile(
     q, z, keys, keys_m, values, values_m, retained_mass, retained_mass_q, retained_sum, retained_sum_q,
     rows, num_queries, size, d, tiny: tl.constexpr, head_size: tl.constexpr, block_m: tl.constexpr,
+    soft_cap: tl.constexpr,
 ):  # fmt: skip
     """Mass M (at least `tiny`) and output o of a tile of queries over a problem's entries and the retained ones."""
     summed = load_rows(retained_sum, retained_sum_q, rows, num_queries, d, head_size)
@@ -104,7 +111,7 @@ def attend_tile(
         columns = first + tl.arange(0, block_m)
         k = load_rows(keys, keys_m, columns, size, d, head_size)
         v = load_rows(values, values_m, columns, size, d, head_size)
-        w = relative_weights(q, k, z, columns, size)
+        w = relative_weights(logits_of(q, k, soft_cap), z, columns, size)
         mass += tl.sum(w, 1)
         summed += tl.dot(w, v, input_precision="tf32")
     mass = tl.maximum(mass, tiny)

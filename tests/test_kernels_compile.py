@@ -41,7 +41,7 @@ def shared_bytes(kernel, types, constants, num_stages):
     return compiled(kernel, types, constants, num_stages).metadata.shared
 
 
-@pytest.mark.parametrize("head_size", [64, 128, 256])
+@pytest.mark.parametrize(("head_size", "soft_cap"), [(64, None), (128, None), (256, None), (256, 50.0)])
 @pytest.mark.parametrize(
     "kernel",
     [
@@ -52,8 +52,8 @@ def shared_bytes(kernel, types, constants, num_stages):
     ],
     ids=lambda kernel: kernel.fn.__qualname__,
 )
-def test_the_solvers_kernels(kernel, head_size):
-    constants = tiles.tiling(head_size)
+def test_the_solvers_kernels(kernel, head_size, soft_cap):
+    constants = tiles.tiling(head_size) | {"soft_cap": soft_cap}
     num_stages = constants.pop("num_stages")
     if "tiny" in kernel.arg_names:
         constants["tiny"] = tiles.TINY

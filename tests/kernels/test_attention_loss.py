@@ -14,38 +14,42 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("soft_cap", [None, 1.5])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_loss_and_gradient_are_those_of_the_formula(case, make_problem, device):
+def test_loss_and_gradient_are_those_of_the_formula(case, soft_cap, make_problem, device):
     arguments, sizes = make_problem(*case)
-    wanted_loss, wanted_grad = attention_loss_twin(*arguments, sizes, 0.7)
+    wanted_loss, wanted_grad = attention_loss_twin(*arguments, sizes, 0.7, soft_cap)
     single = [tensor.float() for tensor in arguments]
     for tensor, size in zip(single[6:], (sizes, sizes), strict=True):  # padding may hold anything
         for b, count in enumerate(size.tolist()):
             tensor[b, count:] = torch.nan
-    loss, grad = attention_loss(*single, sizes, 0.7)
+    loss, grad = attention_loss(*single, sizes, 0.7, soft_cap=soft_cap)
     torch.testing.assert_close(loss.double(), wanted_loss, rtol=1e-3, atol=1e-6)
     scale = wanted_grad.abs().max()
     torch.testing.assert_close(grad.double() / scale, wanted_grad / scale, rtol=0, atol=2e-3)
-    again = attention_loss(*single, sizes, 0.7)
+    again = attention_loss(*single, sizes, 0.7, soft_cap=soft_cap)
     assert torch.equal(loss, again[0]) and torch.equal(grad, again[1])
-    only_loss, nothing = attention_loss(*single, sizes, 0.7, with_grad=False)
+    only_loss, nothing = attention_loss(*single, sizes, 0.7, with_grad=False, soft_cap=soft_cap)
     assert torch.equal(only_loss, loss) and nothing is None
 
 
-def test_the_twin_is_what_autograd_says(make_problem):
+@pytest.mark.parametrize("soft_cap", [None, 1.5])
+def test_the_twin_is_what_autograd_says(soft_cap, make_problem):
     (*rest, keys, values), sizes = make_problem(2, 20, 9, 16, [9, 5], device="cpu")
     keys.requires_grad_()
     queries, shift, out, retained_mass, retained_sum, out_norm = rest
     total = 0
     for b, size in enumerate(sizes.tolist()):
-        weights = (queries[b] @ keys[b, :size].T - shift[b, :, None]).exp()
+        logits = queries[b] @ keys[b, :size].T
+        logits = logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
+        weights = (logits - shift[b, :, None]).exp()
         mass = weights.sum(1) + retained_mass[b]
         given = (weights @ values[b, :size] + retained_sum[b]) / mass[:, None]
         loss = (given - out[b]).square().sum(1).mean() / out_norm[b] + 0.7 * mass.log().square().mean()
-        torch.testing.assert_close(attention_loss_twin(*rest, keys, values, sizes, 0.7)[0][b], loss)
+        torch.testing.assert_close(attention_loss_twin(*rest, keys, values, sizes, 0.7, soft_cap)[0][b], loss)
         total = total + loss
     (wanted,) = torch.autograd.grad(total, keys)
-    torch.testing.assert_close(attention_loss_twin(*rest, keys, values, sizes, 0.7)[1], wanted)
+    torch.testing.assert_close(attention_loss_twin(*rest, keys, values, sizes, 0.7, soft_cap)[1], wanted)
 
 
 def test_strided_tensors_are_read_where_they_are(make_problem, device):

@@ -1,10 +1,13 @@
 """Streamed attention and streamed scores against their twins in float64."""
 
+import math
+
 import pytest
 import torch
 
 from kvsculpt_vllm.kernels.attention_scores import attention_with_lse, attention_with_lse_twin, received, received_twin
 
+CAPS = [None, 4.0]  # the largest logits are twice that and more
 CASES = [(2, 63, 111, 64), (1, 1, 1, 128), (1, 70, 130, 96), (1, 33, 40, 256)]
 
 
@@ -18,22 +21,42 @@ def tensors(batch, num_queries, n, head_size, device):
     ]
 
 
+@pytest.mark.parametrize("soft_cap", CAPS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_attention_is_that_of_a_softmax(case, device):
+def test_attention_is_that_of_a_softmax(case, soft_cap, device):
     queries, keys, values = tensors(*case, device)
-    wanted = attention_with_lse_twin(queries, keys, values)
-    found = attention_with_lse(queries.float(), keys.float(), values.float())
+    wanted = attention_with_lse_twin(queries, keys, values, soft_cap)
+    found = attention_with_lse(queries.float(), keys.float(), values.float(), soft_cap)
     torch.testing.assert_close(found[0].double(), wanted[0], rtol=0, atol=3e-3)
     torch.testing.assert_close(found[1].double(), wanted[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("soft_cap", CAPS)
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_scores_sum_the_attention_over_the_queries(case, power, device):
+def test_scores_sum_the_attention_over_the_queries(case, power, soft_cap, device):
     queries, keys, values = tensors(*case, device)
-    lse = attention_with_lse_twin(queries, keys, values)[1] + 0.3  # something else is seen, too
-    found = received(queries.float(), lse.float(), keys.float(), power)
-    torch.testing.assert_close(found.double(), received_twin(queries, lse, keys, power), rtol=1e-4, atol=1e-6)
+    lse = attention_with_lse_twin(queries, keys, values, soft_cap)[1] + 0.3  # something else is seen, too
+    found = received(queries.float(), lse.float(), keys.float(), power, soft_cap)
+    wanted = received_twin(queries, lse, keys, power, soft_cap)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("soft_cap", CAPS)
+def test_the_twins_are_a_softmax_over_what_the_cap_makes_of_every_logit(soft_cap, power):
+    queries, keys, values = tensors(1, 7, 5, 16, "cpu")
+    for i, query in enumerate(queries[0].tolist()):
+        logits = [sum(x * y for x, y in zip(query, key, strict=True)) for key in keys[0].tolist()]
+        if soft_cap is not None:
+            logits = [soft_cap * math.tanh(logit / soft_cap) for logit in logits]
+        mass = sum(map(math.exp, logits))
+        wanted = sum(math.exp(logit) / mass * value for logit, value in zip(logits, values[0], strict=True))
+        out, lse = attention_with_lse_twin(queries[:, i : i + 1], keys, values, soft_cap)
+        torch.testing.assert_close(out[0, 0], wanted)
+        assert float(lse) == pytest.approx(math.log(mass))
+        shares = torch.tensor([(math.exp(logit) / mass) ** power for logit in logits], dtype=torch.float64)
+        torch.testing.assert_close(received_twin(queries[:, i : i + 1], lse, keys, power, soft_cap)[0], shares)
 
 
 def test_huge_logits_stay_finite(device):
