@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvsculpt_vllm.kernels.soft_cap import capped
+
 
 def attend(
     q: Tensor,  # (B, Q, D) fp32
@@ -12,15 +14,17 @@ def attend(
     v: Tensor,  # (B, m, D) fp32
     scale: float,
     visible: Tensor | None = None,  # bool, broadcastable to (B, Q, m); False hides a key from a query
+    soft_cap: float | None = None,  # of the logits
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention, naive on purpose: this is the formula that everything faster is compared with.
 
     A query that sees no key gets output 0 and log-sum-exp -inf, which `merge` treats as an empty set.
 
     Returns:
-        out (B, Q, D) and lse (B, Q), lse being ``logsumexp(scale * q kᵀ)`` over the visible keys.
+        out (B, Q, D) and lse (B, Q), lse being ``logsumexp(scale * q kᵀ)`` over the visible keys, or that of the logits
+        under the cap.
     """
-    logits = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+    logits = capped(torch.bmm(q, k.transpose(1, 2)).mul_(scale), soft_cap)
     if visible is not None:
         logits.masked_fill_(~visible, -torch.inf)
     lse = torch.logsumexp(logits, dim=-1)

@@ -12,6 +12,9 @@ ITERATIONS = 20
 MOST = 50.0
 """An entry stands for at most so many: beyond it the bias is noise of a few queries."""
 
+LEAST_STEEP = 0.1
+"""Under a soft cap a logit that hardly moves with its key gets no more than ten times the bias."""
+
 
 def match_mass(
     target: Target,
@@ -26,7 +29,7 @@ def match_mass(
     ``min_x≥0 Σ_q (Σ_j x_j e^logit_qj - (e^z* - e^z_r))²`` with β = log x; here by multiplicative updates (Lee &
     Seung), which keep x positive and batch well. A page has no place for β, so it goes into the key: with u the
     ridge solution of ``q·u ≈ 1`` over the queries, the key k + β u has the logit k·q + β, nearly
-    (docs/algorithm.md#mass).
+    (docs/algorithm.md#mass). Under a soft cap the logit moves less than its key, so that the key moves by more.
     """
     if weights is None:
         weights = target.weights(keys, valid)  # (B, Q, m), in parts of the teacher's mass
@@ -42,6 +45,8 @@ def match_mass(
         x.mul_(wanted).div_(mass.clamp_min_(tiny))
     # 0/0 for padding and for entries that no query sees: no bias.
     bias = x.clamp(1.0 / MOST, MOST).log().nan_to_num(nan=0.0)
+    if (steepness := target.steepness(keys, weights)) is not None:
+        bias = bias / steepness.clamp_min(LEAST_STEEP)
     if valid is not None:
         bias = bias * valid.unsqueeze(-1)
     return keys + bias * _constant_logit(target)

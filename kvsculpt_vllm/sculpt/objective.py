@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvsculpt_vllm.kernels.attention_loss import attention_loss
 from kvsculpt_vllm.kernels.dispatch import use_triton
+from kvsculpt_vllm.kernels.soft_cap import capped, slope_at
 from kvsculpt_vllm.sculpt.problem import Problems
 from kvsculpt_vllm.sculpt.transfer import on_device
 
@@ -38,6 +39,8 @@ class Target:
     Weights are taken relative to the teacher's own mass e^z*, so their sum's logarithm *is* z - z*, and no maximum
     has to be found. The shift, the padding mask and the sum each ride along in a matrix product as one more column:
     evaluating costs two products and one exponential, the gradient two more products and one multiplication.
+
+    Under a soft cap the logits are a product of their own, and only shift and mask ride along in another.
     """
 
     probes: Tensor  # (B, Q, D + 2): scaled queries, -z*, 1
@@ -46,6 +49,7 @@ class Target:
     retained_sum: Tensor  # (B, Q, D) retained mass times retained output
     out_norm: Tensor  # (B,) mean |o*|²
     key_spread: Tensor  # (B,) mean |k - mean k|² over the span's keys
+    soft_cap: float | None = None  # of the logits
 
     @classmethod
     def split(cls, problems: Problems, out: Tensor, lse: Tensor) -> tuple[Target, Target]:
@@ -70,6 +74,7 @@ class Target:
                 retained_sum=problems.retained_out[:, rows].mul_(mass),
                 out_norm=out_norm,
                 key_spread=key_spread,
+                soft_cap=problems.soft_cap,
             )
 
         return part(~problems.held_out), part(problems.held_out)
@@ -98,13 +103,37 @@ class Target:
 
     def take(self, index: Tensor) -> Target:
         """The target of the problems in `index`."""
-        return Target(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+        tensors = [field.name for field in fields(self) if field.name != "soft_cap"]
+        return Target(**{name: getattr(self, name)[index] for name in tensors}, soft_cap=self.soft_cap)
 
     def weights(self, keys: Tensor, valid: Tensor | None) -> Tensor:
         """Unnormalised weights e^(logit - z*) (B, Q, m) of keys (B, m, D); 0 for padding (`valid` (B, m) False)."""
-        ones = torch.ones_like(keys[..., :1])
-        mask = torch.zeros_like(ones) if valid is None else (~valid).unsqueeze(-1) * MASKED_LOGIT
-        return torch.bmm(self.probes, torch.cat([keys, ones, mask], dim=-1).transpose(1, 2)).exp_()
+        if self.soft_cap is not None:
+            return self._relative(self._capped_logits(keys, self.soft_cap), keys, valid)
+        return torch.bmm(self.probes, _with_shift_and_mask(keys, valid).transpose(1, 2)).exp_()
+
+    def steepness(self, keys: Tensor, weights: Tensor) -> Tensor | None:
+        """How much the logits of each key (B, m, 1) change where the key does: the slope of the cap, the mean over
+        queries by their squared `weights` (B, Q, m). None without a cap.
+        """
+        if self.soft_cap is None:
+            return None
+        total = weights.square().sum(1).clamp_min_(torch.finfo(weights.dtype).tiny)
+        slope = slope_at(self._capped_logits(keys, self.soft_cap), self.soft_cap)
+        return (slope.mul_(weights).mul_(weights).sum(1) / total).unsqueeze(-1)
+
+    def _capped_logits(self, keys: Tensor, soft_cap: float) -> Tensor:
+        """Logits (B, Q, m) of keys. What a key has behind its D elements, as a bias of the evaluation's, is not under
+        the cap: see `_relative`.
+        """
+        size = self.out.shape[-1]
+        return capped(torch.bmm(self.probes[..., :size], keys[..., :size].transpose(1, 2)), soft_cap)
+
+    def _relative(self, logits: Tensor, keys: Tensor, valid: Tensor | None) -> Tensor:
+        """Make of the logits under the cap (B, Q, m), in place, the weights of `keys`."""
+        size = self.out.shape[-1]
+        rest = _with_shift_and_mask(keys, valid)[..., size:]
+        return logits.baddbmm_(self.probes[..., size:], rest.transpose(1, 2)).exp_()
 
     def normalise(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Make of `weights` (B, Q, m), in place, the softmax weights of the compressed entries; returns them, and what
@@ -116,18 +145,24 @@ class Target:
     def loss(self, keys: Tensor, values: Tensor, valid: Tensor | None = None) -> Tensor:
         """Loss (B,) of compressed pairs (B, m, D); a non-finite one means that the pairs are unusable."""
         if use_triton(keys):
-            return attention_loss(*self._for_kernel(keys, values, valid), LSE_WEIGHT, with_grad=False)[0]
+            return attention_loss(*self._for_kernel(keys, values, valid), LSE_WEIGHT, False, self.soft_cap)[0]
         out, mass = self._attend(self.weights(keys, valid), with_ones(values))
         return self._loss(out - self.out, mass.log())
 
     def loss_and_grad(self, keys: Tensor, values: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Loss (B,) and its gradient (B, m, D) with respect to the keys, the values being held fixed."""
         if use_triton(keys):
-            loss, grad = attention_loss(*self._for_kernel(keys, values, valid), LSE_WEIGHT)
+            loss, grad = attention_loss(*self._for_kernel(keys, values, valid), LSE_WEIGHT, soft_cap=self.soft_cap)
             assert grad is not None  # as it was asked for
             return loss, grad
         num_queries = self.probes.shape[1]
-        weights, values = self.weights(keys, valid), with_ones(values)
+        if self.soft_cap is None:
+            weights, slope = self.weights(keys, valid), None
+        else:
+            logits = self._capped_logits(keys, self.soft_cap)
+            slope = slope_at(logits, self.soft_cap)
+            weights = self._relative(logits, keys, valid)
+        values = with_ones(values)
         out, mass = self._attend(weights, values)
         out_error, lse_error = out - self.out, mass.log()
         d_out = out_error * (2.0 / num_queries / self.out_norm)[:, None, None]
@@ -135,6 +170,8 @@ class Target:
         # d loss / d logit_j = p_j (g·v_j - g·o + d_lse), the softmax with the retained entry in its denominator
         pull = torch.cat([d_out, d_lse - (d_out * out).sum(-1, keepdim=True)], dim=-1) / mass
         d_logits = weights.mul_(torch.bmm(pull, values.transpose(1, 2)))
+        if slope is not None:
+            d_logits.mul_(slope)
         return self._loss(out_error, lse_error), torch.bmm(d_logits.transpose(1, 2), self.scaled_queries)
 
     def losses(self, keys: Tensor, values: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -177,6 +214,13 @@ class Target:
         output = out_error.square().sum(-1).mean(-1)
         norm = self.out_norm if output.dim() == 1 else self.out_norm.unsqueeze(1)
         return output / norm + LSE_WEIGHT * lse_error.squeeze(-1).square().mean(-1)
+
+
+def _with_shift_and_mask(keys: Tensor, valid: Tensor | None) -> Tensor:
+    """Keys (B, m, D) and what the last two columns of `Target.probes` are multiplied with: 1, and the mask."""
+    ones = torch.ones_like(keys[..., :1])
+    mask = torch.zeros_like(ones) if valid is None else (~valid).unsqueeze(-1) * MASKED_LOGIT
+    return torch.cat([keys, ones, mask], dim=-1)
 
 
 def with_ones(values: Tensor) -> Tensor:

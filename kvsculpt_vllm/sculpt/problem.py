@@ -30,6 +30,7 @@ class Problems:
     retained_out: Tensor  # (B, Q, D) fp32
     held_out: Tensor  # (Q,) bool, queries that no fit may use; on the host, so that nobody waits to know which they are
     scale: float
+    soft_cap: float | None = None  # of the logits, those of retained entries included (`kernels.soft_cap`)
     group: int = 1  # consecutive query rows that share a position: the query heads of the KV head's group
     # So many of the last query positions ask from their own place in the prompt. The positions before them ask from a
     # place behind the prompt. 0 where that is not known.
@@ -133,6 +134,7 @@ def retained_attention(
     scale: float,
     earlier: Earlier | None = None,  # of these B problems
     sink_logits: Tensor | None = None,  # (B, Q) fp32, of each query's head; None for a model without learned sinks
+    soft_cap: float | None = None,  # of the logits, but for those of learned sinks
 ) -> tuple[Tensor, Tensor]:
     """Compute the attention over the entries that stay as they are: output (B, Q, D) and log-sum-exp (B, Q), float32.
 
@@ -150,7 +152,7 @@ def retained_attention(
     limit = max_elements(keys.device)
     step = max(1, limit // max(1, len(keys) * keys.shape[1]))
     parts = [
-        attend(some, keys, values, scale, seen[None])
+        attend(some, keys, values, scale, seen[None], soft_cap)
         for some, seen in zip(queries.split(step, dim=1), visible.split(step), strict=True)
     ]
     outs, lses = zip(*parts, strict=True)
@@ -160,7 +162,7 @@ def retained_attention(
     if earlier is not None:
         # A head at a time: padded to the longest, heads with few entries would cost as much as it does.
         for b, head_keys, head_values in zip(range(len(out)), earlier.keys, earlier.values, strict=True):
-            _merge_head(out[b], lse[b], queries[b], head_keys, head_values, scale, limit)
+            _merge_head(out[b], lse[b], queries[b], head_keys, head_values, scale, soft_cap, limit)
     return out, lse
 
 
@@ -171,6 +173,7 @@ def _merge_head(
     keys: Tensor,  # (m, D) any dtype
     values: Tensor,  # (m, D)
     scale: float,
+    soft_cap: float | None,
     limit: int,  # floats that a temporary may have
 ) -> None:
     """Add to one head's attention that over more entries."""
@@ -181,5 +184,5 @@ def _merge_head(
         step = max(1, limit // max(1, some_keys.shape[1]))
         for begin in range(0, len(out), step):
             rows = slice(begin, begin + step)
-            more_out, more_lse = attend(queries[None, rows], some_keys, some_values, scale)
+            more_out, more_lse = attend(queries[None, rows], some_keys, some_values, scale, soft_cap=soft_cap)
             out[rows], lse[rows] = merge(out[rows], lse[rows], more_out[0], more_lse[0])

@@ -110,6 +110,7 @@ def build_in_slices(
     first: int = 0,
     earlier: Earlier | None = None,  # of all L·H problems: what stands for the tokens before `first`
     sink_logits: Tensor | None = None,  # (L, heads) fp32: what each query head's learned sink has as its logit
+    soft_cap: float | None = None,  # of all layers' logits
     followed: bool = False,  # whether other segments come behind this one
     numbers: Sequence[int] | None = None,  # build only these of the L·H problems, ascending; None means all
     count: int | None = None,  # build only about so many of the queries of each head; None means all
@@ -160,6 +161,7 @@ def build_in_slices(
         first=first,
         earlier=earlier,
         sink_logits=sink_logits,
+        soft_cap=soft_cap,
         numbers=numbers,
         ask=ask,
     )
@@ -186,6 +188,7 @@ def _asked_in_slices(
     first: int = 0,
     earlier: Earlier | None = None,
     sink_logits: Tensor | None = None,
+    soft_cap: float | None = None,
     numbers: Sequence[int] | None = None,
     ask: Callable[[Sequence[int], Tensor], Tensor] = lambda layers, rows: rows.float(),
 ) -> Slices[Problems]:
@@ -224,6 +227,7 @@ def _asked_in_slices(
         retained_lse=torch.empty(shape[:2], device=device),
         held_out=held_out.repeat_interleave(group),
         scale=scale,
+        soft_cap=soft_cap,
         group=group,
     )
     # In parts: for the whole model at once the scores of a wide window would take gigabytes.
@@ -250,6 +254,7 @@ def _asked_in_slices(
             None if earlier is None else earlier.part(own),
             # A position's rows are those of the group's query heads, in their order.
             None if sink_logits is None else sink_logits[of_layer, of_heads].repeat(1, len(positions)),
+            soft_cap,
         )
         yield
     return built

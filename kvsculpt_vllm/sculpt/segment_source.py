@@ -34,6 +34,7 @@ class SegmentSource:
     first: int = 0
     earlier: Earlier | None = None  # of all L·H problems
     sink_logits: Tensor | None = None  # (L, heads)
+    soft_cap: float | None = None
     followed: bool = False
     turns: Turns = field(default_factory=dict)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvsculpt_vllm.kernels.attention_scores import attention_with_lse, received
 from kvsculpt_vllm.kernels.dispatch import use_triton
+from kvsculpt_vllm.kernels.soft_cap import capped
 from kvsculpt_vllm.sculpt.attention import merge
 from kvsculpt_vllm.sculpt.matmul import matvec
 from kvsculpt_vllm.sculpt.objective import LSE_WEIGHT, with_ones
@@ -133,7 +134,7 @@ def teach(problems: Problems, max_elements: int, power: int | None = 1, answered
     outs, lses = [problems.retained_out[:, :0]], [problems.retained_lse[:, :0]]
     for rows, wanted in _asked(problems, max_elements, answered, others=power is not None):
         # By entry (B, n, q): the sum that ranks entries runs along memory, as do the rows taken in `_errors`.
-        weights = torch.bmm(problems.keys, problems.queries[:, rows].transpose(1, 2) * problems.scale)
+        weights = _logits(problems, problems.keys, rows)
         peak = weights.amax(1, keepdim=True)
         weights = weights.sub_(peak).exp_()
         retained_lse = problems.retained_lse[:, rows]
@@ -155,9 +156,11 @@ def teach(problems: Problems, max_elements: int, power: int | None = 1, answered
 def _teach_by_kernel(problems: Problems, power: int | None, answered: Tensor | None) -> Teacher:
     queries = problems.queries * problems.scale
     out, lse = merge(
-        *attention_with_lse(queries, problems.keys, problems.values), problems.retained_out, problems.retained_lse
+        *attention_with_lse(queries, problems.keys, problems.values, problems.soft_cap),
+        problems.retained_out,
+        problems.retained_lse,
     )
-    attention = None if power is None else received(queries, lse, problems.keys, power)
+    attention = None if power is None else received(queries, lse, problems.keys, power, problems.soft_cap)
     if answered is not None:
         there = on_device(answered, queries.device)
         out, lse = out[:, there], lse[:, there]
@@ -172,7 +175,7 @@ def _errors(problems: Problems, ranking: Ranking, sizes: Sequence[int], max_elem
     total = values.new_zeros(len(sizes), len(values))
     for rows in _row_parts(problems, max_elements):
         wanted, lse = teacher_out[:, rows], teacher_lse[:, rows]
-        shares = torch.bmm(keys[:, : sizes[-1]], problems.queries[:, rows].transpose(1, 2) * problems.scale)
+        shares = _logits(problems, keys[:, : sizes[-1]], rows)
         shares = shares.sub_(lse[:, None]).exp_()
         retained = (problems.retained_lse[:, rows] - lse).exp().unsqueeze(-1)
         summed = torch.cat([retained * problems.retained_out[:, rows], retained], dim=-1)
@@ -186,6 +189,12 @@ def _errors(problems: Problems, ranking: Ranking, sizes: Sequence[int], max_elem
             total[i] += (output_error + LSE_WEIGHT * lse_error).sum(1)
             done = size
     return total.T / problems.queries.shape[1]
+
+
+def _logits(problems: Problems, keys: Tensor, rows: slice | Tensor) -> Tensor:
+    """What the queries in `rows` make of keys (B, n, D): logits (B, n, q)."""
+    logits = torch.bmm(keys, problems.queries[:, rows].transpose(1, 2) * problems.scale)
+    return capped(logits, problems.soft_cap)
 
 
 def _asked(

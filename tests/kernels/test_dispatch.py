@@ -14,7 +14,7 @@ PLAN = PagePlan(block_size=BLOCK, span_pages=PAGES, total=3 * HEADS, sinks=SINKS
 EFFORT = Effort(positions=0, pilot_positions=30, fit_positions=QUERIES, key_steps=5)
 
 
-def make_problems(device):
+def make_problems(device, soft_cap):
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape):
@@ -30,12 +30,16 @@ def make_problems(device):
         "retained_out": normal(HEADS, QUERIES, SIZE),
         "held_out": torch.arange(QUERIES) % 5 == 4,
     }
-    return Problems(**{name: tensor.to(device) for name, tensor in tensors.items()}, scale=SIZE**-0.5)
+    return Problems(
+        **{name: tensor.to(device) for name, tensor in tensors.items()}, scale=SIZE**-0.5, soft_cap=soft_cap
+    )
 
 
-@pytest.mark.parametrize("method", ["select", "select_fit", "sculpt"])
-def test_both_give_the_same_budgets_and_nearly_the_same_entries(method, device, monkeypatch):
-    problems, results = make_problems(device), {}
+@pytest.mark.parametrize(
+    ("method", "soft_cap"), [("select", None), ("select_fit", None), ("sculpt", None), ("sculpt", 1.5)]
+)
+def test_both_give_the_same_budgets_and_nearly_the_same_entries(method, soft_cap, device, monkeypatch):
+    problems, results = make_problems(device, soft_cap), {}
     for choice in ("triton", "torch"):
         monkeypatch.setenv(VARIABLE, choice)
         results[choice] = compress(problems, PLAN, method, "adaptive", EFFORT)

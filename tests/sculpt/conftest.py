@@ -9,6 +9,11 @@ from torch import Tensor
 from kvsculpt_vllm.sculpt.problem import Problems
 
 
+def under(soft_cap: float | None, logits: Tensor) -> Tensor:
+    """The logits under a soft cap, if there is one."""
+    return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
+
+
 @dataclass(frozen=True)
 class Case:
     """Problems together with the retained entries that `Problems` only knows the attention over."""
@@ -22,7 +27,7 @@ class Case:
         """Output (Q, D) and log-sum-exp (Q,) of problem b over these (m, D) pairs and the retained ones."""
         keys = torch.cat([keys.double(), self.retained_keys[b]])
         values = torch.cat([values.double(), self.retained_values[b]])
-        logits = self.problems.queries[b].double() @ keys.T * self.problems.scale
+        logits = under(self.problems.soft_cap, self.problems.queries[b].double() @ keys.T * self.problems.scale)
         if self.sink_logits is not None:
             logits = torch.cat([logits, self.sink_logits[b][:, None]], dim=1)
             values = torch.cat([values, torch.zeros_like(values[:1])])
@@ -49,6 +54,7 @@ class Case:
     def selected(self, b: int, size: int, power: int = 1) -> Tensor:
         """Indices of the `size` entries of problem b with the most attention^power, summed over all queries."""
         logits = self.problems.queries[b].double() @ self.problems.keys[b].double().T * self.problems.scale
+        logits = under(self.problems.soft_cap, logits)
         _, lse = self.attention(self.problems.keys[b], self.problems.values[b], b)
         scores = (logits - lse[:, None]).exp().pow(power).sum(0)
         return scores.topk(size).indices
@@ -63,6 +69,7 @@ def _make(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     sinks: bool = False,
+    soft_cap: float | None = None,
 ) -> Case:
     """Random problems, the later ones with sharper attention. Every third query is held out. With learned `sinks` there
     are two query heads, whose sinks take much and little.
@@ -81,7 +88,7 @@ def _make(
     retained_values = normal(num_problems, num_retained, head_size)
     queries, scale = queries.to(dtype), head_size**-0.5
     if num_retained:
-        logits = queries.double() @ retained_keys.transpose(1, 2) * scale
+        logits = under(soft_cap, queries.double() @ retained_keys.transpose(1, 2) * scale)
         out, lse = torch.softmax(logits, -1) @ retained_values, torch.logsumexp(logits, -1)
     else:
         out, lse = torch.zeros(queries.shape), torch.full(queries.shape[:2], -torch.inf)
@@ -92,7 +99,7 @@ def _make(
         out = out * (alone - lse).exp()[..., None]
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     held_out = torch.arange(num_queries) % 3 == 2
-    problems = Problems(queries, keys, values, lse.to(exact), out.to(exact), held_out, scale)
+    problems = Problems(queries, keys, values, lse.to(exact), out.to(exact), held_out, scale, soft_cap)
     return Case(problems, retained_keys, retained_values, sink_logits)
 
 

@@ -23,11 +23,11 @@ QUERIES = 450
 EFFORT = Effort(positions=QUERIES, pilot_positions=256, fit_positions=QUERIES, key_steps=30)
 
 
-@pytest.fixture(scope="module")
-def case(make_case):
+@pytest.fixture(scope="module", params=[{}, {"soft_cap": 4.0, "sinks": True}], ids=["plain", "cap and learned sinks"])
+def case(request, make_case):
     """Five heads of 14 pages in the cache's dtype, the last ones with the sharpest attention."""
     entries = SPAN_PAGES * BLOCK - SINKS
-    return make_case(HEADS, QUERIES, entries, head_size=16, dtype=torch.bfloat16, seed=2)
+    return make_case(HEADS, QUERIES, entries, head_size=16, dtype=torch.bfloat16, seed=2, **request.param)
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,13 @@ from kvsculpt_vllm.sculpt.attention import attend, merge
 from kvsculpt_vllm.sculpt.objective import Target
 from kvsculpt_vllm.sculpt.problem import retained_attention
 
+CAP = 1.5  # well below the largest logits
 
-@pytest.fixture
-def compressed(make_case):
+
+@pytest.fixture(params=[None, CAP], ids=["no cap", "soft cap"])
+def compressed(request, make_case):
     """A case with both its targets and some pairs that are off: 9 of 40 entries, displaced."""
-    case = make_case()
+    case = make_case(soft_cap=request.param)
     generator = torch.Generator().manual_seed(7)
     keys, values = (x[:, :9] + 0.3 * torch.randn(3, 9, 8, generator=generator).double() for x in case.entries)
     return case, *Target.split(case.problems, *case.teacher()), keys, values
@@ -30,7 +32,10 @@ def test_loss_is_the_formula_written_out_per_query(compressed):
         for i, query in enumerate(problems.queries[b].tolist()):
             pairs = [(k, v) for ks, vs in [(keys, values), (case.retained_keys, case.retained_values)]
                      for k, v in zip(ks[b].tolist(), vs[b].tolist(), strict=True)]  # fmt: skip
-            powers = [math.exp(problems.scale * sum(x * y for x, y in zip(query, k, strict=True))) for k, _ in pairs]
+            logits = [problems.scale * sum(x * y for x, y in zip(query, k, strict=True)) for k, _ in pairs]
+            if problems.soft_cap is not None:
+                logits = [problems.soft_cap * math.tanh(logit / problems.soft_cap) for logit in logits]
+            powers = [math.exp(logit) for logit in logits]
             out = [sum(p * v[d] for p, (_, v) in zip(powers, pairs, strict=True)) / sum(powers) for d in range(8)]
             distance = sum((x - y) ** 2 for x, y in zip(out, true_out[i].tolist(), strict=True))
             error = math.log(sum(powers)) - float(true_lse[i])
@@ -41,7 +46,9 @@ def test_loss_is_the_formula_written_out_per_query(compressed):
             assert target.loss(keys, values)[b].item() == pytest.approx(expected, rel=1e-11)
 
 
-@pytest.mark.parametrize("case", [{}, {"num_retained": 0}, {"sinks": True}], ids=str)
+@pytest.mark.parametrize(
+    "case", [{}, {"num_retained": 0}, {"sinks": True}, {"soft_cap": CAP}, {"soft_cap": CAP, "sinks": True}], ids=str
+)
 def test_gradient_is_that_of_autograd_and_of_finite_differences(make_case, case):
     case = make_case(**case)
     train, _ = Target.split(case.problems, *case.teacher())
@@ -122,7 +129,7 @@ def test_take_takes_every_tensor(make_case):
     part = case.problems.take(torch.tensor([2, 0]))
     for field in dataclasses.fields(part):
         whole, some = getattr(case.problems, field.name), getattr(part, field.name)
-        if field.name in ("held_out", "scale", "group", "recent", "followed"):
+        if field.name in ("held_out", "scale", "soft_cap", "group", "recent", "followed"):
             assert some is whole
         else:
             assert torch.equal(some, whole[[2, 0]].float())

@@ -148,10 +148,15 @@ def same(one, other):
 @pytest.mark.parametrize("part", [1 << 20, 50])  # all queries at once, and few at a time
 @pytest.mark.parametrize("sinks", [0, SINKS])
 @pytest.mark.parametrize("window", [0, 3])
-@pytest.mark.parametrize("learned", [None, LEARNED], ids=["no learned sinks", "learned sinks"])
-def test_every_query_sees_what_earlier_segments_left(learned, window, sinks, part, monkeypatch):
+@pytest.mark.parametrize(
+    ("learned", "soft_cap"),
+    [(None, None), (LEARNED, None), (LEARNED, 1.5)],
+    ids=["plain", "learned sinks", "with a cap"],
+)
+def test_every_query_sees_what_earlier_segments_left(learned, soft_cap, window, sinks, part, monkeypatch):
     monkeypatch.setattr(problem, "max_elements", lambda device: part)
-    given, problems = segment(sinks=sinks, span=PROMPT - window, sink_logits=learned)
+    given, problems = segment(sinks=sinks, span=PROMPT - window, sink_logits=learned, soft_cap=soft_cap)
+    assert problems.soft_cap == soft_cap
     asked_at = torch.cat([torch.full((len(given["positions"]),), FIRST + PROMPT), given["positions"][-RECENT:]])
     recent = torch.arange(PROMPT - window, PROMPT)
     for b, (kept_keys, kept_values) in enumerate(zip(given["earlier"].keys, given["earlier"].values, strict=True)):
@@ -159,7 +164,9 @@ def test_every_query_sees_what_earlier_segments_left(learned, window, sinks, par
         values = torch.cat([given["values"][b, :sinks], kept_values, given["values"][b, recent]]).double()
         causal = asked_at.repeat_interleave(problems.group)[:, None] >= FIRST + recent
         seen = torch.cat([torch.ones(len(causal), sinks + len(kept_keys), dtype=torch.bool), causal], dim=1)
-        scores = (problems.queries[b].double() @ keys.T * given["scale"]).masked_fill(~seen, -torch.inf)
+        scores = problems.queries[b].double() @ keys.T * given["scale"]
+        scores = scores if soft_cap is None else soft_cap * torch.tanh(scores / soft_cap)
+        scores = scores.masked_fill(~seen, -torch.inf)
         if learned is not None:
             of_heads = learned[b // KV_HEADS].view(KV_HEADS, -1)[b % KV_HEADS].repeat(len(asked_at))
             scores = torch.cat([scores, of_heads[:, None].double()], dim=1)
@@ -203,7 +210,7 @@ def test_without_rotary_embedding_a_segment_without_others_before_it_is_a_prompt
 
 @pytest.mark.parametrize("numbers", [range(0, 2), range(2, 6), range(0, 6), [1, 2, 5]])
 def test_some_of_the_problems_are_those_of_the_whole_and_nothing_else_is_read(numbers):
-    given, whole = segment(sink_logits=LEARNED)
+    given, whole = segment(sink_logits=LEARNED, soft_cap=1.5)
     own = torch.tensor(numbers)
     by_problem = given["queries"].unflatten(2, (KV_HEADS, -1)).transpose(1, 2).flatten(0, 1)
     others = [b for b in range(len(by_problem)) if b not in numbers]
