@@ -27,9 +27,15 @@ def attend(
     logits = capped(torch.bmm(q, k.transpose(1, 2)).mul_(scale), soft_cap)
     if visible is not None:
         logits.masked_fill_(~visible, -torch.inf)
-    lse = torch.logsumexp(logits, dim=-1)
-    floor = lse.masked_fill(lse == -torch.inf, 0.0)
-    return torch.bmm(logits.sub_(floor.unsqueeze(-1)).exp_(), v), lse
+    if not k.shape[1]:  # a maximum of nothing is an error
+        return torch.zeros_like(q), torch.full_like(q[..., 0], -torch.inf)
+    peak = logits.amax(-1, keepdim=True)
+    peak.masked_fill_(peak == -torch.inf, 0.0)
+    # One exponential a weight: `torch.logsumexp` would take another, and they are half of the time.
+    weights = logits.sub_(peak).exp_()
+    total = weights.sum(-1, keepdim=True)
+    lse = peak.add_(total.log()).squeeze(-1)
+    return torch.bmm(weights, v).div_(total.clamp_min_(torch.finfo(total.dtype).tiny)), lse
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

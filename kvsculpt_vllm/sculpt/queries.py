@@ -11,10 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvsculpt_vllm.sculpt.matmul import fast_matmul
 from kvsculpt_vllm.sculpt.memory import max_elements
 from kvsculpt_vllm.sculpt.problem import Earlier, Problems, retained_attention, thin_positions
 from kvsculpt_vllm.sculpt.rotary import Rotary
-from kvsculpt_vllm.sculpt.slices import Slices, at_once
+from kvsculpt_vllm.sculpt.slices import Slices, at_once, within
 from kvsculpt_vllm.sculpt.transfer import on_device
 
 FUTURE_TOKENS = 512
@@ -149,7 +150,7 @@ def build_in_slices(
     def ask(layers: Sequence[int], rows: Tensor) -> Tensor:
         return _turned(rows[:, which].float(), [rotaries[layer] for layer in layers], turns, count)
 
-    problems = yield from _asked_in_slices(
+    building = _asked_in_slices(
         queries,
         asked_at,
         held_out,
@@ -165,6 +166,7 @@ def build_in_slices(
         numbers=numbers,
         ask=ask,
     )
+    problems = yield from within(fast_matmul, building)
     return replace(problems, recent=recent if count is None else 0, followed=followed)
 
 
