@@ -32,7 +32,7 @@ from kvsculpt_vllm.serving.launch import Server, read_metrics, serve
 
 MODEL = "model"
 LENGTHS = (1, 31, 32, 33, 120, 300, 511, 512, 513, 650, 800, 1000)
-OUTPUT_TOKENS = (1, 2, 3, 8, 24)
+OUTPUT_TOKENS = (1, 2, 3, 8, 24, 90)
 PROMPTS = 36
 CANCELLED = 0.2
 SETTLE_SECONDS = 60
@@ -181,7 +181,7 @@ def main(
         tokens = max(OUTPUT_TOKENS) if cancelled else rng.choice(OUTPUT_TOKENS)
         cancel_after = rng.randrange(1, 8) if cancelled else None
         jobs.append(Job(rng.randrange(PROMPTS), tokens, rng.choices(settings, weights)[0], cancel_after))
-    common = ["--served-model-name", MODEL, "--max-model-len", "1088", "--block-size", "32", "--enforce-eager"]
+    common = ["--served-model-name", MODEL, "--max-model-len", "1120", "--block-size", "32", "--enforce-eager"]
     common += ["--num-gpu-blocks-override", str(blocks), "--kv-cache-memory-bytes", str(1 << 29)]
     common += ["--dtype", fast_dtype(), "--max-num-batched-tokens", "512", "--max-num-seqs", str(concurrency)]
     plain = {(job.prompt, job.output_tokens) for job in jobs if job.exact}
@@ -194,7 +194,9 @@ def main(
     for job, text in alone.answers + together.answers:
         stock_answers.setdefault((job.prompt, job.output_tokens), set()).add(text)
 
-    flags = ["--kv-compression", "sculpt", "--kv-compression-effort", "fast"]
+    # So short that a prompt becomes a chain of up to four, and an answer another segment.
+    flags = ["--kv-compression-segment", "256", "--kv-compression-decode", "64", "--kv-compression-min-tokens", "256"]
+    flags += ["--kv-compression", "sculpt", "--kv-compression-effort", "fast"]
     with serve(directory, *common, *flags) as server:
         half = len(jobs) // 2
         first = run(server, prompts, jobs[:half], concurrency, "first half")
@@ -216,6 +218,7 @@ def main(
         "statuses": dict(first.statuses + second.statuses + again.statuses),
         "outcomes": stats["requests"],
         "deferred": stats["deferred"],
+        "segments": stats["found"] | {"made": stats["segments"]},
         "preemptions": preemptions,
         "exact_answers": len(exact),
         "exact_answers_unlike_stock": len(unequal),
@@ -234,6 +237,7 @@ def main(
         "no failed compression": not stats["requests"]["failed"],
         "every exact answer is stock vLLM's": not unequal,
         "memory was short: something was preempted": preemptions > 0,
+        "segments were found, adopted and evicted": all(stats["found"][n] > 0 for n in ("hits", "adopted", "evicted")),
         "something was compressed": sum(stats["requests"]["compressed"].values()) > 0,
     }
     table = Table(
