@@ -77,16 +77,28 @@ class Chain:
         segments: list[Compressed] = []
         seconds = 0.0
         for piece in pieces:
-            end = piece.end * self._block_size
-            self._compute(end + self._window)
-            problems, sinks = self._problems(end - self._first, piece.followed), self._sinks_here
-            plan = PagePlan(self._block_size, piece.blocks, piece.packed_blocks * problems.num_problems, sinks)
-            begin = time.perf_counter()
-            segments.append(method(problems, plan, budget, self._effort)(plan))
-            seconds += time.perf_counter() - begin
-            self._replace(end, segments[-1])
-        self._compute(len(self._tokens))
-        return Made(segments, self._cache, seconds)
+            segment, took = self.add(piece, method, budget)
+            segments.append(segment)
+            seconds += took
+        self.compute(len(self._tokens))
+        return Made(segments, self.cache, seconds)
+
+    def add(self, piece: Piece, method: Method, budget: str) -> tuple[Compressed, float]:
+        """Compute the context up to a window behind a piece and put a segment in the piece's place. No more than that
+        may have been computed before.
+
+        Returns:
+            The segment, and the seconds of compressing alone.
+        """
+        end = piece.end * self._block_size
+        self.compute(end + self._window)
+        problems, sinks = self._problems(end - self._first, piece.followed), self._sinks_here
+        plan = PagePlan(self._block_size, piece.blocks, piece.packed_blocks * problems.num_problems, sinks)
+        begin = time.perf_counter()
+        segment = method(problems, plan, budget, self._effort)(plan)
+        seconds = time.perf_counter() - begin
+        self._replace(end, segment)
+        return segment, seconds
 
     @property
     def _sinks_here(self) -> int:
@@ -94,7 +106,7 @@ class Chain:
         return 0 if self._first else self._sinks
 
     @property
-    def _cache(self) -> RaggedCache:
+    def cache(self) -> RaggedCache:
         """What the tokens computed so far left."""
         assert self._exact is not None
         keys, values = list(self._exact.keys), list(self._exact.values)
@@ -105,12 +117,12 @@ class Chain:
             )
         return RaggedCache(keys, values, self._model.storage, windows=self._windows)
 
-    def _compute(self, end: int) -> None:
+    def compute(self, end: int) -> None:
         """Compute all tokens before `end` that are not computed yet."""
         begin = self._first + (0 if self._exact is None else self._exact.keys.shape[1])
         if begin == end:
             return
-        past = None if self._exact is None else self._cache
+        past = None if self._exact is None else self.cache
         recorded = self._model.record(self._tokens[begin:end], torch.arange(begin, end), begin, past)
         self._windows = recorded.windows
         new = Exact(recorded.queries, recorded.keys, recorded.values, recorded.scale)

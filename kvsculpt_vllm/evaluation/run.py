@@ -145,9 +145,8 @@ def run(request: Request, json_path: Path | None, console: Console, report: Path
     tokenizer, prefix = load_tokenizer(directory)
     exact = CompressionConfig()
     shape = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
-    num_kv_heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-    path = find(request.calibration, str(directory), len(full_layers(shape)), num_kv_heads)
-    calibration = None if path is None else read(path)
+    num_kv_heads = kv_heads(shape)
+    calibration = calibration_of(directory, request.calibration)
     methods = METHODS
     if calibration is not None:
         methods = METHODS | {"sculpt": surveyed("sculpt", calibration=calibration.whole)}
@@ -180,6 +179,22 @@ def run(request: Request, json_path: Path | None, console: Console, report: Path
     if report is not None:
         console.print(f"report: {write_report(report, rows, COLUMNS, num_kv_heads)}")
     return rows
+
+
+def calibration_of(directory: Path, setting: str) -> CalibrationFile | None:
+    """Read the calibration that the setting `--calibration` means for the model in `directory`, None if there is none.
+
+    Raises:
+        CalibrationError: the file that is meant does not fit the model.
+    """
+    shape = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
+    path = find(setting, str(directory), len(full_layers(shape)), kv_heads(shape))
+    return None if path is None else read(path)
+
+
+def kv_heads(shape: Any) -> int:
+    """How many KV heads a layer has, by the model's configuration."""
+    return getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
 
 
 def _series(
