@@ -13,6 +13,7 @@ from kvsculpt_vllm.evaluation.attention import RaggedCache
 from kvsculpt_vllm.evaluation.chain import Chain, joined
 from kvsculpt_vllm.evaluation.methods.base import Method, OfContext
 from kvsculpt_vllm.evaluation.methods.biased import BiasedCompressed
+from kvsculpt_vllm.evaluation.methods.fp8 import InFP8, rounded
 from kvsculpt_vllm.evaluation.model import EvaluationModel
 from kvsculpt_vllm.sculpt.budgets import PagePlan, span_sizes
 from kvsculpt_vllm.sculpt.chain import Piece, pieces
@@ -145,9 +146,15 @@ class Context:
     def compressed_cache(self, fitted: Compressed) -> RaggedCache:
         """Build the cache that follows a compression: per head its sinks, its fitted entries and the exact window."""
         span = self.span_blocks * self._block_size
+        around_keys, around_values = self.recording.keys, self.recording.values
+        if isinstance(fitted, InFP8):
+            around_keys, around_values = (
+                torch.stack([rounded(head, scale) for head, scale in zip(whole, scales, strict=True)])
+                for whole, scales in ((around_keys, fitted.key_scales), (around_values, fitted.value_scales))
+            )
         keys, values = (
             [torch.cat([held[: self.sinks], kept, held[span:]]) for held, kept in zip(whole, fitted_part, strict=True)]
-            for whole, fitted_part in ((self.recording.keys, fitted.keys), (self.recording.values, fitted.values))
+            for whole, fitted_part in ((around_keys, fitted.keys), (around_values, fitted.values))
         )
         biases = None
         if isinstance(fitted, BiasedCompressed):

@@ -17,8 +17,8 @@ from kvsculpt_vllm.sculpt.options import METHODS as OURS
 HARNESS = ("attention", "chain", "continuation", "harness", "metrics", "model", "retrieval", "texts")
 """The modules of this package that decide numbers, besides its methods and tasks; the others show them."""
 
-CALIBRATED = ("sculpt", "adaptive")
-"""The method and the budgets that a calibration decides; what other rows hold is the same with any."""
+CALIBRATED = {(method, "adaptive") for method in ("sculpt", "sculpt_rounded_fp8", "sculpt_fp8")}
+"""The methods and budgets that a calibration decides; what other rows hold is the same with any."""
 
 Row = dict[str, Any]
 Key = tuple[str, str, float]  # method, budget, keep ratio
@@ -98,7 +98,7 @@ class Results:
             _parts(self._path).unlink(missing_ok=True)
 
     def _settings_of(self, key: Key) -> dict[str, Any]:
-        calibration = {} if key[:2] == CALIBRATED else {"calibration": NONE}
+        calibration = {} if key[:2] in CALIBRATED else {"calibration": NONE}
         return self._settings | calibration | {"segment": segment_of(key[0], self._settings.get("segment", ONE_SPAN))}
 
     def _finish(self, key: Key, numbers: Row) -> None:

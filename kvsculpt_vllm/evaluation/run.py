@@ -19,8 +19,7 @@ from kvsculpt_vllm.calibration_file import AUTO, NONE, CalibrationFile, find, re
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.evaluation.continuation import Measurement, Trial
 from kvsculpt_vllm.evaluation.harness import ONE_SPAN, Context, is_one_span
-from kvsculpt_vllm.evaluation.methods import METHODS
-from kvsculpt_vllm.evaluation.methods.base import surveyed
+from kvsculpt_vllm.evaluation.methods import METHODS, calibrated
 from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer, model_directory
 from kvsculpt_vllm.evaluation.progress import progress_bar
 from kvsculpt_vllm.evaluation.report import write_report
@@ -149,7 +148,7 @@ def run(request: Request, json_path: Path | None, console: Console, report: Path
     calibration = calibration_of(directory, request.calibration)
     methods = METHODS
     if calibration is not None:
-        methods = METHODS | {"sculpt": surveyed("sculpt", calibration=calibration.whole)}
+        methods = METHODS | calibrated(calibration.whole)
     load_model = cache(lambda: EvaluationModel.load(directory, request.device))  # only if anything is missing
     rows = []
     for series in _series(request, directory.name, tokenizer, prefix, exact, calibration):

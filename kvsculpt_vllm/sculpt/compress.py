@@ -128,16 +128,23 @@ compress = at_once(compress_in_slices)
 
 
 def fit_in_slices(
-    problems: Problems, plan: PagePlan, found: Survey, method: str, effort: Effort, limit: int | None = None
+    problems: Problems,
+    plan: PagePlan,
+    found: Survey,
+    method: str,
+    effort: Effort,
+    limit: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Slices[Compressed]:
     """Fit every problem to the queries of about `effort.fit_positions`, with the budgets that the survey `found` gives
-    it.
+    it. What is fitted will be stored in `dtype`, and is judged so; None means that of the problems' entries.
 
     Raises:
         ValueError: the plan's total cannot be given out.
     """
     budgets = found.budgets(plan)
     supply = InMemory(*thinned(problems, found.ranking, effort))
+    supply.dtype = dtype or supply.dtype
     keys, values = [problems.keys[0]] * problems.num_problems, [problems.values[0]] * problems.num_problems
 
     def write(fitted: FittedBatch, _pages: list[int]) -> None:
@@ -188,7 +195,7 @@ def fit_batches_in_slices(
         sizes = [kept[b] for b in numbers]
         order += numbers
         if sizes[0] == supply.num_entries:  # everything fits: copied, nothing to fit
-            keys, values = supply.entries(numbers)
+            keys, values = (part.to(supply.dtype) for part in supply.entries(numbers))
             nothing = torch.zeros(len(numbers), device=device)
             none = torch.zeros(len(numbers), dtype=torch.long, device=device)
             trace = nothing.expand(len(judged_after(key_steps)) if key_steps else 0, 2, -1)

@@ -133,7 +133,7 @@ def test_recorded_queries_are_those_the_model_asks_and_move_with_its_rotary_embe
     torch.testing.assert_close(moved, queries, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if not name.endswith("fp8")])
 def test_keeping_everything_changes_nothing(trials, method):
     measurements = measure(trials[:1], method, "uniform", 1.0)
     assert measurements[0].kept_fraction == 1

@@ -14,11 +14,13 @@ from kvsculpt_vllm.evaluation.methods.attention_matching import (
 )
 from kvsculpt_vllm.evaluation.methods.base import Method, OfContext, surveyed
 from kvsculpt_vllm.evaluation.methods.expected_attention import expected_attention
+from kvsculpt_vllm.evaluation.methods.fp8 import Fp8
 from kvsculpt_vllm.evaluation.methods.keydiff import keydiff
 from kvsculpt_vllm.evaluation.methods.kvsculpt_paper import kvsculpt_paper
 from kvsculpt_vllm.evaluation.methods.kvzip import kvzip
 from kvsculpt_vllm.evaluation.methods.random_choice import random_choice
 from kvsculpt_vllm.evaluation.methods.snapkv import snapkv
+from kvsculpt_vllm.sculpt.loss_curves import LossCurves
 from kvsculpt_vllm.sculpt.options import METHODS as OURS
 
 METHODS: dict[str, Method | OfContext] = {
@@ -30,6 +32,17 @@ METHODS: dict[str, Method | OfContext] = {
     "keydiff": keydiff,
     "kvsculpt_paper": kvsculpt_paper,
     "kvzip": OfContext(kvzip),
+    "sculpt_fp8": Fp8(fits=True),
+    "sculpt_rounded_fp8": Fp8(fits=False),
     "snapkv": snapkv,
     "random": random_choice,
 }
+
+
+def calibrated(curves: LossCurves) -> dict[str, Method | OfContext]:
+    """Those of the methods that follow a calibration, with one."""
+    return {
+        "sculpt": surveyed("sculpt", calibration=curves),
+        "sculpt_rounded_fp8": Fp8(fits=False, calibration=curves),
+        "sculpt_fp8": Fp8(fits=True, calibration=curves),
+    }
