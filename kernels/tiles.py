@@ -21,11 +21,12 @@ TINY = torch.finfo(torch.float32).tiny
 
 def tiling(head_size: int) -> dict[str, int]:
     """Give the constants of a launch: the head size, queries and keys of a tile, the head size padded to a power of
-    two, and one stage. More float32 tiles than a stage's do not fit the shared memory of most GPUs.
+    two, and one stage. More float32 tiles than a stage's do not fit the shared memory of most GPUs. With larger tiles
+    only one program fits a processor of an H100, and registers spill (tests/test_kernels_compile.py has how much).
     """
     block_d = max(16, triton.next_power_of_2(head_size))
-    block = 64 if block_d <= 128 else 32
-    return {"head_size": head_size, "block_q": block, "block_m": block, "block_d": block_d, "num_stages": 1}
+    block_q = 64 if block_d <= 128 else 16
+    return {"head_size": head_size, "block_q": block_q, "block_m": 32, "block_d": block_d, "num_stages": 1}
 
 
 def check_problems(
