@@ -17,6 +17,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +34,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvsculpt_vllm.engine.worker.pages import PageGeometry, TokenPages
 from kvsculpt_vllm.kernels.attention_loss import attention_loss, attention_loss_twin
-from kvsculpt_vllm.kernels.paged_attention import Prefixes, paged_attention, parts_for
+from kvsculpt_vllm.kernels.attention_plan import CHUNKS_PER_PROCESSOR, BatchRows, Plan, Prefixes, plan_attention
+from kvsculpt_vllm.kernels.paged_attention import paged_attention
 from kvsculpt_vllm.kernels.pages import Pages
 
 WINDOW = 64  # prompt tokens that stay exact, as by default
@@ -152,18 +154,22 @@ class Case:
             tokens - span * size + round(float(kept) * size),
         )
 
-    def attend(self, shape: Shape, cache: Cache) -> Tensor:
-        """Our kernel, split as the backend splits it."""
-        result = torch.empty_like(self.query)
-        rows = len(self.lens)
+    def planned(self, cache: Cache) -> Plan:
+        """What an engine computes once a step, for all layers."""
         processors = torch.cuda.get_device_properties(0).multi_processor_count if self.query.is_cuda else 4
-        parts = parts_for(rows * shape.kv_heads, processors)
-        scale = shape.head_size**-0.5
-        tensors, layer = (self.block_table, self.starts, self.lens), shape.timed_layer
-        paged_attention(
-            self.query, result, cache.pages, self.prefixes, *tensors, layer, shape.kv_heads, scale, 1, num_parts=parts
-        )
+        return plan_attention(cache.pages, self.prefixes, self.rows, CHUNKS_PER_PROCESSOR * processors)
+
+    def attend(self, shape: Shape, cache: Cache, plan: Plan) -> Tensor:
+        """Our kernel, as the backend calls it in each layer."""
+        result = torch.empty_like(self.query)
+        layer, scale = shape.timed_layer, shape.head_size**-0.5
+        paged_attention(self.query, result, cache.pages, self.prefixes, self.rows, plan, layer, shape.kv_heads, scale)
         return result
+
+    @property
+    def rows(self) -> BatchRows:
+        """The batch as kernels take it."""
+        return BatchRows(self.block_table, self.starts, self.lens, None, True, len(self.query))
 
     def written_out(self, shape: Shape, cache: Cache, row: int) -> Tensor:
         """The row's answer (heads, D) from the entries taken one page list at a time, in float32."""
@@ -307,9 +313,12 @@ def _paged_rows(
         for ratio, chain in [(r, s) for r in ratios for s in (segments if r < 1 else [0])]:
             case, name = Case.make(shape, tokens, rows, ratio, chain), f"paged_attention, keep {ratio:g}"
             name += f", {chain} segments" if chain > 1 else ""
-            _compare(name, shape, cache, case, case.attend(shape, cache))
+            plan = case.planned(cache)
+            _compare(name, shape, cache, case, case.attend(shape, cache, plan))
             what = {"layout": layout, "keep_ratio": ratio, "segments": chain}
-            measure(name, lambda case=case, cache=cache: case.attend(shape, cache), case.entries, **what)
+            attend = partial(case.attend, shape, cache, plan)
+            measure(name, attend, case.entries, **what)
+            measure(f"the plan of all layers, {name}", partial(case.planned, cache), 0, **what)
         if (flash := flash_attention(shape, cache, tokens, rows)) is not None:
             measure(*flash, tokens, layout=layout)
 

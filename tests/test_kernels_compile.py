@@ -8,23 +8,18 @@ from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvsculpt_vllm.kernels import attention_loss, attention_scores, paged_attention, pages, tiles
+from kvsculpt_vllm.kernels import attention_loss, attention_scores, pages, tiles
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing is compiled")
 
 H100 = GPUTarget("cuda", 90, 32)
 SHARED_BYTES = 227 << 10
-FLOAT32, BF16, INT64, INT32 = "*fp32", "*bf16", "*i64", "*i32"
+FLOAT32, BF16, INT64 = "*fp32", "*bf16", "*i64"
 NUMBERS_BY_ROW = {
     f"{name}_{stride}" for name in ("shift", "retained_mass", "push", "lse", "scores") for stride in ("b", "q", "m")
 }
 """Strides of the solver's tensors that have a number for each query or entry."""
 OTHERS = {"sizes": INT64, "lse_weight": "fp32"}  # of the solver's kernels; what has no strides is a plain number
-PAGED = {
-    **{"query": BF16, "buffer": BF16, "parts": FLOAT32, "lse": FLOAT32, "scale": "fp32"},
-    **{"cell_pages": INT64, "slot_of_block": INT64, "starts": INT64, "lengths": INT64, "span_blocks": INT64},
-    **{"block_table": INT32, "query_start_loc": INT32, "seq_lens": INT32},
-}
 
 
 def compiled(kernel, types, constants, num_stages, multiples_of_16=()):
@@ -70,22 +65,6 @@ def test_the_solvers_kernels(kernel, head_size, soft_cap):
     assert found.metadata.shared <= SHARED_BYTES
     loads = re.findall(r"ld\.global\S*", found.asm["ptx"])
     assert sum(".v4" in load for load in loads) >= 0.8 * len(loads)
-
-
-@pytest.mark.parametrize("head_size", [64, 128, 256])
-def test_paged_attention(head_size):
-    constants = {
-        **{"num_layers": 32, "num_kv_heads": 8, "group": 4, "head_size": head_size, "block_size": 16},
-        **{"in_parts": True, "widen": False, "block_t": 1, "block_rows": 16},
-        **{"block_n": 64 if head_size <= 128 else 32, "block_d": head_size},
-    }
-    aligned = ["buffer", "page_stride", "entry_stride", "value_offset"]
-    kernel = compiled(paged_attention._attend_pages, PAGED, constants, 2, aligned)
-    assert kernel.metadata.shared <= SHARED_BYTES
-    # Keys and values of the next tile come while one is computed; the loop over pieces around it must leave that so.
-    assert "async_copy_global_to_local" in kernel.asm["ttgir"]
-    merge = {"head_size": head_size, "block_d": head_size, "block_parts": 16}
-    shared_bytes(paged_attention._merge, {"parts": FLOAT32, "lse": FLOAT32, "out": BF16}, merge, num_stages=2)
 
 
 @pytest.mark.parametrize("out_of_pages", [True, False])

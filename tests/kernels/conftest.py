@@ -31,6 +31,16 @@ def device():
     return torch.device(DEVICE)
 
 
+@pytest.fixture
+def poison_empty_memory():
+    """Memory that nobody has written holds what is no number, or the largest one of integers."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 def _problem(batch, num_queries, m, head_size, sizes, device=DEVICE, seed=0):
     """A teacher of a few more entries than the m compressed ones, and retained entries for half of the mass or so."""
     generator = torch.Generator().manual_seed(seed)

@@ -3,11 +3,17 @@
 import pytest
 import torch
 
-from kvsculpt_vllm.kernels.paged_attention import Prefixes, paged_attention, paged_attention_twin
+from kvsculpt_vllm.kernels.attention_plan import BatchRows, Prefixes, plan_attention, prefill_tile, prefill_tiles
+from kvsculpt_vllm.kernels.paged_attention import paged_attention, paged_attention_twin
 from kvsculpt_vllm.kernels.pages import Pages
 
 LAYERS, BLOCK = 2, 16
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+@pytest.fixture(autouse=True)
+def poisoned(poison_empty_memory):
+    """What is not written must not be read."""
 
 
 def make_case(rows, kv_heads, group, head_size, dtype, device, layout="LBHNC", seed=0):
@@ -62,17 +68,21 @@ def make_case(rows, kv_heads, group, head_size, dtype, device, layout="LBHNC", s
     pages = Pages(buffer.to(dtype).to(device), cell_pages.to(device), stride, BLOCK, 2 * head_size, head_size)
     prefixes = Prefixes(*(tensor.to(device) for tensor in (slots, starts, lengths, span_blocks)))
     lens = torch.tensor([tokens for _, tokens, _ in rows], dtype=torch.int32)
+    counts = [new for new, _, _ in rows]
+    tiles = prefill_tiles(starts_of_rows, group).to(device) if max(counts) > 1 else None
     tensors = [tensor.to(device) for tensor in (table, starts_of_rows, lens)]
-    return (query.to(dtype).to(device), pages, prefixes, tensors, max(new for new, _, _ in rows)), written
+    batch = BatchRows(*tensors, tiles, 1 in counts, sum(counts))
+    return (query.to(dtype).to(device), pages, prefixes, batch), written
 
 
-def check(query, pages, prefixes, tensors, longest, kv_heads, parts=1):
-    head_size = query.shape[-1]
+def check(query, pages, prefixes, rows, kv_heads, most=1):
+    head_size, tensors = query.shape[-1], rows[:3]
+    plan = plan_attention(pages, prefixes, rows, most)
     for layer in range(LAYERS):
         wanted = paged_attention_twin(query, pages, prefixes, *tensors, layer, kv_heads, head_size**-0.5)
         around = torch.full((len(query) + 2, *query.shape[1:]), torch.nan, dtype=query.dtype, device=query.device)
         out = around[1:-1]
-        arguments = query, out, pages, prefixes, *tensors, layer, kv_heads, head_size**-0.5, longest, parts
+        arguments = query, out, pages, prefixes, rows, plan, layer, kv_heads, head_size**-0.5
         paged_attention(*arguments)
         torch.testing.assert_close(out, wanted, rtol=0, atol=TOLERANCE[query.dtype])
         assert around[0].isnan().all() and around[-1].isnan().all()  # nothing written beside
@@ -83,23 +93,65 @@ def check(query, pages, prefixes, tensors, longest, kv_heads, parts=1):
 
 DECODE = [(1, 70, (3,)), (1, 33, ()), (1, 1, ()), (1, 49, (1, 2)), (1, 193, (5, 1, 4, 2)), (1, 111, (2, 3, 1))]
 MIXED = [(5, 63, (2,)), (1, 40, ()), (23, 23, ()), (9, 175, (4, 1, 3, 2)), (1, 65, (1, 3))]
+LONG = [(1, 700, (12, 9)), (1, 1, ()), (1, 36 * BLOCK + 5, (1,) * 36)]
+"""Rows that are cut into chunks: in a segment, in the tail, and behind more segments than are looked at at once."""
 
 
-@pytest.mark.parametrize(("layout", "parts"), [("LBHNC", 1), ("BLHNC", 3)])
+@pytest.mark.parametrize("layout", ["LBHNC", "BLHNC"])
 @pytest.mark.parametrize("rows", [DECODE, MIXED], ids=["decode", "mixed"])
-def test_chains_of_no_segment_one_and_more(rows, layout, parts, device):
+def test_chains_of_no_segment_one_and_more(rows, layout, device):
     case, _ = make_case(rows, 2, 3, 64, torch.float32, device, layout)
-    check(*case, 2, parts)
+    check(*case, 2)
+
+
+@pytest.mark.parametrize("most", [3, 100])
+def test_long_rows_are_shared_among_programs(most, device):
+    case, _ = make_case(LONG, 1, 2, 16, torch.float32, device)
+    check(*case, 1, most)
+
+
+def test_a_prefill_reads_nothing_that_none_of_its_tokens_sees(device):
+    """Values that are not a number would spoil the answers of tokens that are to give them no weight."""
+    new, tokens, size = 30, 100, prefill_tile(4)
+    (query, pages, prefixes, rows), _ = make_case([(new, tokens, (3,))], 1, 4, 32, torch.float32, device)
+    plan, answers = plan_attention(pages, prefixes, rows, 1), []
+    for unseen in (tokens, tokens - new + size):  # from this position on: none, and those of all tiles but the first
+        for position in range(unseen, tokens):
+            page = int(rows.block_table[0, position // BLOCK]) * pages.block_stride + int(pages.cell_pages[0])
+            pages.buffer[page].view(BLOCK, -1)[position % BLOCK] = torch.nan
+        out = torch.empty_like(query)
+        paged_attention(query, out, pages, prefixes, rows, plan, 0, 1, 1.0)
+        answers.append(out)
+    assert torch.equal(*(answer[:size] for answer in answers))
+    assert answers[1][size:].isnan().all()
+
+
+def test_padding_gives_zeros_and_is_not_read(device):
+    """As in a recorded graph: rows and tokens that nobody asked for, beside some that end in the middle."""
+    (query, pages, prefixes, rows), _ = make_case(DECODE, 2, 3, 64, torch.float32, device)
+    more, padded = 3, query.new_full((len(query) + 3, *query.shape[1:]), torch.nan)
+    padded[: len(query)] = query
+    for rows_of_padding in (more, 0):  # in an eager batch tokens are padded, and no row is
+        table, begins, lens = (
+            torch.cat([tensor, tensor[:1].expand(rows_of_padding, *tensor.shape[1:]) * 0]) for tensor in rows[:3]
+        )
+        begins[len(DECODE) + 1 :] = len(query)
+        for decode in (True, False):
+            given = rows._replace(block_table=table, query_start_loc=begins, seq_lens=lens, decode=decode)
+            out = torch.full_like(padded, torch.nan)
+            paged_attention(padded, out, pages, prefixes, given, plan_attention(pages, prefixes, given, 2), 1, 2, 1.0)
+            assert (out[len(query) :] == 0).all()
+            assert out[: len(query)].isfinite().all() == decode
 
 
 @pytest.mark.parametrize("rows", [DECODE, MIXED], ids=["decode", "mixed"])
 def test_the_twin_attends_to_what_was_written_for_each_head(rows, device):
     heads, group, head_size = 2, 2, 16
-    (query, pages, prefixes, tensors, _), written = make_case(rows, heads, group, head_size, torch.float32, device)
+    (query, pages, prefixes, asked_rows), written = make_case(rows, heads, group, head_size, torch.float32, device)
     counts = [new for new, _, _ in rows]
     asked = query.cpu().split(counts)
     for layer in range(LAYERS):
-        answers = paged_attention_twin(query, pages, prefixes, *tensors, layer, heads, 1.0).cpu().split(counts)
+        answers = paged_attention_twin(query, pages, prefixes, *asked_rows[:3], layer, heads, 1.0).cpu().split(counts)
         for r, (new, tokens, _) in enumerate(rows):
             for head in range(heads * group):
                 entries = written[r, layer * heads + head // group]
@@ -115,18 +167,25 @@ def test_the_twin_attends_to_what_was_written_for_each_head(rows, device):
 def test_groups_head_sizes_and_dtypes(group, head_size, dtype, device):
     rows = [(1, 70, (1, 2)), (4, 33, ())]
     case, _ = make_case(rows, 1, group, head_size, dtype, device)
-    check(*case, 1, parts=2)
+    check(*case, 1)
 
 
 def test_what_does_not_fit_is_named(device):
-    (query, pages, prefixes, tensors, longest), _ = make_case(DECODE, 2, 3, 64, torch.float32, device)
+    (query, pages, prefixes, rows), _ = make_case(DECODE, 2, 3, 64, torch.float32, device)
+    plan = plan_attention(pages, prefixes, rows, 1)
 
     def attend(query=query, pages=pages, kv_heads=2):
-        paged_attention(query, torch.empty_like(query), pages, prefixes, *tensors, 0, kv_heads, 1.0, longest)
+        paged_attention(query, torch.empty_like(query), pages, prefixes, rows, plan, 0, kv_heads, 1.0)
 
-    with pytest.raises(ValueError, match=r"buffer: dtype torch\.float16 given"):
+    with pytest.raises(ValueError, match=r"query: dtype torch\.float32 given"):
         attend(pages=pages._replace(buffer=pages.buffer.half()))
     with pytest.raises(ValueError, match="num_kv_heads: 4 given, 6 query heads"):
         attend(kv_heads=4)
     with pytest.raises(ValueError, match="query: strides"):
         attend(query=query.transpose(1, 2).contiguous().transpose(1, 2))
+    with pytest.raises(ValueError, match=r"seq_lens: dtype torch\.int64 given"):
+        plan_attention(pages, prefixes, rows._replace(seq_lens=rows.seq_lens.long()), 1)
+    with pytest.raises(ValueError, match="lengths: must be contiguous"):
+        plan_attention(pages, prefixes._replace(lengths=prefixes.lengths.transpose(1, 2)), rows, 1)
+    with pytest.raises(ValueError, match="most: 0 given"):
+        plan_attention(pages, prefixes, rows, 0)

@@ -21,7 +21,10 @@ from kvsculpt_vllm.engine.worker.selftest.own_cache import Numbers, subject_of
 from kvsculpt_vllm.engine.worker.selftest.rows import BARE, CHAIN, SHORT, Rows
 from kvsculpt_vllm.engine.worker.selftest.subject import END_BLOCKS
 from kvsculpt_vllm.kernels import attention_loss, attention_scores, pages
+from kvsculpt_vllm.kernels import attention_plan as plan
+from kvsculpt_vllm.kernels import decode_attention as decode
 from kvsculpt_vllm.kernels import paged_attention as paged
+from kvsculpt_vllm.kernels import prefill_attention as prefill
 from kvsculpt_vllm.kernels.dispatch import VARIABLE
 from kvsculpt_vllm.sculpt import objective, selection
 from kvsculpt_vllm.sculpt.budgets import PagePlan
@@ -98,13 +101,12 @@ def test_no_kernel_is_compiled_after_it(tested, monkeypatch):
         for number in (1, 2, 3, 5, 16):  # decoding, of which one token alone comes up most
             batch = rows.batch(*[(CHAIN, 1)] * number, padding=0)
             tokens = len(batch.query)
-            parts = paged.parts_for(tokens * NUMBERS.kv_heads, subject.processors)
-            attention_check._answers(rows, batch, 0, parts)()
+            attention_check._answers(rows, batch, 0, attention_check.most_chunks(subject))()
             some = subject.normal(tokens, 2, 16, generator=torch.Generator())
             pages.store(subject.pages.kernel_pages, 1, torch.full((tokens,), -1), some, some)
         for picked in ([(SHORT, 1), (BARE, 4)], [(CHAIN, 9), (BARE, 20)]):  # prefill
             batch = rows.batch(*picked)
-            attention_check._answers(rows, batch, 1, paged.parts_for(len(batch.query) * 2, subject.processors))()
+            attention_check._answers(rows, batch, 1, attention_check.most_chunks(subject))()
         index = torch.arange(9)
         for first in (0, 1, 2, 3):  # the pages of a head among a segment's
             subject.pages.write(index[first:], *subject.pages.read(index[first:]))
@@ -112,55 +114,82 @@ def test_no_kernel_is_compiled_after_it(tested, monkeypatch):
     assert after and after <= before, sorted(after - before)
 
 
-PAGED = {
+DECODE = {
     "the last blocks": ("block * block_stride", "tl.minimum(block, 25) * block_stride"),
-    "a mask that is off by one": ("entries - end_token + token,", "entries - end_token + token + 1,"),
     "the layer": ("own_cell = layer * num_kv_heads + h", "own_cell = h"),
     "where the next segment begins": ("column += tl.load(span_blocks + slot).to(tl.int32)", "column += 1"),
-    "a tile that runs into the next row": ("(token < end_token)", "(token < end_token + 1)"),
-    "parts that are not rescaled": ("weights = tl.exp(z - tl.max(z, 0))", "weights = tl.where(there, 1.0, 0.0)"),
+    "a chunk that ends too early": ("end_entry = first_entry + chunk", "end_entry = first_entry + chunk - 1"),
+    "a chunk's first piece": ("before += tl.sum(tl.where(passed, entries, 0), 0)", "before += 0"),
     "the peak of earlier entries": ("mass = mass * shrink + tl.sum(w, 1)", "mass = mass + tl.sum(w, 1)"),
+    "parts that are not rescaled": ("tl.exp2(z - higher)", "tl.where(there, 1.0, 0.0)"),
+    "padding": ("zeros = tl.zeros(", "zeros = 1.0 + tl.zeros("),
+}
+PREFILL = {
+    "a mask that is off by one": ("shift + token, packed)", "shift + token + 1, packed)"),
+    "a tile that sees too little": ("tl.minimum(begin + block_t, end_token)", "tl.minimum(begin + 1, end_token)"),
+    "a tile that runs into the next row": ("(token < end_token)", "(token < end_token + 1)"),
+}
+PLAN = {
+    "parts that overwrite one another": ("tl.where(split, part + number, -1)", "tl.where(split, part, -1)"),
+    "half a chunk that nobody takes": ("counts + layer * 3 + 1, chunk)", "counts + layer * 3 + 1, chunk // 2)"),
+    "a segment that is not counted": ("packed - column) * block_size", "packed - column - 1) * block_size"),
 }
 
 
-@pytest.mark.parametrize("fault", PAGED)
-def test_a_fault_of_attention_is_found(fault, monkeypatch, tmp_path):
-    monkeypatch.setattr(attention_check, "paged_attention", mutant(paged, tmp_path, PAGED[fault]).paged_attention)
+@pytest.mark.parametrize("fault", DECODE)
+def test_a_fault_of_decoding_is_found(fault, monkeypatch, tmp_path):
+    monkeypatch.setattr(paged, "decode_attention", mutant(decode, tmp_path, DECODE[fault]).decode_attention)
     assert made("attention") == {"paged attention"}
 
 
-def test_parts_are_merged_in_batches_of_every_size(monkeypatch, tmp_path):
-    broken = mutant(paged, tmp_path, PAGED["parts that are not rescaled"])
-    monkeypatch.setattr(attention_check, "paged_attention", broken.paged_attention)
-    assert made("attention in parts") == {"paged attention"}
+@pytest.mark.parametrize("fault", PREFILL)
+def test_a_fault_of_prefill_is_found(fault, monkeypatch, tmp_path):
+    monkeypatch.setattr(paged, "prefill_attention", mutant(prefill, tmp_path, PREFILL[fault]).prefill_attention)
+    assert made("attention") == {"paged attention"}
+
+
+@pytest.mark.parametrize("fault", PLAN)
+def test_a_fault_of_the_plan_is_found(fault, monkeypatch, tmp_path):
+    monkeypatch.setattr(attention_check, "plan_attention", mutant(plan, tmp_path, PLAN[fault]).plan_attention)
+    assert made("attention") == {"paged attention"}
 
 
 def test_a_fault_that_kernel_and_twin_share_is_found_by_vllms_kernel(monkeypatch, tmp_path):
-    twins = (" > length - (last - t)", " > length - (last - t) + 1")
-    broken = mutant(paged, tmp_path, PAGED["a mask that is off by one"], twins)
-    monkeypatch.setattr(attention_check, "paged_attention", broken.paged_attention)
-    monkeypatch.setattr(attention_check, "paged_attention_twin", broken.paged_attention_twin)
+    twin = mutant(paged, tmp_path, (" > length - (last - t)", " > length - (last - t) + 1"))
+    last = ("tl.minimum(begin + block_t, end_token)", "tl.minimum(begin + block_t + 1, end_token)")
+    broken = mutant(prefill, tmp_path, PREFILL["a mask that is off by one"], last)
+    monkeypatch.setattr(paged, "prefill_attention", broken.prefill_attention)
+    monkeypatch.setattr(attention_check, "paged_attention_twin", twin.paged_attention_twin)
     assert made("attention") == set()
     assert made("attention of vLLM") == {"paged attention and vLLM's unified attention"}
 
 
-@pytest.mark.parametrize("which", ["query", "prefixes", "block_table", "seq_lens"])
+@pytest.mark.parametrize("which", ["query", "prefixes", "block_table", "seq_lens", "plan"])
 def test_what_a_recorded_call_has_read_too_early_is_found(which, monkeypatch):
-    place = {"query": 0, "prefixes": 3, "block_table": 4, "seq_lens": 6}[which]
     recorded = {}
 
-    def early(*arguments):
-        arguments = list(arguments)
-        given = arguments[place]
-        if which == "prefixes":
-            arguments[place] = recorded.setdefault(
-                given.starts.data_ptr(), type(given)(*(tensor.clone() for tensor in given))
-            )
-        else:
-            arguments[place] = recorded.setdefault(given.data_ptr(), given.clone())
-        return paged.paged_attention(*arguments)
+    def as_first_seen(argument):
+        if isinstance(argument, plan.Prefixes) and which == "prefixes":
+            copy = type(argument)(*(tensor.clone() for tensor in argument))
+            return recorded.setdefault(argument.starts.data_ptr(), copy)
+        if isinstance(argument, plan.BatchRows) and hasattr(argument, which):
+            tensor = getattr(argument, which)
+            return argument._replace(**{which: recorded.setdefault(tensor.data_ptr(), tensor.clone())})
+        if isinstance(argument, torch.Tensor) and which == "query":
+            return recorded.setdefault(argument.data_ptr(), argument.clone())
+        return argument
 
-    monkeypatch.setattr(attention_check, "paged_attention", early)
+    def attend(query, out, *rest):
+        paged.paged_attention(as_first_seen(query), out, *map(as_first_seen, rest))
+
+    def planned(pages, prefixes, rows, most):
+        if which == "plan":
+            key = rows.block_table.data_ptr(), most
+            return recorded.setdefault(key, plan.plan_attention(pages, prefixes, rows, most))
+        return plan.plan_attention(pages, *map(as_first_seen, (prefixes, rows)), most)
+
+    monkeypatch.setattr(attention_check, "paged_attention", attend)
+    monkeypatch.setattr(attention_check, "plan_attention", planned)
     assert made("recorded attention") == {"recorded attention"}
 
 

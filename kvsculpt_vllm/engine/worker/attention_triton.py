@@ -1,8 +1,11 @@
-"""The GPU attention backend: one kernel for all rows, which finds packed prefixes in the directory on the device.
+"""The GPU attention backend: kernels for all rows, which find packed prefixes in the directory on the device.
 
 A row without a packed prefix is the same kernel with an empty chain, in every batch. vLLM's own kernels are not used
 beside it: a decode batch is replayed from a CUDA graph that must serve compressed rows too, a batch with a prefill has
 them as well on a busy server, and so a row's result never depends on whether its neighbours are compressed.
+
+The first layer makes the plan by which all of them attend. It is recorded in a graph with it, so that what is replayed
+follows the rows as they are then.
 """
 
 from __future__ import annotations
@@ -30,8 +33,16 @@ from kvsculpt_vllm.engine.startup.refusals import NOT_ON_CUDA, UnsupportedFeatur
 from kvsculpt_vllm.engine.worker.capture import CaptureRows
 from kvsculpt_vllm.engine.worker.pages import TokenPages
 from kvsculpt_vllm.kernels import checks
-from kvsculpt_vllm.kernels.paged_attention import paged_attention, parts_for
+from kvsculpt_vllm.kernels.attention_plan import (
+    CHUNKS_PER_PROCESSOR,
+    BatchRows,
+    Plan,
+    plan_attention,
+    prefill_tiles,
+)
+from kvsculpt_vllm.kernels.paged_attention import paged_attention
 from kvsculpt_vllm.kernels.pages import Pages, store
+from kvsculpt_vllm.sculpt.transfer import on_device
 
 if TYPE_CHECKING:
     from kvsculpt_vllm.engine.worker.state import BoundLayer
@@ -41,13 +52,11 @@ if TYPE_CHECKING:
 class SculptMetadata(AttentionMetadata):
     """A batch. Its tensors are those that vLLM fills anew for every step: a recorded graph reads the current ones."""
 
-    num_tokens: int
-    max_query_len: int
-    num_parts: int
-    query_start_loc: Tensor  # (R + 1,) int32
-    seq_lens: Tensor  # (R,) int32
-    block_table: Tensor  # (R, W) int32
+    num_tokens: int  # padding included
+    rows: BatchRows
+    chunks: int  # full ones that a layer's entries are cut into, at most
     captures: list[CaptureRows]  # what to sample of this step's queries
+    plan: Plan | None = None  # which the first layer makes
 
 
 class SculptTritonBackend(AttentionBackend):
@@ -104,7 +113,7 @@ class SculptTritonMetadataBuilder(AttentionMetadataBuilder[SculptMetadata]):
         impl = layers[layer_names[0]].impl
         assert isinstance(impl, SculptTritonImpl)
         self._first_impl = impl
-        self._processors = current_platform.num_compute_units(device.index or 0)
+        self._chunks = CHUNKS_PER_PROCESSOR * current_platform.num_compute_units(device.index or 0)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -113,12 +122,25 @@ class SculptTritonMetadataBuilder(AttentionMetadataBuilder[SculptMetadata]):
         common, bound = common_attn_metadata, self._first_impl.bound
         return SculptMetadata(
             num_tokens=common.num_actual_tokens,
-            max_query_len=common.max_query_len,
-            num_parts=parts_for(common.num_actual_tokens * self._first_impl.num_kv_heads, self._processors),
-            query_start_loc=common.query_start_loc,
-            seq_lens=common.seq_lens,
-            block_table=common.block_table_tensor,
+            rows=self._rows(common),
+            chunks=self._chunks,
             captures=bound.state.capture_rows(common) if bound is not None else [],
+        )
+
+    def _rows(self, common: CommonAttentionMetadata) -> BatchRows:
+        """The rows, and what kinds of them there are: known on the host, where they were put together."""
+        begins, tiles, decode = common.query_start_loc_cpu, None, True
+        if common.max_query_len > 1:
+            tiles = prefill_tiles(begins, self._first_impl.num_heads // self._first_impl.num_kv_heads)
+            tiles = on_device(tiles, common.query_start_loc.device) if len(tiles) else None
+            decode = bool((begins.diff() == 1).any())
+        return BatchRows(
+            common.block_table_tensor,
+            common.query_start_loc,
+            common.seq_lens,
+            tiles,
+            decode,
+            int(begins[-1]),
         )
 
 
@@ -182,23 +204,24 @@ class SculptTritonImpl(AttentionImpl[SculptMetadata]):
         bound = self.bound
         if attn_metadata is None or bound is None:  # vLLM profiles its memory before there is a KV cache
             return output.zero_()
-        for rows in attn_metadata.captures:
-            rows.store(bound.index, query)
+        for captured in attn_metadata.captures:
+            captured.store(bound.index, query)
+        pages, prefixes, rows = _pages(bound), bound.state.directory.prefixes, attn_metadata.rows
+        if bound.index == 0:
+            attn_metadata.plan = plan_attention(pages, prefixes, rows, attn_metadata.chunks)
+        assert attn_metadata.plan is not None  # layers are computed in their order
         tokens = slice(attn_metadata.num_tokens)
         # Here learned sinks are to be passed on, once the kernel knows them: see `NOT_ON_CUDA`.
         paged_attention(
             query[tokens],
             output.view(query.shape)[tokens],
-            _pages(bound),
-            bound.state.directory.prefixes,
-            attn_metadata.block_table,
-            attn_metadata.query_start_loc,
-            attn_metadata.seq_lens,
+            pages,
+            prefixes,
+            rows,
+            attn_metadata.plan,
             bound.index,
             self.num_kv_heads,
             self.scale,
-            attn_metadata.max_query_len,
-            attn_metadata.num_parts,
         )
         return output
 

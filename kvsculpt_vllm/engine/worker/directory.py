@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvsculpt_vllm.kernels.paged_attention import Prefixes
+from kvsculpt_vllm.kernels.attention_plan import Prefixes
 from kvsculpt_vllm.sculpt.transfer import on_device
 
 

@@ -6,7 +6,6 @@ Neither CUDA graphs nor streams are seen here.
 import pytest
 
 from jobs import on, request
-from kvsculpt_vllm.kernels.paged_attention import MOST_PARTS, parts_for
 
 ON = on(min_tokens=128, window=32, max_stall_ms=60_000)
 # The prompt becomes a chain of two segments.
@@ -65,10 +64,3 @@ def test_budgets_of_each_head_are_read_as_the_cpu_backend_reads_them(run_engine,
     (theirs,), (ours,) = cpu["compressions"], gpu["compressions"]
     assert ours["error_after"] == pytest.approx(theirs["error_after"], rel=1e-3)
     assert ours["blocks_freed"] > 0
-
-
-def test_entries_are_split_until_every_processor_is_busy_and_no_further():
-    assert parts_for(1, 132) == MOST_PARTS
-    assert parts_for(2 * 8, 132) == 16
-    assert parts_for(300, 132) == 1
-    assert parts_for(0, 132) == MOST_PARTS

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from kvsculpt_vllm.engine.worker.directory import Directory
 from kvsculpt_vllm.engine.worker.pages import place
 from kvsculpt_vllm.engine.worker.selftest.subject import Subject
+from kvsculpt_vllm.kernels.attention_plan import BatchRows, prefill_tile, prefill_tiles
 
 CHAIN, BARE, SHORT, ONE = range(4)
 """The rows: a chain of three segments and a long tail; no segment; one segment and a tail of one token, the first of
@@ -24,20 +24,22 @@ class Batch(NamedTuple):
     """A step's rows as attention gets them. Behind the rows and their tokens there may be padding."""
 
     query: Tensor  # (T, heads, D)
-    block_table: Tensor  # (R, W) int32
-    query_start_loc: Tensor  # (R + 1,) int32
-    seq_lens: Tensor  # (R,) int32
-    max_query_len: int
+    rows: BatchRows
     num_rows: int  # without padding
-    num_tokens: int
 
-    def without_padding(self) -> Batch:
-        """The same without padding."""
-        return self._replace(
-            query=self.query[: self.num_tokens],
-            block_table=self.block_table[: self.num_rows],
-            query_start_loc=self.query_start_loc[: self.num_rows + 1],
-            seq_lens=self.seq_lens[: self.num_rows],
+    @property
+    def num_tokens(self) -> int:
+        """Of the queries, without padding."""
+        return self.rows.num_tokens
+
+    def without_padding(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, block table, where each row's queries begin, and the rows' lengths, without padding."""
+        count, rows = self.num_rows, self.rows
+        return (
+            self.query[: self.num_tokens],
+            rows.block_table[:count],
+            rows.query_start_loc[: count + 1],
+            rows.seq_lens[:count],
         )
 
 
@@ -48,7 +50,7 @@ class Rows:
         self.subject, self._generator = subject, generator
         subject.fill(generator)
         geometry, size = subject.geometry, subject.geometry.block_size
-        self.tile = prefill_tile(subject)
+        self.tile = prefill_tile(subject.group)
         tails = {CHAIN: max(size + size // 2, self.tile + 3), BARE: 2 * size + size // 2, SHORT: 1, ONE: 1}
         self.tokens = [sum(SPANS[row]) * size + tails[row] for row in SPANS]
         columns = max(subject.table_columns, *(-(-tokens // size) for tokens in self.tokens))
@@ -88,20 +90,16 @@ class Rows:
         projected = subject.normal(sum(new) + padding, width, subject.head_size, generator=self._generator)
         begins = torch.tensor([0, *new, *[0] * padding]).cumsum(0)
         lengths = torch.tensor([*(self.tokens[row] for row in rows), *[0] * padding])
-        return Batch(
-            projected[:, : subject.num_query_heads],
+        tiles = prefill_tiles(begins, subject.group)
+        batch_rows = BatchRows(
             torch.cat([self.table[rows], self.table.new_zeros(padding, self.table.shape[1])]),
             begins.to(subject.device, torch.int32),
             lengths.to(subject.device, torch.int32),
-            max(new),
-            len(rows),
+            tiles.to(subject.device) if len(tiles) else None,
+            1 in new,
             sum(new),
         )
-
-
-def prefill_tile(subject: Subject) -> int:
-    """Tokens of one row that a program of `paged_attention` takes in a prefill."""
-    return max(1, 64 // triton.next_power_of_2(subject.num_query_heads // subject.geometry.num_heads))
+        return Batch(projected[:, : subject.num_query_heads], batch_rows, len(rows))
 
 
 def _from_both_ends(blocks: list[int]) -> list[int]:

@@ -22,7 +22,6 @@ CHECKS: dict[str, Callable[[Subject, Notes], None]] = {
     "page copies": page_check.check,
     "attention": attention_check.against_twin,
     "attention of vLLM": attention_check.against_vllm,
-    "attention in parts": attention_check.in_every_number_of_parts,
     "recorded attention": attention_check.as_recorded,
     "scores": solver_check.scores,
     "losses": solver_check.losses,

@@ -23,7 +23,7 @@ class Subject:
     pages: TokenPages
     num_query_heads: int
     table_columns: int  # of the block table that attention is given
-    processors: int  # of the device, by which attention is split into parts
+    processors: int  # of the device, by which attention is cut into chunks
 
     @classmethod
     def of(cls, views: list[Tensor], num_query_heads: int, table_columns: int, processors: int) -> Subject:
@@ -44,6 +44,11 @@ class Subject:
     def head_size(self) -> int:
         """Elements of a key."""
         return self.pages.head_size
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.num_query_heads // self.geometry.num_heads
 
     @property
     def scale(self) -> float:

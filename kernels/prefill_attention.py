@@ -1,0 +1,151 @@
+"""Attention of rows with several tokens: a program takes a tile of a row's tokens and all query heads of a KV head.
+
+Which tiles there are is known on the host, as a batch with such rows is never part of a recorded graph. A program reads
+all segments of the row's chain, and of the tail what its last token sees.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvsculpt_vllm.kernels.attention_plan import Plan, Prefixes, prefill_tile
+from kvsculpt_vllm.kernels.decode_attention import LOG2_E, ROWS, places
+from kvsculpt_vllm.kernels.pages import Pages
+
+
+def prefill_attention(
+    query: Tensor,  # (T, heads, D)
+    out: Tensor,  # (T, heads, D), written for the tiles' tokens
+    pages: Pages,
+    prefixes: Prefixes,
+    plan: Plan,
+    tiles: Tensor,  # (n, 2) int32, see `prefill_tiles`
+    block_table: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    layer: int,
+    num_kv_heads: int,
+    scale: float,
+) -> None:
+    """Attend from the tokens of rows that have several; see `paged_attention`, which checks the arguments."""
+    _, heads, head_size = query.shape
+    group = heads // num_kv_heads
+    _attend[(len(tiles), num_kv_heads)](
+        query,
+        query.stride(0),
+        query.stride(1),
+        out,
+        out.stride(0),
+        out.stride(1),
+        pages.buffer,
+        pages.buffer.stride(0),
+        pages.cell_pages,
+        pages.block_stride,
+        pages.entry_stride,
+        pages.value_offset,
+        prefixes.starts,
+        prefixes.lengths,
+        prefixes.span_blocks,
+        plan.chains,
+        plan.chains.stride(0),
+        plan.segments,
+        tiles,
+        block_table,
+        block_table.stride(0),
+        query_start_loc,
+        seq_lens,
+        layer,
+        scale * LOG2_E,
+        num_layers=prefixes.starts.shape[1],
+        num_kv_heads=num_kv_heads,
+        group=group,
+        head_size=head_size,
+        block_size=pages.block_size,
+        # Triton's interpreter would multiply bfloat16's bit patterns.
+        widen=query.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
+        **tiling(group, head_size, query.dtype),
+    )
+
+
+def tiling(group: int, head_size: int, dtype: torch.dtype) -> dict[str, int]:
+    """The constants of a launch that say how large a tile is."""
+    block_t = prefill_tile(group)
+    return {
+        "block_t": block_t,
+        "block_rows": max(ROWS, triton.next_power_of_2(block_t * group)),
+        "block_n": 64 if head_size <= 128 else 32,
+        "block_d": max(16, triton.next_power_of_2(head_size)),
+        "num_stages": 1 if dtype == torch.float32 else 2,
+    }
+
+
+@triton.jit(do_not_specialize=["chain_stride", "table_stride", "layer"])
+def _attend(
+    query, query_t, query_h, out, out_t, out_h,
+    buffer, page_stride, cell_pages, block_stride, entry_stride, value_offset,
+    starts, lengths, span_blocks, chains, chain_stride, segments, tiles,
+    block_table, table_stride, query_start_loc, seq_lens, layer, scale,
+    num_layers: tl.constexpr, num_kv_heads: tl.constexpr, group: tl.constexpr, head_size: tl.constexpr,
+    block_size: tl.constexpr, widen: tl.constexpr,
+    block_t: tl.constexpr, block_rows: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr,
+):  # fmt: skip
+    tile, h = tl.program_id(0), tl.program_id(1)
+    r, begin = tl.load(tiles + 2 * tile), tl.load(tiles + 2 * tile + 1)
+    end_token, length, num_segments = tl.load(query_start_loc + r + 1), tl.load(seq_lens + r), tl.load(segments + r)
+    table, chain = block_table + r.to(tl.int64) * table_stride, chains + r.to(tl.int64) * chain_stride
+    cells: tl.constexpr = num_layers * num_kv_heads
+    own_cell = layer * num_kv_heads + h
+
+    row, d, n = tl.arange(0, block_rows), tl.arange(0, block_d), tl.arange(0, block_n)
+    token, head = begin + row // group, h * group + row % group
+    wide = d[None, :] < head_size
+    asks = ((row < block_t * group) & (token < end_token))[:, None] & wide
+    asked = token.to(tl.int64)[:, None] * query_t + head[:, None] * query_h + d[None, :]
+    q = tl.load(query + asked, mask=asks, other=0.0)
+    if widen:
+        q = q.to(tl.float32)
+    peak = tl.full((block_rows,), float("-inf"), tl.float32)
+    mass = tl.zeros((block_rows,), tl.float32)
+    summed = tl.zeros((block_rows, block_d), tl.float32)
+    column = 0
+    for piece in range(num_segments + 1):
+        in_tail = piece == num_segments
+        slot = tl.load(chain + piece, mask=piece < num_segments, other=0).to(tl.int64)  # of the tail: 0
+        place = slot * cells + own_cell
+        start = tl.where(in_tail, own_cell, tl.load(starts + place).to(tl.int32))
+        step = tl.where(in_tail, cells, 1)
+        packed = tl.load(lengths + place).to(tl.int32) * block_size
+        # The last entry that each token sees, and the end of those that any token here does.
+        shift = length - column * block_size - end_token
+        seen = tl.where(in_tail, shift + token, packed)
+        end = tl.where(in_tail, shift + tl.minimum(begin + block_t, end_token), packed)
+        own_table = table + column
+        where = places(
+            n, end, start, step, own_table, cell_pages, block_stride, page_stride, entry_stride, cells, block_size
+        )
+        for first in range(0, end, block_n):
+            e = first + n
+            there = e < end
+            at = where[:, None] + d[None, :]
+            where = places(
+                e + block_n, end, start, step, own_table, cell_pages, block_stride, page_stride, entry_stride,
+                cells, block_size,
+            )  # fmt: skip
+            k = tl.load(buffer + at, mask=there[:, None] & wide, other=0.0)
+            v = tl.load(buffer + at + value_offset, mask=there[:, None] & wide, other=0.0)
+            if widen:
+                k, v = k.to(tl.float32), v.to(tl.float32)
+            logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
+            logits = tl.where(there[None, :] & (e[None, :] <= seen[:, None]), logits, float("-inf"))
+            higher = tl.maximum(peak, tl.max(logits, 1))  # finite: every token sees the first entry there is
+            shrink, w = tl.exp2(peak - higher), tl.exp2(logits - higher[:, None])
+            mass = mass * shrink + tl.sum(w, 1)
+            summed = summed * shrink[:, None] + tl.dot(w.to(v.dtype), v, input_precision="tf32x3")
+            peak = higher
+        column += tl.load(span_blocks + slot).to(tl.int32)
+    result = summed / mass[:, None]
+    at = token.to(tl.int64)[:, None] * out_t + head[:, None] * out_h + d[None, :]
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=asks)
