@@ -58,6 +58,7 @@ setup(
             "pytest",
             "ruff",
             "scipy",
+            "triton==3.7.1",  # CUDA vLLM 0.32's, by way of torch: what kernels are compiled to is tested with it
         ],
     },
     entry_points={
