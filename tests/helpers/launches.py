@@ -65,3 +65,20 @@ class Launches(TorchDispatchMode):
             return to
         # Whatever it is that comes back: it is finite.
         return torch.ones(source.shape, dtype=kwargs.get("dtype") or source.dtype, device=target)
+
+
+class Waited(BaseException):
+    """The host waited for the device. No exception, so that nobody goes on after it."""
+
+
+class _Refused(Counter):
+    def __setitem__(self, name: str, count: int) -> None:
+        raise Waited(name)
+
+
+class NoWaits(Launches):
+    """The same, and a wait raises `Waited`, with the operation's name, where it is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = _Refused()
