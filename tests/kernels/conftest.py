@@ -35,7 +35,7 @@ def device():
 def poison_empty_memory():
     """Memory that nobody has written holds what is no number, or the largest one of integers."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # matrix products on a GPU are none, which does not matter
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
