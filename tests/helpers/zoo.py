@@ -151,6 +151,9 @@ ZOO = (
     Model("Gemma 3", "a context within its window", "Gemma3ForCausalLM", "gemma3_text",
           {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": CONTEXT,
            **every("sliding_attention", 4)}),
+    Model("Gemma 2", "a soft cap, a context within its window", "Gemma2ForCausalLM", "gemma2",
+          # So low because its logits are small: under the real model's 50 the cap would change nothing.
+          {"head_dim": 64, "query_pre_attn_scalar": 64, "attn_logit_softcapping": 4.0, "sliding_window": CONTEXT}),
     Model("gpt-oss", "learned sinks, YaRN, experts, a context within its window", "GptOssForCausalLM", "gpt_oss",
           EXPERTS | {"head_dim": 32, "sliding_window": CONTEXT, "rope_parameters": GPT_OSS_YARN}),
     Model("Mistral", "a window in every layer", "MistralForCausalLM", "mistral", {"sliding_window": 256}, WINDOW),

@@ -112,7 +112,7 @@ def _fine_prefix_match(config: VllmConfig) -> bool:
 
 
 NOT_ON_CUDA = Refusal(
-    "learned attention sinks on CUDA",
+    "learned attention sinks and soft caps on CUDA",
     "the kernel that reads pages there does not know them yet",
     f"use the CPU build, or {_OTHER_MODEL}",
 )
@@ -228,7 +228,7 @@ _RULES = (
             "leave out --kv-cache-dtype",
         ),
     ),
-    _Rule(lambda c: _on_cuda(c) and _attention_sinks(c), NOT_ON_CUDA),
+    _Rule(lambda c: _on_cuda(c) and (_attention_sinks(c) or _text_config(c, "attn_logit_softcapping")), NOT_ON_CUDA),
     _Rule(
         lambda c: _text_config(c, "param_sink_number"),
         Refusal("models whose attention sinks have keys", "the fit does not know these entries", _OTHER_MODEL),
@@ -244,10 +244,6 @@ _RULES = (
             "a token of an image has several positions, none of which is its place in the prompt",
             "add --language-model-only",
         ),
-    ),
-    _Rule(
-        lambda c: _text_config(c, "attn_logit_softcapping"),
-        Refusal("models with a soft cap on attention", "the fit does not know the cap", _OTHER_MODEL),
     ),
     _Rule(
         lambda c: (
@@ -407,6 +403,9 @@ def check_attention_layers(layers: dict[str, Attention]) -> None:
     scales = {layer.impl.scale: name for name, layer in plain.items()}
     if len(scales) > 1:
         found["several scales of attention"] = ", ".join(scales.values())
+    caps = {getattr(layer.impl, "logits_soft_cap", None) or None: name for name, layer in plain.items()}
+    if len(caps) > 1:
+        found["several soft caps on attention"] = ", ".join(caps.values())
     _refuse([Refusal(f"{what} ({name})", "the fit does not model it", _OTHER_MODEL) for what, name in found.items()])
 
 
@@ -460,8 +459,6 @@ def _odd_attention(layer: Attention) -> Iterable[str]:
         yield "a quantised KV cache"
     if getattr(layer.impl, "alibi_slopes", None) is not None:
         yield "ALiBi"
-    if getattr(layer.impl, "logits_soft_cap", None):
-        yield "a soft cap on attention"
 
 
 def _refuse(refusals: Iterable[Refusal]) -> None:

@@ -236,7 +236,7 @@ class SculptCPUImpl(CPUAttentionBackendImpl):
                 alibi_slopes=None,
                 sliding_window=-1,
                 block_table=own_pages,
-                softcap=0,
+                softcap=self.logits_soft_cap,
                 scheduler_metadata=scheduler_metadata,
                 s_aux=sinks,
             )

@@ -164,9 +164,9 @@ class SculptTritonImpl(AttentionImpl[SculptMetadata]):
         """See vLLM's `AttentionImpl`; what else the kernel lacks is refused by `refusals.check_attention_layers`.
 
         Raises:
-            UnsupportedFeature: the layer has learned sinks.
+            UnsupportedFeature: the layer has learned sinks or a soft cap.
         """
-        if sinks is not None:
+        if sinks is not None or logits_soft_cap:
             raise UnsupportedFeature([NOT_ON_CUDA])
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads = num_kv_heads or num_heads
@@ -211,7 +211,7 @@ class SculptTritonImpl(AttentionImpl[SculptMetadata]):
             attn_metadata.plan = plan_attention(pages, prefixes, rows, attn_metadata.chunks)
         assert attn_metadata.plan is not None  # layers are computed in their order
         tokens = slice(attn_metadata.num_tokens)
-        # Here learned sinks are to be passed on, once the kernel knows them: see `NOT_ON_CUDA`.
+        # Here learned sinks and the soft cap are to be passed on, once the kernel knows both: see `NOT_ON_CUDA`.
         paged_attention(
             query[tokens],
             output.view(query.shape)[tokens],

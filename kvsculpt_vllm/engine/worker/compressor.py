@@ -46,8 +46,8 @@ def reason_of(error: Exception) -> Reason:
 
 class Compressor:
     """Compresses the requests of one worker, whose `state` it reads and writes. `softmax_scale` is that of all
-    attention layers, and `sink_logits` tells what `softmax.sink_logits_of` does; adaptive budgets of the method sculpt
-    follow the `calibration`.
+    attention layers, as is `soft_cap`, and `sink_logits` tells what `softmax.sink_logits_of` does; adaptive budgets of
+    the method sculpt follow the `calibration`.
     """
 
     def __init__(
@@ -57,9 +57,10 @@ class Compressor:
         softmax_scale: float,
         calibration: LossCurves | None = None,
         sink_logits: Callable[[], Tensor | None] = lambda: None,
+        soft_cap: float | None = None,
     ) -> None:
         self.state, self.rotaries, self.softmax_scale = state, rotaries, softmax_scale
-        self.calibration, self.sink_logits = calibration, sink_logits
+        self.calibration, self.sink_logits, self.soft_cap = calibration, sink_logits, soft_cap
 
     def solve(self, command: SolveCommand, fallback: Reason | None = None) -> Slices[CompressionRecord]:
         """Compress a run of the request's tokens into the blocks taken for it. Its own blocks are only read.
@@ -214,5 +215,6 @@ class Compressor:
             first=first,
             earlier=packed_entries(state, command.earlier) if command.earlier else None,
             sink_logits=self.sink_logits(),
+            soft_cap=self.soft_cap,
             followed=command.followed,
         )

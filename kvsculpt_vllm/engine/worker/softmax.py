@@ -20,3 +20,10 @@ def sink_logits_of(impls: Sequence[Any], num_heads: int, device: torch.device) -
         return None
     none = torch.full((num_heads,), -torch.inf, device=device)
     return torch.stack([none if of_layer is None else of_layer.detach().to(none) for of_layer in sinks])
+
+
+def soft_cap_of(impl: Any) -> float | None:
+    """The soft cap on a layer's logits, which all layers have or none (`refusals.check_attention_layers`). vLLM's CPU
+    attention says 0 for none.
+    """
+    return getattr(impl, "logits_soft_cap", None) or None

@@ -30,7 +30,7 @@ from kvsculpt_vllm.engine.worker.runtime import Runtime
 from kvsculpt_vllm.engine.worker.selftest.run import Report
 from kvsculpt_vllm.engine.worker.selftest.start_up import test_at_start_up
 from kvsculpt_vllm.engine.worker.selftest.subject import Subject
-from kvsculpt_vllm.engine.worker.softmax import sink_logits_of
+from kvsculpt_vllm.engine.worker.softmax import sink_logits_of, soft_cap_of
 from kvsculpt_vllm.engine.worker.state import BoundLayer, CompressionState
 from kvsculpt_vllm.engine.worker.stored import StoredSegments
 
@@ -87,7 +87,7 @@ class SculptWorkerMixin(Worker):
         )
         impls = [layer.impl for layer in layers]
         sink_logits = partial(sink_logits_of, impls, state.num_query_heads, state.pages.buffer.device)
-        compressor = Compressor(state, rotaries, layers[0].impl.scale, curves, sink_logits)
+        compressor = Compressor(state, rotaries, impls[0].scale, curves, sink_logits, soft_cap_of(impls[0]))
         block_rows = BlockRows(self.model_runner)
         store = opened(state.config)
         stored = None if store is None else StoredSegments(state, store, ranks.number, ranks.count, self._about(state))

@@ -104,7 +104,6 @@ CASES = [
     (f"{TEXT}.param_sink_number", 128, "attention sinks have keys"),
     ("model_config.uses_alibi", True, "ALiBi"),
     ("model_config.uses_mrope", True, "M-RoPE"),
-    (f"{TEXT}.attn_logit_softcapping", 50.0, "soft cap"),
     ("model_config.is_mm_prefix_lm", True, "non-causal"),
     ("model_config.is_diffusion", True, "non-causal"),
     ("attention_config.use_non_causal", True, "non-causal"),
@@ -115,6 +114,7 @@ CASES = [
 ON_CUDA = [
     (f"{TEXT}.model_type", "gpt_oss", "learned attention sinks"),
     (f"{TEXT}.attention_sinks", True, "learned attention sinks"),
+    (f"{TEXT}.attn_logit_softcapping", 50.0, "soft caps"),
 ]
 ENVIRONMENT = [
     ("VLLM_USE_RUST_FRONTEND", "1", "Rust frontend"),
@@ -328,6 +328,7 @@ def layer(kind: type = Attention, **changes: object) -> Attention:
 
 def test_plain_layers_pass():
     check_attention_layers({"a": layer(), "b": layer(has_sink=True)})
+    check_attention_layers({name: layer(impl=implementation(logits_soft_cap=30.0)) for name in "ab"})
 
 
 @pytest.mark.parametrize(
@@ -341,7 +342,7 @@ def test_plain_layers_pass():
         (layer(head_size_v=32), "values of another size"),
         (layer(kv_cache_dtype="fp8"), "quantised"),
         (layer(impl=implementation(alibi_slopes=torch.ones(1))), "ALiBi"),
-        (layer(impl=implementation(logits_soft_cap=30.0)), "soft cap"),
+        (layer(impl=implementation(logits_soft_cap=30.0)), "several soft caps on attention"),
         (layer(type("ChunkedAttention", (Attention,), {})), "ChunkedAttention"),
         (layer(num_heads=16), "several head sizes or numbers of heads"),
         (layer(num_kv_heads=4), "several head sizes or numbers of heads"),

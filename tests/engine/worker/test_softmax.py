@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from kvsculpt_vllm.engine.worker.softmax import sink_logits_of
+from kvsculpt_vllm.engine.worker.softmax import sink_logits_of, soft_cap_of
 
 CPU = torch.device("cpu")
 
@@ -19,3 +19,8 @@ def test_learned_sinks_are_asked_of_the_weights_and_a_layer_without_them_has_non
     weights.data.fill_(4.0)  # as when a server's weights are replaced
     assert sink_logits_of(impls, 3, CPU).tolist() == [[4.0] * 3, nothing, nothing]
     assert sink_logits_of(impls[1:], 3, CPU) is None
+
+
+def test_a_soft_cap_of_0_is_none():
+    caps = [soft_cap_of(SimpleNamespace(**given)) for given in ({"logits_soft_cap": 30.0}, {"logits_soft_cap": 0}, {})]
+    assert caps == [30.0, None, None]
