@@ -23,6 +23,8 @@ class LocalPlace(Place):
     the disk before its name is there.
     """
 
+    tells_use = True
+
     def __init__(self, root: str) -> None:
         self._root = os.path.abspath(root)
         self._was_there = False

@@ -61,6 +61,9 @@ class Place(ABC):
     def write(self, path: str, data: bytes) -> None:
         """Make a file and its folder. It appears complete or not at all."""
 
+    tells_use = False
+    """Whether `mark_used` does anything."""
+
     @abstractmethod
     def mark_used(self, path: str) -> None:
         """Let the file's age begin anew, where the file system can do that."""

@@ -157,6 +157,16 @@ class Store:
             self._place.mark_used(path)
         return segment
 
+    def mark_used(self, parent: bytes, key: bytes) -> None:
+        """Count a segment's files as used now, where a local file system can tell: it was used by those who have it
+        still, so that nobody reads it. If they lose it, it is to be here.
+        """
+        if self.writable and self._place.tells_use:
+            for entry in self._following(parent):
+                if entry.name.key == key:
+                    for file in entry.files.values():
+                        self._place.mark_used(file.path)
+
     def read_about(self, name: StoredName, rank: int, ranks: int) -> dict[str, str]:
         """What one rank's file says about itself. Only the header is read, and nothing is proved by the checksum.
 

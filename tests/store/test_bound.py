@@ -36,6 +36,19 @@ def test_what_was_read_last_goes_last(directory):
     assert labels(store) == "a"
 
 
+def test_what_is_used_in_memory_counts_as_read(directory):
+    store = Store(str(directory), None, True)
+    for i, label in enumerate("abc"):
+        for rank in (0, 1):
+            store.write(segment(label, rank, 2))
+            age(directory, label, 9 - i, rank, 2)
+    Store(str(directory), None, False).mark_used(PARENT, name("a").key)  # a reader's use is nobody's business
+    assert [entry.name for entry in store.entries()] == [name("a"), name("b"), name("c")]
+    store.mark_used(PARENT, name("a").key)
+    store.mark_used(PARENT, b"none such")
+    assert [entry.name for entry in store.entries()] == [name("b"), name("c"), name("a")]
+
+
 def test_a_read_only_server_does_not_make_anything_look_used(directory):
     Store(str(directory), None, True).write(segment())
     age(directory, "a", 5)

@@ -19,6 +19,7 @@ from vllm.v1.request import Request
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.scheduler.known_requests import KnownRequests
 from kvsculpt_vllm.engine.scheduler.segments import Segment, end_of, keys
+from kvsculpt_vllm.engine.scheduler.store_marks import StoreMarks
 from kvsculpt_vllm.engine.shared import stores
 from kvsculpt_vllm.engine.shared.commands import CancelLoadCommand, LoadCommand, Loaded, StoreState
 from kvsculpt_vllm.engine.shared.reasons import Reason
@@ -96,6 +97,7 @@ class StoreHits(KnownRequests):
         self._ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
         # The first engine of several (data parallel) is enough to keep it in bounds.
         self._store = stores.opened(self.compression)
+        self._marks = None if self._store is None else StoreMarks(self._store)
         self._look_ups: dict[str, LookUp] = {}
         self._load: Load | None = None
         self._loads = count()
@@ -114,6 +116,8 @@ class StoreHits(KnownRequests):
             look_up.found, look_up.answer = self._heard(look_up.answer), None
             self._count(store_hits=int(bool(look_up.found)), store_misses=int(not look_up.found))
         chain = self._chain_for(request)
+        if self._marks is not None:
+            self._marks.used(chain)
         parent = chain[-1].key if chain else self._segments.root(request, self._config(request))
         if parent is None or not self._names.last(request.lora_request):
             return False
