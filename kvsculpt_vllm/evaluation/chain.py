@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,21 +39,23 @@ class Exact:
     keys: Tensor  # (L·H, n, D)
     values: Tensor  # (L·H, n, D)
     scale: float
+    soft_cap: float | None
+    sink_logits: Tensor | None  # (L, heads)
 
     def followed_by(self, other: Exact) -> Exact:
         """Append what was computed of the tokens behind these."""
-        return Exact(
-            torch.cat([self.queries, other.queries], 1),
-            torch.cat([self.keys, other.keys], 1),
-            torch.cat([self.values, other.values], 1),
-            self.scale,
+        return replace(
+            self,
+            queries=torch.cat([self.queries, other.queries], 1),
+            keys=torch.cat([self.keys, other.keys], 1),
+            values=torch.cat([self.values, other.values], 1),
         )
 
     def without(self, count: int) -> Exact:
         """Drop the first `count` tokens."""
         # Copies: a view would hold the memory of a whole segment.
         queries, keys, values = (part[:, count:].clone() for part in (self.queries, self.keys, self.values))
-        return Exact(queries, keys, values, self.scale)
+        return replace(self, queries=queries, keys=keys, values=values)
 
 
 class Chain:
@@ -125,7 +127,14 @@ class Chain:
         past = None if self._exact is None else self.cache
         recorded = self._model.record(self._tokens[begin:end], torch.arange(begin, end), begin, past)
         self._windows = recorded.windows
-        new = Exact(recorded.queries, recorded.keys, recorded.values, recorded.scale)
+        new = Exact(
+            recorded.queries,
+            recorded.keys,
+            recorded.values,
+            recorded.scale,
+            recorded.soft_cap,
+            recorded.sink_logits,
+        )
         self._exact = new if self._exact is None else self._exact.followed_by(new)
 
     def _problems(self, span: int, followed: bool) -> Problems:
@@ -143,6 +152,8 @@ class Chain:
             sinks=self._sinks_here,
             rotaries=self._model.rotaries,
             scale=self._exact.scale,
+            soft_cap=self._exact.soft_cap,
+            sink_logits=self._exact.sink_logits,
             first=self._first,
             earlier=self._earlier,
             followed=followed,

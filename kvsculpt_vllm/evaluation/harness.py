@@ -90,6 +90,8 @@ class Context:
             sinks=self.sinks,
             rotaries=self.model.rotaries,
             scale=self.recording.scale,
+            soft_cap=self.recording.soft_cap,
+            sink_logits=self.recording.sink_logits,
         )
 
     @property

@@ -120,8 +120,8 @@ class EvaluationModel:
             new = answer[-1:]
 
     def _rotaries(self) -> list[Rotary | None]:
-        """Which layers are turned. One token everywhere has the same content everywhere, so that what differs between
-        its queries is their position.
+        """Which layers are turned. One token by itself has the same content wherever it is, so that what differs
+        between its queries is their position. Behind others of its kind a learned sink would take less of it.
 
         Raises:
             NotImplementedError: a layer's queries depend on the position in another way.
@@ -129,7 +129,8 @@ class EvaluationModel:
         positions, found = torch.arange(8), list[Rotary | None]()
         padding = self._model.config.get_text_config().pad_token_id
         token = 1 if padding == 0 else 0  # the padding's embedding is zero
-        for layer, queries in enumerate(self.record([token] * len(positions), positions).queries):
+        asked = [self.record([token], positions[p : p + 1], p).queries for p in range(len(positions))]
+        for layer, queries in enumerate(torch.cat(asked, 1)):
             if self.rotary.explains(queries, positions.to(self.device)):
                 found.append(self.rotary)
             elif same_queries(queries[:1], queries):
@@ -183,7 +184,9 @@ def _rotary(model: PreTrainedModel, num_positions: int) -> Rotary:
     kind = {"layer_type": FULL} if "layer_type" in inspect.signature(modules[0].forward).parameters else {}
     cos, sin = modules[0](torch.zeros((), device=model.device), positions, **kind)  # (1, positions, rotary_dim)
     asked_at = torch.tensor([0, 1, 3, num_positions - 1], device=cos.device)
-    query = torch.randn(1, 1, 1, cos.shape[-1], generator=torch.Generator().manual_seed(0)).to(cos.device)
+    given_once = model.config.get_text_config().model_type == "gpt_oss"  # each angle; others give a copy beside it
+    width = cos.shape[-1] * (2 if given_once else 1)
+    query = torch.randn(1, 1, 1, width, generator=torch.Generator().manual_seed(0)).to(cos.device)
     query = query.expand(-1, -1, len(asked_at), -1)
     queries = apply(query, query, cos[:, asked_at], sin[:, asked_at])[0][0].transpose(0, 1)  # (P, 1, rotary_dim)
     for rotary in rotaries_of(cos[0], sin[0]):

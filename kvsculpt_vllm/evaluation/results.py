@@ -14,7 +14,10 @@ from kvsculpt_vllm.calibration_file import NONE
 from kvsculpt_vllm.evaluation.harness import ONE_SPAN
 from kvsculpt_vllm.sculpt.options import METHODS as OURS
 
-HARNESS = ("attention", "chain", "continuation", "harness", "metrics", "model", "retrieval", "texts")
+HARNESS = (
+    *("attention", "chain", "continuation", "harness", "metrics", "model", "retrieval", "softmax", "texts"),
+    "windows",
+)
 """The modules of this package that decide numbers, besides its methods and tasks; the others show them."""
 
 CALIBRATED = {(method, "adaptive") for method in ("sculpt", "sculpt_rounded_fp8", "sculpt_fp8")}

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvsculpt_vllm.evaluation.softmax import Softmax
+from kvsculpt_vllm.kernels.soft_cap import capped
 from kvsculpt_vllm.layer_kinds import FULL, WINDOW, kinds_of
 
 ROWS = 512
@@ -43,7 +45,7 @@ def attend_window(
     query: Tensor,  # (heads, T, D) of the last T tokens
     key: Tensor,  # (KV heads, n, D) of these and of tokens before them, n ≥ T
     value: Tensor,
-    scale: float,
+    softmax: Softmax,
     window: int,
 ) -> Tensor:
     """Attend (heads, T, D) causally to the last `window` tokens, a query's own among them."""
@@ -54,17 +56,22 @@ def attend_window(
         first, last = max(0, before + begin - window + 1), before + end
         at = torch.arange(before + begin, last, device=query.device)[:, None]
         seen = torch.arange(first, last, device=query.device)
-        outputs.append(
-            nn.functional.scaled_dot_product_attention(
-                query[None, :, begin:end],
-                key[None, :, first:last],
-                value[None, :, first:last],
-                attn_mask=(seen <= at) & (seen > at - window),
-                scale=scale,
-                enable_gqa=True,
-            )[0]
-        )
+        part = query[:, begin:end], key[:, first:last], value[:, first:last], (seen <= at) & (seen > at - window)
+        outputs.append(_attend(*part, softmax))
     return torch.cat(outputs, 1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, softmax: Softmax) -> Tensor:
+    """Attend (heads, T, D) to the keys that `visible` (T, n) shows."""
+    if softmax.is_plain:
+        return nn.functional.scaled_dot_product_attention(
+            query[None], key[None], value[None], attn_mask=visible, scale=softmax.scale, enable_gqa=True
+        )[0]
+    outputs = []
+    for head, grouped in enumerate(query.unflatten(0, (len(key), -1)) * softmax.scale):
+        logits = capped(grouped @ key[head].T, softmax.soft_cap).masked_fill_(~visible, -torch.inf)
+        outputs.append(softmax.shares(logits, head) @ value[head])
+    return torch.cat(outputs)
 
 
 def behind(past: Kept | None, key: Tensor, value: Tensor, storage: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, GlmConfig, GlmForCausalLM
+from transformers import (
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GlmConfig,
+    GlmForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+)
 
 from kvsculpt_vllm.evaluation.attention import RaggedCache
 from kvsculpt_vllm.evaluation.continuation import Measurement, Trial
@@ -20,6 +28,7 @@ from kvsculpt_vllm.evaluation.results import Results
 from kvsculpt_vllm.evaluation.texts import passages
 from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.options import METHODS as OURS
+from kvsculpt_vllm.sculpt.selection import rank
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -104,6 +113,73 @@ def test_heads_with_different_entries_give_the_logits_of_the_plain_model_that_ma
         torch.float32,
     )
     torch.testing.assert_close(model.continue_from(cache, passage.continuation, CONTEXT), expected, rtol=0, atol=1e-4)
+
+
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": 16,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.3,
+    "layer_types": ["full_attention"] * LAYERS,
+}
+
+
+def make_gemma2():
+    """A model with a soft cap, well below its largest logits."""
+    torch.manual_seed(0)
+    config = Gemma2Config(**SMALL, query_pre_attn_scalar=16, attn_logit_softcapping=3.0, attn_implementation="eager")
+    return Gemma2ForCausalLM(config).eval()
+
+
+def make_gpt_oss():
+    """A model with learned sinks, each of which takes another share."""
+    torch.manual_seed(0)
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256}
+    config = GptOssConfig(
+        **SMALL, num_local_experts=4, num_experts_per_tok=2, rope_parameters=yarn, attn_implementation="eager"
+    )
+    model = GptOssForCausalLM(config).eval()
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data.normal_(4.0, 2.0)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [make_gemma2, make_gpt_oss], ids=["soft cap", "learned sinks"])
+def test_caps_and_learned_sinks_are_those_of_the_plain_model_and_of_its_problems(make, chosen):
+    passage = chosen[0]
+    expected = make()(torch.tensor([passage.context + passage.continuation])).logits[0, CONTEXT:]
+    model = EvaluationModel(make(), storage=torch.float32)
+    context = Context(model, passage.context, CONTINUATION, EFFORT, BLOCK, WINDOW, SINKS)
+    logits = model.continue_from(context.full_cache, passage.continuation, CONTEXT)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3)
+
+    # What the last query of the window was answered as it was asked, by a softmax over all that is before it.
+    problems, recording, end = context.problems, context.recording, SPAN_BLOCKS * BLOCK + WINDOW
+    taught = rank(problems, 1 << 20)
+    for b in range(LAYERS * KV_HEADS):
+        layer, head = divmod(b, KV_HEADS)
+        for i in range(HEADS // KV_HEADS):
+            query = recording.queries[layer, -1, head * (HEADS // KV_HEADS) + i].double()
+            scores = recording.keys[b, :end].double() @ query * recording.scale
+            if recording.soft_cap is not None:
+                scores = recording.soft_cap * torch.tanh(scores / recording.soft_cap)
+            if recording.sink_logits is not None:
+                scores = torch.cat([scores, recording.sink_logits[layer, head * 2 + i, None].double()])
+            row = i - HEADS // KV_HEADS
+            torch.testing.assert_close(taught.teacher_lse[b, row].double(), scores.logsumexp(0), rtol=1e-4, atol=1e-4)
+    lost = {}
+    for name in ("sculpt", "attention_matching", "snapkv", "random"):
+        (attempt,) = context.compress(METHODS[name], "adaptive", [0.5])
+        given = model.continue_from(attempt.cache, passage.continuation, CONTEXT).log_softmax(-1)
+        exact = expected.log_softmax(-1)
+        lost[name] = float((exact.exp() * (exact - given)).sum(-1).mean())
+    assert max(lost["sculpt"], lost["attention_matching"]) < lost["snapkv"] < lost["random"]
 
 
 def make_glm():

@@ -8,7 +8,17 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import Cohere2Config, Cohere2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig
+from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MistralConfig,
+)
 from transformers import MistralForCausalLM as Mistral
 
 from kvsculpt_vllm.evaluation import windows
@@ -37,6 +47,7 @@ SIZES = {
     "pad_token_id": 0,
     "initializer_range": 0.3,
 }
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
 EFFORT = Effort(positions=80, pilot_positions=60, fit_positions=250, key_steps=2)
 
 
@@ -80,6 +91,34 @@ def test_the_full_cache_gives_the_logits_of_the_plain_model(tokens, expected):
 
 
 @pytest.mark.usefixtures("in_pieces")
+def gemma2():
+    torch.manual_seed(0)
+    caps = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": None, "attn_implementation": "eager"}
+    return Gemma2ForCausalLM(Gemma2Config(**SIZES, **caps, head_dim=16, layer_types=KINDS)).eval()
+
+
+def gpt_oss():
+    torch.manual_seed(0)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": ROPE}
+    config = GptOssConfig(**SIZES, **experts, head_dim=16, layer_types=KINDS, attn_implementation="eager")
+    model = GptOssForCausalLM(config).eval()
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data.normal_(2.0, 2.0)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("in_pieces")
+@pytest.mark.parametrize("make", [gemma2, gpt_oss])
+def test_windows_have_the_models_caps_and_sinks(tokens, make):
+    expected = make()(torch.tensor([tokens])).logits[0, LENGTH:]
+    model = EvaluationModel(make(), storage=torch.float32)
+    context = context_of(model, tokens)
+    assert len(context.recording.windows) == 4
+    logits = model.continue_from(context.full_cache, tokens[LENGTH:], LENGTH)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3)
+
+
 def test_an_answer_is_the_plain_models(tokens):
     model, plain = EvaluationModel(gemma(), storage=torch.float32), gemma()
     plain.generation_config.eos_token_id = None

@@ -81,7 +81,9 @@ def _match(problems: Problems, plan: PagePlan, found: Survey, effort: Effort, pu
 
 
 def _with_bias(target: Target) -> Target:
-    """The same target for keys with one more element, their bias: a probe is (scaled query, 1, -z*, 1)."""
+    """The same target for keys with one more element, their bias: a probe is (scaled query, 1, -z*, 1). A soft cap
+    does not reach it (`Target._capped_logits`).
+    """
     one = torch.ones_like(target.probes[..., :1])
     return dataclasses.replace(target, probes=torch.cat([target.scaled_queries, one, target.probes[..., -2:]], dim=-1))
 

@@ -18,7 +18,12 @@ def expected_attention(problems: Problems, plan: PagePlan, budget: str, effort: 
     μ and Σ are the mean and covariance of a query head's future queries: the prompt's queries asked from the 512
     positions after its end. The paper rotates the moments of the unrotated queries by the mean rotation instead;
     those of the rotated queries describe the same distribution without that approximation.
+
+    Raises:
+        NotImplementedError: the model has a soft cap, under which that mean has no closed form.
     """
+    if problems.soft_cap is not None:
+        raise NotImplementedError("Expected Attention has no formula for a soft cap on logits: leave this method out")
     return surveyed("select", _expected)(problems, plan, budget, effort)
 
 

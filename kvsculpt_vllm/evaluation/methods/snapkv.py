@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d
 
 from kvsculpt_vllm.evaluation.methods.base import ToPages, surveyed
+from kvsculpt_vllm.kernels.soft_cap import capped
 from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.problem import Problems
@@ -27,5 +28,6 @@ def snapkv(problems: Problems, plan: PagePlan, budget: str, effort: Effort) -> T
 def _observed(problems: Problems, teacher: Teacher) -> Tensor:
     rows = slice(-problems.recent * problems.group, None)
     logits = torch.bmm(problems.queries[:, rows] * problems.scale, problems.keys.transpose(1, 2))
+    capped(logits, problems.soft_cap)
     shares = (logits - teacher.lse[:, rows].unsqueeze(-1)).exp()
     return max_pool1d(shares.sum(1), POOLED, stride=1, padding=POOLED // 2)
