@@ -108,6 +108,7 @@ def test_a_file_that_does_not_fit_stops_the_server(made, model):
     served = SimpleNamespace(
         model=str(model),
         hf_text_config=SimpleNamespace(num_hidden_layers=LAYERS),
+        get_sliding_window=lambda: None,
         get_total_num_kv_heads=lambda: HEADS,
     )
     assert resolved(CompressionConfig(method="sculpt"), served).calibration == str(model / FILE)

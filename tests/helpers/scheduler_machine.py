@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from vllm import SamplingParams
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -63,6 +63,8 @@ class Machine(RuleBasedStateMachine):
     """Arrivals, chunked prefill, prefix hits, compression, failures, aborts, preemption, cache resets."""
 
     seen: ClassVar[Counter] = Counter()
+    width: ClassVar[int] = 0
+    """Tokens that the layers of two more KV cache groups see; 0 means that there are none."""
 
     # The fewest have no room beside a lone prompt for what it is packed into.
     @initialize(
@@ -72,24 +74,35 @@ class Machine(RuleBasedStateMachine):
         store=st.just(True),
     )
     def start(self, asynchronous, blocks, depth=1, segment=SETTINGS["segment"], store=False):
-        self.config.additional_config = {"kv_compression": SETTINGS | {"segment": segment}}
+        pins = {"pin_blocks": 14} if self.width else {}  # a pin holds what windows hold before its end, too
+        self.config.additional_config = {"kv_compression": SETTINGS | {"segment": segment} | pins}
         text_config = self.config.model_config.hf_text_config
         spec = FullAttentionSpec(
             block_size=BLOCK, num_kv_heads=text_config.num_key_value_heads, head_size=64, dtype=torch.bfloat16
         )
+        groups = [KVCacheGroupSpec(["layer"], spec)]
+        if self.width:
+            window = SlidingWindowSpec(
+                block_size=BLOCK,
+                num_kv_heads=spec.num_kv_heads,
+                head_size=spec.head_size,
+                dtype=spec.dtype,
+                sliding_window=self.width,
+            )
+            groups = [KVCacheGroupSpec(["a"], window), *groups, KVCacheGroupSpec(["b"], window)]
         scheduler = SculptAsyncScheduler if asynchronous else SculptScheduler
         self.config.scheduler_config.async_scheduling = asynchronous
         self.config.cache_config.num_gpu_blocks = blocks
         self.scheduler = scheduler(
             vllm_config=self.config,
-            kv_cache_config=KVCacheConfig(blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+            kv_cache_config=KVCacheConfig(blocks, [], groups),
             structured_output_manager=StructuredOutputManager(self.config),
             block_size=BLOCK,
         )
         # Steps that are scheduled before the first one's tokens are known.
         self.depth = depth if asynchronous else 0
         self.pool = self.scheduler.kv_cache_manager.block_pool
-        self.blocks, self.worker, self.count = blocks, Worker(Store()), 0
+        self.blocks, self.worker, self.count = blocks, Worker(Store(), self.width), 0
         if store:
             self.scheduler._store, self.scheduler._names._lasting = self.worker.store, True
         self.in_flight, self.hashed = [], {}
@@ -124,7 +137,7 @@ class Machine(RuleBasedStateMachine):
         self.add(tokens + [9001 + self.count] * more, 20, compress)
 
     @rule(length=st.integers(600, 1500), generate=st.integers(1, 20))
-    @precondition(lambda self: len(self.scheduler.requests) < 3)
+    @precondition(lambda self: len(self.scheduler.requests) < 3 and not self.width)
     def arrive_longer_than_the_memory(self, length, generate):
         config = CompressionConfig(**SETTINGS)
         while spans.most_blocks(config, length + generate, BLOCK) > self.blocks - 3:
@@ -169,6 +182,7 @@ class Machine(RuleBasedStateMachine):
             self.scheduler.finish_requests(self.scheduler._load.request_id, RequestStatus.FINISHED_ABORTED)
 
     @rule(away=st.booleans())
+    @precondition(lambda self: self.scheduler._store is not None)
     def the_store_comes_and_goes(self, away):
         self.worker.store.away = away
 
@@ -256,12 +270,14 @@ class Machine(RuleBasedStateMachine):
     def every_block_is_owned_as_often_as_it_says(self):
         if not hasattr(self, "scheduler"):
             return
-        (manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
-        owners = Counter(b.block_id for blocks in manager.req_to_blocks.values() for b in blocks if not b.is_null)
+        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        rows = [blocks for manager in managers for blocks in manager.req_to_blocks.values()]
+        owners = Counter(b.block_id for blocks in rows for b in blocks if not b.is_null)
         owners.update(b.block_id for pending in self.scheduler._pending.values() for b in pending.packed)
         load = self.scheduler._load
         owners.update(b.block_id for blocks in (load.packed if load else ()) for b in blocks)
-        pinned = (prefix for prefix in self.scheduler._prefixes._prefixes.values() if prefix.pinned)
+        pinned = [prefix for prefix in self.scheduler._prefixes._prefixes.values() if prefix.pinned]
+        owners.update(b.block_id for prefix in pinned for b in prefix.before)
         owners.update(b.block_id for prefix in pinned for segment in prefix.chain for b in segment.packed)
         for block in self.pool.blocks:
             if not block.is_null:
@@ -324,6 +340,7 @@ class Machine(RuleBasedStateMachine):
         )
         assert not any(known[f"_{name}"] for name in forgotten)
         assert not self.scheduler._samples._kept and not self.worker.sampled
+        assert not any(vars(self.scheduler._windows)[name] for name in ("_before", "_passed"))
         assert not any(vars(self.scheduler._stock_blocks)[name] for name in ("_holders", "_counted", "_names"))
         # What is kept for others can be dropped.
         assert self.scheduler.reset_prefix_cache()

@@ -99,8 +99,11 @@ class Store:
 class Worker:
     """What the workers would know and hold: block lists, the content of blocks, segments."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, width: int = 0) -> None:
+        """With a `width` there are KV cache groups of windows so wide before and behind that of full attention."""
+        self.store, self.width = store, width
+        self.group = int(width > 0)
+        self.window_rows: dict[str, list[list[int]]] = {}  # block lists in the groups of windows
         self.loading_fails = False
         self.store_state = StoreState()  # as the books have it
         self.cancelled_loads = 0
@@ -144,16 +147,20 @@ class Worker:
         for request_id in [*output.finished_req_ids, *(output.preempted_req_ids or ())]:
             if self.solving is not None and self.solving[0].request_id == request_id:
                 self.solving, self.lost = None, self.lost + 1
-            for known in (self.rows, self.solved, self.sampled):
+            for known in (self.rows, self.window_rows, self.solved, self.sampled):
                 known.pop(request_id, None)
         for new in output.scheduled_new_reqs:
-            self.rows[new.req_id] = list(new.block_ids[0])
+            self.rows[new.req_id] = list(new.block_ids[self.group])
+            self.window_rows[new.req_id] = [list(row) for row in self.of_windows(new.block_ids)]
             self.prompts[new.req_id] = list(new.prompt_token_ids)
         cached = output.scheduled_cached_reqs
         for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
             if request_id in cached.resumed_req_ids:
                 self.rows[request_id] = []
-            self.rows[request_id] += [] if blocks is None else blocks[0]
+                self.window_rows[request_id] = [[] for _ in self.of_windows(blocks)]
+            self.rows[request_id] += [] if blocks is None else blocks[self.group]
+            for row, more in zip(self.window_rows[request_id], self.of_windows(blocks or ()), strict=False):
+                row += more
         starts = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         starts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         answers = []
@@ -211,7 +218,24 @@ class Worker:
                 slots = self.content.setdefault(self.rows[request_id][position // BLOCK], [None] * BLOCK)
                 slots[position % BLOCK] = self.tag(request_id, position)
             self.check(request_id, starts[request_id] + count)
+            self.fill_windows(request_id, starts[request_id], count)
         return answers
+
+    def of_windows(self, by_group: tuple) -> list:
+        """Without what is of full attention."""
+        return [*by_group[: self.group], *by_group[self.group + 1 :]]
+
+    def fill_windows(self, request_id: str, start: int, count: int) -> None:
+        """Write a step's tokens to windows; what its first one sees there is the request's own."""
+        chain = [packed.command.attempt for packed in self.chain_of(request_id)]
+        for number, row in enumerate(self.window_rows[request_id]):
+            for position in range(max(0, start - self.width + 1), start):
+                found = self.content[row[position // BLOCK]][position % BLOCK]
+                assert found[:-1] == ("window", number, *self.tag(request_id, position)[1:-1])
+                assert found[-1] in (None, *chain)
+            for position in range(start, start + count):
+                slots = self.content.setdefault(row[position // BLOCK], [None] * BLOCK)
+                slots[position % BLOCK] = ("window", number, *self.tag(request_id, position)[1:])
 
     def begin(self, command: SolveCommand, steps: int, fails: bool | str) -> None:
         """A solve begins: all that it needs is there."""

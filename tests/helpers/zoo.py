@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-CONTEXT, ORIGINAL = 1024, 256
+CONTEXT, ORIGINAL, WIDTH = 1024, 256, 80
 LAYERS, VOCABULARY = 4, 512
 """Enough layers for every pattern of layers here, and few enough tokens for all to come up in a prompt."""
 
@@ -93,6 +93,7 @@ class Model(NamedTuple):
 
 MLA, WINDOW, MAMBA = "MLA models", "sliding-window models", "hybrid, Mamba and linear-attention models"
 POSITIONS = "positions"  # the feature goes on with a layer's name
+CAP, SINKS = "models with a soft cap on attention", "models with learned attention sinks"
 ALIBI, SHARED = "ALiBi models", "models whose layers share a KV cache"
 
 ZOO = (
@@ -156,19 +157,19 @@ ZOO = (
           {"head_dim": 64, "query_pre_attn_scalar": 64, "attn_logit_softcapping": 4.0, "sliding_window": CONTEXT}),
     Model("gpt-oss", "learned sinks, YaRN, experts, a context within its window", "GptOssForCausalLM", "gpt_oss",
           EXPERTS | {"head_dim": 32, "sliding_window": CONTEXT, "rope_parameters": GPT_OSS_YARN}),
+    Model("Gemma 3", "a window in three of four layers", "Gemma3ForCausalLM", "gemma3_text",
+          {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": WIDTH, **every("sliding_attention", 4)}),
+    Model("OLMo 3", "a window in three of four layers", "Olmo3ForCausalLM", "olmo3", {"sliding_window": WIDTH}),
+    Model("Command R7B", "a window in three of four layers, positions in those alone", "Cohere2ForCausalLM", "cohere2",
+          {"sliding_window": WIDTH}),
+    Model("EXAONE 4", "a window in half of the layers, positions in those alone", "Exaone4ForCausalLM", "exaone4",
+          {"sliding_window": WIDTH, **every("sliding_attention", 2)}),
     Model("Mistral", "a window in every layer", "MistralForCausalLM", "mistral", {"sliding_window": 256}, WINDOW),
-    Model("Qwen2", "a window in some layers", "Qwen2ForCausalLM", "qwen2",
-          {"use_sliding_window": True, "sliding_window": 256, "max_window_layers": 2}, WINDOW),
     Model("Gemma 2", "a window in every other layer, a soft cap", "Gemma2ForCausalLM", "gemma2",
-          {"head_dim": 32, "sliding_window": 256}, WINDOW),
-    Model("Gemma 3", "a window in five of six layers", "Gemma3ForCausalLM", "gemma3_text",
-          {"head_dim": 32, "sliding_window": 256, **every("sliding_attention", 4)}, WINDOW),
+          {"head_dim": 32, "sliding_window": 256}, CAP),
     Model("Gemma 3n", "shared caches", "Gemma3nForCausalLM", "gemma3n_text", {"num_kv_shared_layers": 2}, SHARED),
-    Model("OLMo 3", "a window in three of four layers", "Olmo3ForCausalLM", "olmo3", {"sliding_window": 256}, WINDOW),
-    Model("Command R7B", "a window in three of four layers", "Cohere2ForCausalLM", "cohere2",
-          {"sliding_window": 256}, WINDOW),
     Model("gpt-oss", "a window in every other layer, learned sinks", "GptOssForCausalLM", "gpt_oss",
-          EXPERTS | {"head_dim": 32, "sliding_window": 128}, WINDOW),
+          EXPERTS | {"head_dim": 32, "sliding_window": 128}, SINKS),
     Model("Llama 4, text", "chunks in three of four layers", "Llama4ForCausalLM", "llama4_text",
           EXPERTS | {"head_dim": 32, "attention_chunk_size": 256}, "models with chunked local attention"),
     Model("BLOOM", "ALiBi", "BloomForCausalLM", "bloom", {"n_head": 4, "n_layer": LAYERS}, ALIBI),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import TYPE_CHECKING, Any
 
 from vllm.outputs import RequestError
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.request import RequestStatus
 
 from kvsculpt_vllm.engine.compat.frontend import ASK_SCHEDULER, QUESTIONS
 from kvsculpt_vllm.engine.compat.patcher import apply
 from kvsculpt_vllm.engine.compat.patches import ALLOCATE_SLOTS
+from kvsculpt_vllm.engine.shared.groups import full_group
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -23,9 +25,6 @@ if TYPE_CHECKING:
 else:
     Scheduler = object  # of two: the mixin goes over either
 
-GROUP = 0
-"""The one KV cache group there is."""
-
 NO_ROOM = "the request has more tokens than the KV cache's memory holds, and could not be compressed to what it holds"
 """What the client of a request learns that is ended because it can go on neither compressed nor exact."""
 
@@ -33,12 +32,15 @@ NEVER_HASH = 1 << 30
 """More cached blocks than a request can have: vLLM then never hashes the approximated tail."""
 
 
-def insert_hash(pool: BlockPool, block_hash: BlockHash, block: KVCacheBlock, num_tokens: int | None = None) -> None:
-    """Name a block's content, so that `pool.get_cached_block` finds it until the pool needs its memory.
+def insert_hash(
+    pool: BlockPool, block_hash: BlockHash, block: KVCacheBlock, num_tokens: int | None = None, group: int = 0
+) -> None:
+    """Name the content of a KV cache group's block, so that `pool.get_cached_block` finds it until the pool needs its
+    memory.
 
     Can go when vLLM's pool lets a block be cached under a hash that is not of a request's tokens.
     """
-    pool._insert_block_hash(make_block_hash_with_group_id(block_hash, GROUP), block, num_tokens)
+    pool._insert_block_hash(make_block_hash_with_group_id(block_hash, group), block, num_tokens)
 
 
 def when_reused(pool: BlockPool, block: KVCacheBlock, do: Callable[[KVCacheBlock], None]) -> None:
@@ -65,45 +67,81 @@ def name_by_tokens(request: Request) -> None:
     request.update_block_hashes()
 
 
-class BlockLists:
-    """The block lists of running requests, of the one KV cache group there is.
+class GroupLists:
+    """The block lists of running requests in one KV cache group.
 
     Can go when vLLM's KV cache manager lets a request's leading blocks be replaced.
     """
 
-    def __init__(self, manager: KVCacheManager) -> None:
-        self.pool = manager.block_pool
-        (self._manager,) = manager.coordinator.single_type_managers
+    def __init__(self, manager: KVCacheManager, group: int) -> None:
+        self.pool, self.group = manager.block_pool, group
+        self._manager = manager.coordinator.single_type_managers[group]
 
     def of(self, request_id: str) -> list[KVCacheBlock]:
         """The request's blocks, in the order of its tokens; empty for one that has none."""
         return self._manager.req_to_blocks.get(request_id, [])
 
+    def stop_naming(self, request_id: str) -> None:
+        """Have vLLM hash no block of a request from now on."""
+        self._manager.num_cached_block[request_id] = NEVER_HASH
+
+    def rename(self, request: Request, first: int, left: Container[int] = ()) -> None:
+        """Hash the request's full blocks from index `first` on as the request calls them now; vLLM goes on from there.
+
+        Those that others hold keep the name that they were found by, and those whose numbers are in `left` keep theirs.
+        """
+        blocks, size = self.of(request.request_id), self._manager.block_size
+        full = min(len(request.block_hashes), request.num_computed_tokens // size, len(blocks))
+        for index in range(first, full):
+            block = blocks[index]
+            if block.ref_cnt == 1 and not block.is_null and block.block_id not in left:
+                self.pool.evict_blocks({block.block_id})
+                insert_hash(self.pool, request.block_hashes[index], block, (index + 1) * size, self.group)
+        self._manager.num_cached_block[request.request_id] = max(first, full)
+
+
+class WindowLists(GroupLists):
+    """The same of layers that see a window: what is before it is the null block."""
+
+    @property
+    def reach(self) -> int:
+        """Blocks before a block that its first token sees."""
+        spec = self._manager.kv_cache_spec
+        assert isinstance(spec, SlidingWindowSpec)  # see `refusals.check_kv_cache_config`
+        return -(-(spec.sliding_window - 1) // spec.block_size)
+
+    @property
+    def most(self) -> int:
+        """Blocks that one request holds at most."""
+        return self._manager.max_admission_blocks_per_request or 0
+
+
+class BlockLists(GroupLists):
+    """The block lists of the layers that see everything, and beside them those of windows, in groups of their own."""
+
+    def __init__(self, manager: KVCacheManager) -> None:
+        groups = manager.kv_cache_config.kv_cache_groups
+        super().__init__(manager, full_group(groups))
+        self.windows = [WindowLists(manager, group) for group in range(len(groups)) if group != self.group]
+
     def replace(self, request_id: str, first: int, row: list[KVCacheBlock]) -> list[KVCacheBlock]:
         """Put `row` in the place of as many blocks from index `first` on; returns those that were there, which are the
-        caller's to free. vLLM hashes no block of this request from now on.
+        caller's to free. vLLM hashes no block of this request from now on, in any group.
         """
         blocks, place = self.of(request_id), slice(first, first + len(row))
         replaced = blocks[place]
         blocks[place] = row
-        self._manager.num_cached_block[request_id] = NEVER_HASH
+        for lists in (self, *self.windows):
+            lists.stop_naming(request_id)
         return replaced
 
-    def rename_tail(self, request: Request, first: int, name: BlockHash) -> None:
-        """Name the request's full blocks from index `first` on after the prefix `name`; vLLM goes on from there.
-
-        Those that others hold keep the name that they were found by.
+    def rename_tail(self, request: Request, first: int, name: BlockHash, left: Container[int] = ()) -> None:
+        """Name the request's full blocks from index `first` on after the prefix `name`, in all groups, but for those
+        whose numbers are in `left`; vLLM goes on from there.
         """
-        blocks = self.of(request.request_id)
         name_from(request, first, name)
-        full = min(len(request.block_hashes), request.num_computed_tokens // self._manager.block_size, len(blocks))
-        for index in range(first, full):
-            block = blocks[index]
-            if block.ref_cnt == 1:
-                self.pool.evict_blocks({block.block_id})
-                num_tokens = (index + 1) * self._manager.block_size
-                insert_hash(self.pool, request.block_hashes[index], block, num_tokens)
-        self._manager.num_cached_block[request.request_id] = max(first, full)
+        for lists in (self, *self.windows):
+            lists.rename(request, first, left)
 
 
 def _answer_front_ends() -> None:

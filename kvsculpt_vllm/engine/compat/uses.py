@@ -39,6 +39,11 @@ USES = (
     Use("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.single_type_managers"),
     Use("vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.req_to_blocks"),
     Use("vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.num_cached_block"),
+    *(
+        Use(f"vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.{name}")
+        for name in ("kv_cache_spec", "max_admission_blocks_per_request")
+    ),
+    Use("vllm.v1.core.kv_cache_manager:KVCacheManager.kv_cache_config"),
     Use("vllm.v1.core.sched.scheduler:Scheduler.grammar_compile_error_reqs"),
     Use("vllm.v1.engine.core:EngineCore.scheduler"),
     # The front end.
@@ -58,10 +63,8 @@ USES = (
     Use("vllm.v1.worker.gpu.block_table:BlockTables.input_block_tables"),
     *(Use(f"{_RUNNER_V2}.{name}") for name in ("req_states", "block_tables")),
     *(Use(f"vllm.v1.worker.gpu.states:RequestState.{name}") for name in ("req_id_to_index", "index_to_req_id")),
-    Use(
-        "vllm.v1.worker.gpu.block_table:BlockTables.append_block_ids",
-        ("self", "req_index", "new_block_ids", "overwrite"),
-    ),
+    *(Use(f"vllm.v1.worker.gpu.block_table:BlockTables.{name}") for name in ("block_tables", "num_blocks")),
+    Use("vllm.v1.worker.gpu.buffer_utils:StagedWriteTensor.stage_write", ("self", "index", "start", "x")),
     *(
         Use(f"{runner}.{name}")
         for runner in (_RUNNER_V1, _RUNNER_V2)

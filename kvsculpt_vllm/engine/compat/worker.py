@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 
 
 class BlockRows:
-    """Replaces running requests' block lists in a model runner, V1 or V2, before its next forward pass.
+    """Replaces running requests' block lists in a model runner, V1 or V2, before its next forward pass: those of one KV
+    cache group.
 
     V2 stages changes of its tables and applies them at the beginning of its step. V1 has one table on the host, from
     which the copy of an earlier step may still be read: there a change waits for the runner's own update of its
     state, before which the runner waits for that copy.
     """
 
-    def __init__(self, runner: Any) -> None:
-        self._runner = runner
+    def __init__(self, runner: Any, group: int = 0) -> None:
+        self._runner, self._group = runner, group
         self._waiting: dict[str, list[int]] = {}
         self._staged = hasattr(runner, "req_states")  # V2
         if not self._staged:
@@ -47,18 +48,20 @@ class BlockRows:
     def replace(self, request_id: str, row: list[int]) -> None:
         """From the next step on, `row` is the request's block list."""
         if self._staged:
-            index = self._runner.req_states.req_id_to_index[request_id]
-            self._runner.block_tables.append_block_ids(index, (row,), overwrite=True)
+            index, tables = self._runner.req_states.req_id_to_index[request_id], self._runner.block_tables
+            # As `append_block_ids` does, which would write to all groups.
+            tables.block_tables[self._group].stage_write(index, 0, row)
+            tables.num_blocks.np[self._group, index] = len(row)
         else:
             self._waiting[request_id] = row
 
     def _apply(self) -> None:
         batch = self._runner.input_batch
         for request_id, row in self._waiting.items():
-            self._runner.requests[request_id].block_ids[0][:] = row
+            self._runner.requests[request_id].block_ids[self._group][:] = row
             index = batch.req_id_to_index.get(request_id)
             if index is not None:  # else it is not in the batch now and comes back with the list above
-                batch.block_table[0].add_row(row, index)
+                batch.block_table[self._group].add_row(row, index)
         self._waiting.clear()
 
 
@@ -119,11 +122,11 @@ def rewind_discarded_draws(runner: Any) -> None:
     apply(BOOKKEEPING_SYNC, without_them, instance=runner)
 
 
-def block_table_columns(runner: Any) -> int:
-    """Columns of the block table that a model runner, V1 or V2, gives to attention."""
+def block_table_columns(runner: Any, group: int = 0) -> int:
+    """Columns of the block table that a model runner, V1 or V2, gives to the attention of a KV cache group."""
     if hasattr(runner, "req_states"):  # V2
-        return int(runner.block_tables.input_block_tables[0].shape[1])
-    return int(runner.input_batch.block_table[0].get_device_tensor(1).shape[1])
+        return int(runner.block_tables.input_block_tables[group].shape[1])
+    return int(runner.input_batch.block_table[group].get_device_tensor(1).shape[1])
 
 
 def row_request_ids(runner: Any, metadata: CommonAttentionMetadata) -> list[str]:

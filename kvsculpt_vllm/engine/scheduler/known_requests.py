@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -20,6 +20,7 @@ from kvsculpt_vllm.engine.scheduler.segments import Segment, Segments, end_of, p
 from kvsculpt_vllm.engine.scheduler.speed import Speed
 from kvsculpt_vllm.engine.scheduler.stock_blocks import StockBlocks
 from kvsculpt_vllm.engine.scheduler.story import Story
+from kvsculpt_vllm.engine.scheduler.windows import Before, Windows
 from kvsculpt_vllm.engine.shared import capacity, sample_room, spans
 from kvsculpt_vllm.engine.shared.commands import Deferred, PoolState, SegmentCounts, Settled, Solved
 from kvsculpt_vllm.engine.shared.prefix_wish import Wish, wish_of
@@ -39,6 +40,7 @@ class Pending:
     span: spans.Span
     key: bytes | None  # of the segment that it is to become
     packed: list[KVCacheBlock]  # taken from the pool, in no block list yet
+    before: Before | None = field(default_factory=list)  # see `Segment`
     solved: Solved | None = None
 
 
@@ -85,6 +87,7 @@ class KnownRequests(SchedulerHooks):
         most = pool.num_gpu_blocks - 1
         self._prefixes = Prefixes(self._segments, pool, most // 4 if pins == "auto" else min(pins, most))
         self._samples = Samples(sample_room.positions(self.vllm_config, self.compression))
+        self._windows = Windows(self.block_lists)
         self._found: dict[str, list[Segment]] = {}  # by waiting requests
         self._renamed: set[str] = set()  # requests whose blocks are named after the chain that they begin with
         self._stock_blocks = StockBlocks(self.block_size)
@@ -132,6 +135,7 @@ class KnownRequests(SchedulerHooks):
             self.end_with_error(request)
         self._segments.release(request_id)
         self._samples.release(request_id)
+        self._windows.forget(request_id)
         self._stock_blocks.forget(request)
         for kept in (self._found, self._known, self._spans, self._whys, self._shortened, self._steps_waited):
             kept.pop(request_id, None)
@@ -201,7 +205,8 @@ class KnownRequests(SchedulerHooks):
     def _cannot_be_exact(self, request: Request) -> bool:
         """Whether its known tokens are more than the whole pool holds, what is packed of them aside."""
         chain = self._segments.chain_of(request.request_id)
-        blocks = -(-(self._num_known(request) + 1) // self.block_size) - end_of(chain) + packed_in(chain)
+        blocks = -(-(self._num_known(request) + 1) // self.block_size)
+        blocks += self._windows.most_blocks(blocks) - end_of(chain) + packed_in(chain)
         return blocks > self.kv_cache_manager.block_pool.num_gpu_blocks - 1
 
     def _next_span(self, request: Request) -> spans.Span | None:
@@ -266,6 +271,7 @@ class KnownRequests(SchedulerHooks):
         total = pool.num_gpu_blocks - 1  # the null block serves nobody
         used = total - pool.get_num_free_blocks()
         stock = self._stock_blocks.count((r, len(self.block_lists.of(r.request_id))) for r in self.running)
+        stock += self._windows.held(r.request_id for r in self.running)  # which stock vLLM holds, too
         return PoolState(
             total=total,
             used=used,

@@ -8,6 +8,7 @@ from vllm.v1.request import Request
 
 from kvsculpt_vllm.engine.scheduler.prefix_hits import PrefixHits
 from kvsculpt_vllm.engine.scheduler.segments import end_of, packed_in
+from kvsculpt_vllm.engine.scheduler.windows import are_there
 from kvsculpt_vllm.engine.shared import capacity, spans
 from kvsculpt_vllm.engine.shared.reasons import Reason
 
@@ -83,8 +84,10 @@ class LongTails(PrefixHits):
         """Whether it would find its chain again, and be compressed then."""
         config = self._config(request)
         is_found = self._segments.root(request, config) is not None
+        chain = self._segments.chain_of(request.request_id)
         return (
             is_found
+            and all(are_there(segment.before) for segment in chain[-1:])
             and self.kv_cache_manager.prefix_cache_lookup_enabled(request)
             and request.num_tokens >= config.min_tokens
         )

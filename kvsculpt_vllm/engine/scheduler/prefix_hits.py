@@ -9,7 +9,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.request import Request, RequestStatus
 
-from kvsculpt_vllm.engine.compat.scheduler import GROUP, name_by_tokens, name_from
+from kvsculpt_vllm.engine.compat.scheduler import name_by_tokens, name_from
 from kvsculpt_vllm.engine.scheduler.segments import Segment, end_of
 from kvsculpt_vllm.engine.scheduler.store_hits import StoreHits
 from kvsculpt_vllm.engine.scheduler.story import Story
@@ -27,11 +27,11 @@ class PrefixHits(StoreHits):
     def find_prefix(self, request: Request) -> tuple[KVCacheBlocks, int] | None:
         """The chain that a prompt begins with, and what follows it in the prefix cache."""
         request_id = request.request_id
-        before = self._found.pop(request_id, [])  # a waiting request is looked up anew at every step
+        last_time = self._found.pop(request_id, [])  # a waiting request is looked up anew at every step
         if request_id not in self._rewound:
             self._samples.release(request_id)  # what it reserved in a step in which it was not admitted
         chain = self._chain_for(request)
-        if not chain or not before or chain[-1] is not before[-1]:
+        if not chain or not last_time or chain[-1] is not last_time[-1]:
             if request_id in self._renamed:
                 self._renamed.discard(request_id)
                 name_by_tokens(request)
@@ -44,13 +44,17 @@ class PrefixHits(StoreHits):
         self._shared.discard(request_id)
         pool = self.kv_cache_manager.block_pool
         row = [block for segment in chain for block in segment.row(pool.null_block)]
-        tail = []
+        before, tail = chain[-1].before, []
+        assert before is not None  # as `_chain_for` says
         for block_hash in request.block_hashes[len(row) : (request.num_tokens - 1) // self.block_size]:
-            if (cached := pool.get_cached_block(block_hash, [GROUP])) is None:
+            if (cached := pool.get_cached_block(block_hash, [self.block_lists.group])) is None:
                 break
             tail += cached
-        row += tail if self._uses(request, chain, len(tail)) else []
-        return KVCacheBlocks((row,)), len(row) * self.block_size
+        end, used = len(row), self._windows.longest(request, before, len(row), len(tail))
+        used = used if self._uses(request, chain, used) else 0
+        row += tail[:used]
+        windows = self._windows.rows(request, before, end, used)
+        return KVCacheBlocks(self._windows.all_groups(row, windows)), len(row) * self.block_size
 
     def _uses(self, request: Request, chain: list[Segment], tail: int) -> bool:
         """Whether a prompt uses so many blocks behind its chain that are found in the cache.
@@ -86,7 +90,7 @@ class PrefixHits(StoreHits):
         first_time = self._shortened.pop(request_id, None) is None
         if num_tokens == 0 or (span := self._span_behind(request, [])) is None:
             return blocks, num_tokens
-        (found,) = blocks.blocks
+        found = blocks.blocks[self.block_lists.group]
         held = sum(block.ref_cnt > 0 for block in found[: span.blocks])
         if not (span.pays(span.blocks - held) or self._cannot_be_exact(request) or self._wish(request)):
             self._shared.add(request_id)
@@ -119,7 +123,7 @@ class PrefixHits(StoreHits):
         planned = [span for span in to_come if span is not None and 2 * span.packed_blocks < span.blocks]
         if not planned:
             return True
-        found = hit.blocks[0] if hit is not None else ()
+        found = hit.blocks[self.block_lists.group] if hit is not None else ()
         needed = self._blocks_to_come(request, len(found))
         needed += sum(not block.is_null and block.ref_cnt == 0 for block in found)
         needed += self._begun(self.running) + max(span.packed_blocks for span in planned) + len(self.running) + 1
@@ -143,11 +147,12 @@ class PrefixHits(StoreHits):
         """Blocks that a prompt whose list has so many entries takes besides, at most: once its segments are made while
         it is computed, they give more than the next one needs.
         """
-        left = max(0, -(-self._num_known(request) // self.block_size) - has)
+        blocks = -(-self._num_known(request) // self.block_size)
+        left, windows = max(0, blocks - has), self._windows.to_come(request.request_id, blocks)
         if self._why_exact(request) is not None or not self._is_made_meanwhile(request):
-            return left
+            return left + windows
         config = self._config(request)
-        return min(left, spans.most_blocks(config, self._num_known(request), self.block_size))
+        return min(left, spans.most_blocks(config, self._num_known(request), self.block_size)) + windows
 
     def fits_as_it_is_computed(self, request: Request) -> bool:
         """Whether vLLM need not find room for all of a prompt before it computes any: its segments are made meanwhile,
@@ -252,7 +257,8 @@ class PrefixHits(StoreHits):
             own = min(2 * own, span.blocks)
         elif request_id in self._pending:
             own = 0
-        affordable = (held + max(0, free - own)) * self.block_size
+        # Windows take a block each besides, until those that are passed come free.
+        affordable = (held + max(0, free - own) // (1 + len(self._windows))) * self.block_size
         if free < own and not has_to:
             affordable = request.num_tokens  # it goes on uncompressed
         most = min(most, affordable if first >= needed else max(affordable, needed)) - first

@@ -9,8 +9,10 @@ from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from kvsculpt_vllm.engine.scheduler.segments import Segment, Segments
+from kvsculpt_vllm.engine.scheduler.windows import are_there
 from kvsculpt_vllm.engine.shared.prefix_wish import Wish
 from kvsculpt_vllm.engine.shared.record import printable
 
@@ -28,6 +30,7 @@ class Prefix:
     prompt_tokens: int
     chain: list[Segment]
     pinned: bool = False
+    before: list[KVCacheBlock] = field(default_factory=list)  # blocks of windows that its pin holds
     hits: int = 0  # requests that began with all of it
     made: float = field(default_factory=time.monotonic)
 
@@ -64,17 +67,24 @@ class Prefixes:
     def _pin(self, prefix: Prefix) -> None:
         pinned = self._pinned_segments()
         more = sum(len(segment.packed) for segment in prefix.chain if segment.serial not in pinned)
-        if self.pinned_blocks + more > self.most_pinned:
+        last = prefix.chain[-1].before
+        if last is None or not are_there(last):
+            return
+        before = [named.block for group in last for named in group]
+        if self.pinned_blocks + more + len(before) > self.most_pinned:
             return
         for segment in prefix.chain:
             self._pool.touch(segment.packed)
             self._segments.hold(segment, self._holder(prefix))
-        prefix.pinned = True
+        self._pool.touch(before)
+        prefix.before, prefix.pinned = before, True
 
     def _unpin(self, prefix: Prefix) -> None:
         if prefix.pinned:
             prefix.pinned = False
             self._segments.release(self._holder(prefix))
+            self._pool.free_blocks(reversed(prefix.before))
+            prefix.before = []
             for segment in reversed(prefix.chain):
                 self._pool.free_blocks(reversed(segment.packed))
 
@@ -147,7 +157,8 @@ class Prefixes:
     @property
     def pinned_blocks(self) -> int:
         """That are held by pins now."""
-        return sum(len(segment.packed) for segment in self._pinned_segments().values())
+        packed = sum(len(segment.packed) for segment in self._pinned_segments().values())
+        return packed + len({block.block_id for prefix in self._prefixes.values() for block in prefix.before})
 
     def told(self) -> dict[str, Any]:
         """All of them, the newest first, and the bound; plain values."""

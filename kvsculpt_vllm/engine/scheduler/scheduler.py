@@ -48,6 +48,7 @@ class SculptSchedulerMixin(LongTails):
         # One engine of several (data parallel) keeps step with the others, whose requests it does not see.
         self._alone = num_running + num_waiting == 1 and self.vllm_config.parallel_config.data_parallel_size == 1
         self._prefixes.expire()
+        self._note_windows()
         commands: list[CommitCommand | AdoptCommand | SolveCommand] = [
             *self._commit_solved(),
             *self._adopt_later(),
@@ -66,6 +67,21 @@ class SculptSchedulerMixin(LongTails):
             self._unsampled = []
         attach(output, [*meant, *gone, *self._take_new_loads(), *pace, *self._take_news(), self._pool_state()])
         return output
+
+    def _note_windows(self) -> None:
+        """Name the blocks of windows before places that running prompts' segments end at, while there are some."""
+        if len(self._windows) and self.block_lists.pool.enable_caching:
+            for request in self.running:
+                self._windows.note(request, self._ends(request), self.block_size)
+
+    def _ends(self, request: Request) -> Iterator[int]:
+        """The blocks that a running request's segments to come end before, however many entries they keep."""
+        span = self._next_span(request)
+        while span is not None:
+            yield span.end
+            span = spans.next_span(
+                self._config(request), self._num_known(request), self.block_size, span.end, span.packed_blocks
+            )
 
     def _still_meant(
         self, commands: list[CommitCommand | AdoptCommand | SolveCommand], output: SchedulerOutput
@@ -175,7 +191,9 @@ class SculptSchedulerMixin(LongTails):
         if not self._pays(request, span):
             self._defer(request, Reason.SHARED_BLOCKS, "it would free no more blocks than it takes, others share them")
             return None
-        pending = Pending(next(self._attempts), config, span, key, pool.get_new_blocks(span.packed_blocks))
+        packed = pool.get_new_blocks(span.packed_blocks)
+        before = self._windows.before(request.request_id, span.end)
+        pending = Pending(next(self._attempts), config, span, key, packed, before)
         self._pending[request.request_id] = pending
         end = -(-self._needed_for(request, span) // self.block_size)
         return SolveCommand(
@@ -270,6 +288,7 @@ class SculptSchedulerMixin(LongTails):
             effort=pending.config.effort,
             error=solved.error,
             shared=pending.key is not None and solved.by_method,
+            before=pending.before,
         )
         self._segments.add(segment, request_id)
         free_before = pool.get_num_free_blocks()
@@ -325,6 +344,7 @@ class SculptSchedulerMixin(LongTails):
             segment = self._segments.after(parent, request, config, first, most)
             if segment is None:
                 break
+            segment.renew(self._windows.before(request_id, segment.end))
             self.kv_cache_manager.block_pool.touch(segment.packed)
             self._hold(request, [segment], Reason.ADOPTED)
             self._put(segment, request)
@@ -352,7 +372,7 @@ class SculptSchedulerMixin(LongTails):
         span = self._next_span(request)
         if segment.shared:
             self._rename(request)
-            self.block_lists.rename_tail(request, segment.end, segment.name)
+            self.block_lists.rename_tail(request, segment.end, segment.name, self._windows.noted(request_id))
         if request_id not in self._samples:
             return
         if span is None:

@@ -23,6 +23,7 @@ from vllm.v1.request import Request
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.compat.scheduler import insert_hash, when_reused
+from kvsculpt_vllm.engine.scheduler.windows import Before, are_there
 from kvsculpt_vllm.sculpt.effort import order
 
 FORMAT = 2
@@ -43,6 +44,7 @@ class Segment:
     error: float  # held-out
     shared: bool  # its blocks are hashed, so that it is found by others and outlives its holders
     read_for: str = ""  # the request that it was read from the store for
+    before: Before | None = field(default_factory=list)  # what windows held before its end; None: not all is known
     serial: int = field(default_factory=count().__next__)  # tells it from another one of the same key
     holders: set[str] = field(default_factory=set)  # requests whose block lists have it
     alive: bool = True
@@ -50,6 +52,13 @@ class Segment:
     def row(self, null_block: KVCacheBlock) -> list[KVCacheBlock]:
         """What stands in a block list in the place of its tokens' blocks."""
         return self.packed + [null_block] * (self.blocks - len(self.packed))
+
+    def renew(self, before: Before | None) -> None:
+        """Let others go on from what windows hold of a request that has computed the same tokens, if they cannot go on
+        from what was known.
+        """
+        if before is not None and not are_there(self.before):
+            self.before = before
 
     @property
     def end(self) -> int:
@@ -163,6 +172,7 @@ class Segments:
         if segment.shared and (older := self._by_key.get(segment.key)) is not None:
             if order(older.effort) >= order(segment.effort) and older.error <= segment.error:
                 segment.shared = False  # made twice at once: the older one is found
+                older.renew(segment.before)
             else:  # a better one takes its place; who holds the older one keeps that
                 self._unshare(older)
         if segment.shared:

@@ -20,6 +20,7 @@ from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.scheduler.known_requests import KnownRequests
 from kvsculpt_vllm.engine.scheduler.segments import Segment, end_of, keys
 from kvsculpt_vllm.engine.scheduler.store_marks import StoreMarks
+from kvsculpt_vllm.engine.scheduler.windows import are_there
 from kvsculpt_vllm.engine.shared import stores
 from kvsculpt_vllm.engine.shared.commands import CancelLoadCommand, LoadCommand, Loaded, StoreState
 from kvsculpt_vllm.engine.shared.reasons import Reason
@@ -160,7 +161,10 @@ class StoreHits(KnownRequests):
         if not self._looks_for_chains(request):
             return []
         config = self._config(request)
-        return self._segments.find(request, config, request.num_tokens - config.window)
+        chain = self._segments.find(request, config, request.num_tokens - config.window)
+        while chain and not are_there(chain[-1].before):
+            chain.pop()
+        return chain
 
     @staticmethod
     def _heard(answer: Future[list[StoredName]]) -> list[StoredName]:

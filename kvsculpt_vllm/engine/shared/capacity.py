@@ -9,11 +9,19 @@ from typing import Any
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.shared import spans
+from kvsculpt_vllm.engine.shared.groups import has_windows
 
 
 def packs_answers(vllm_config: Any, config: CompressionConfig) -> bool:
     """Whether what follows a prompt is compressed as it grows: it is computed anew then, and has to find its chain."""
     return config.active and config.decode > 0 and bool(vllm_config.cache_config.enable_prefix_caching)
+
+
+def outgrows_memory(vllm_config: Any, config: CompressionConfig) -> bool:
+    """Whether a request may come to be longer than the KV cache's memory. Where layers have windows of their own it may
+    not: it is reckoned as exact.
+    """
+    return packs_answers(vllm_config, config) and not has_windows(vllm_config)
 
 
 def most_tokens(vllm_config: Any, config: CompressionConfig, blocks: int, is_found_again: bool = True) -> int:
@@ -26,7 +34,7 @@ def most_tokens(vllm_config: Any, config: CompressionConfig, blocks: int, is_fou
         vllm_config.cache_config.block_size,
         blocks,
         vllm_config.model_config.max_model_len,
-        is_found_again and packs_answers(vllm_config, config),
+        is_found_again and outgrows_memory(vllm_config, config),
     )
 
 

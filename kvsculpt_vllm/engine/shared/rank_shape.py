@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from kvsculpt_vllm.engine.shared.groups import compressed_layers, has_windows
+
 
 @dataclass(frozen=True)
 class RankShape:
-    """The numbers of one rank's attention."""
+    """The numbers of one rank's attention, as far as it is compressed."""
 
     num_layers: int
     num_kv_heads: int
@@ -24,7 +26,8 @@ class RankShape:
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         assert isinstance(model.dtype, torch.dtype)  # and no name any more: vLLM has resolved it
         return cls(
-            num_layers=model.get_num_layers(parallel),
+            # Windows go with full attention on one pipeline stage only (refused).
+            num_layers=len(compressed_layers(model)) if has_windows(vllm_config) else model.get_num_layers(parallel),
             num_kv_heads=model.get_num_kv_heads(parallel),
             num_query_heads=model.get_num_attention_heads(parallel),
             head_size=model.get_head_size(),

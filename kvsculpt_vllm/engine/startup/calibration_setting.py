@@ -6,6 +6,7 @@ from vllm.config import ModelConfig
 
 from kvsculpt_vllm.calibration_file import MEASURE, NONE, CalibrationError, find
 from kvsculpt_vllm.config import CompressionConfig, ConfigError, WrongSetting, allowed, flag
+from kvsculpt_vllm.engine.shared.groups import compressed_layers
 from kvsculpt_vllm.engine.startup.measured_calibration import measure
 
 
@@ -16,7 +17,7 @@ def resolved(config: CompressionConfig, model: ModelConfig) -> CompressionConfig
     Raises:
         ConfigError: that file does not fit the model, or cannot be made.
     """
-    num_layers = model.hf_text_config.num_hidden_layers
+    num_layers = len(compressed_layers(model))
     try:
         path = find(config.calibration, model.model, num_layers, model.get_total_num_kv_heads())
         if path is None and config.calibration == MEASURE:

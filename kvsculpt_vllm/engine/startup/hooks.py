@@ -22,7 +22,8 @@ from kvsculpt_vllm.engine.compat.patches import (
     MAX_MEMORY_USAGE_0_32,
 )
 from kvsculpt_vllm.engine.shared import spans
-from kvsculpt_vllm.engine.shared.capacity import packs_answers
+from kvsculpt_vllm.engine.shared.capacity import outgrows_memory
+from kvsculpt_vllm.engine.shared.groups import has_windows
 from kvsculpt_vllm.engine.startup.calibration_setting import resolved
 from kvsculpt_vllm.engine.startup.cpu_memory import fit_default_memory
 from kvsculpt_vllm.engine.startup.flags import add_flags
@@ -36,6 +37,7 @@ from kvsculpt_vllm.engine.startup.refusals import (
 )
 from kvsculpt_vllm.engine.startup.request_checks import install_request_checks
 from kvsculpt_vllm.engine.startup.store_setting import check_store
+from kvsculpt_vllm.layer_kinds import FULL
 from kvsculpt_vllm.store.places import shown
 
 # vLLM sets up handlers for its own loggers only.
@@ -96,6 +98,8 @@ def _with_compression(stock: Callable[..., VllmConfig]) -> Callable[..., VllmCon
             _use_our_attention(self)
         vllm_config = stock(self, *args, **kwargs)
         _drop_idle_window(vllm_config)
+        if current_platform.is_cuda() and has_windows(vllm_config):
+            _leave_windows_their_kernels(vllm_config)
         check_config(self, vllm_config)
         config.check_block_size(vllm_config.cache_config.block_size, flag)
         config = resolved(config, vllm_config.model_config)
@@ -120,7 +124,7 @@ def _as_compressed(stock: Callable[..., int]) -> Callable[..., int]:
             return exact
         block_size, longest = vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len
         blocks = -(-longest // block_size)
-        if not packs_answers(vllm_config, config) or spans.why_exact(config, longest, block_size) is not None:
+        if not outgrows_memory(vllm_config, config) or spans.why_exact(config, longest, block_size) is not None:
             return exact
         needed = spans.blocks_up_to(config, longest, block_size)
         needed = max(needed, -(-config.min_tokens // block_size))  # what is shorter stays exact
@@ -136,6 +140,14 @@ def _use_our_attention(args: EngineArgs) -> None:
     # The workers register it too; here it is looked up while vLLM makes its configuration.
     register_backend(AttentionBackendEnum.CUSTOM, TRITON_BACKEND)
     args.attention_backend, args.attention_config.backend = AttentionBackendEnum.CUSTOM, None
+
+
+def _leave_windows_their_kernels(vllm_config: VllmConfig) -> None:
+    """Let layers that see a window be read by the kernels that vLLM chooses; ours read those that see everything."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    attention = vllm_config.attention_config
+    attention.backend, attention.backend_per_kind = None, {FULL: AttentionBackendEnum.CUSTOM}
 
 
 def _drop_idle_window(vllm_config: VllmConfig) -> None:

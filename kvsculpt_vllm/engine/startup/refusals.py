@@ -14,6 +14,11 @@ import vllm.envs as envs
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
+from kvsculpt_vllm.calibration_file import NONE
+from kvsculpt_vllm.config import CompressionConfig
+from kvsculpt_vllm.engine.shared.groups import full_group, has_windows
+from kvsculpt_vllm.layer_kinds import FULL, WINDOW
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
@@ -69,8 +74,9 @@ def _text_config(config: VllmConfig, *names: str) -> bool:
 
 def _sliding_window(config: VllmConfig) -> bool:
     model = config.model_config
-    layers = getattr(model.hf_text_config, "layer_types", None) or ("sliding_attention",)
-    return bool(model.rswa_window) or (model.get_sliding_window() is not None and "sliding_attention" in layers)
+    layers = getattr(model.hf_text_config, "layer_types", None) or (WINDOW,)
+    only_windows = WINDOW in layers and FULL not in layers
+    return bool(model.rswa_window) or (model.get_sliding_window() is not None and only_windows)
 
 
 def _mixed_layers(config: VllmConfig) -> bool:
@@ -188,8 +194,32 @@ _RULES = (
         _sliding_window,
         Refusal(
             "sliding-window models",
-            "their cache forgets tokens by position",
+            "no layer sees more than the last tokens, so there is nothing to compress",
             f"add --disable-sliding-window, which limits the context to the window, or {_OTHER_MODEL}",
+        ),
+    ),
+    _Rule(
+        lambda c: has_windows(c) and c.parallel_config.pipeline_parallel_size > 1,
+        Refusal(
+            "pipeline parallelism of a model with sliding windows",
+            "ranks have different numbers of layers that are compressed",
+            "use --tensor-parallel-size in the place of --pipeline-parallel-size",
+        ),
+    ),
+    _Rule(
+        lambda c: has_windows(c) and c.scheduler_config.disable_hybrid_kv_cache_manager,
+        Refusal(
+            "one KV cache group for windows and full attention",
+            "compression would have to leave some layers of a block alone",
+            "remove --disable-hybrid-kv-cache-manager",
+        ),
+    ),
+    _Rule(
+        lambda c: has_windows(c) and CompressionConfig.from_additional_config(c.additional_config).store != NONE,
+        Refusal(
+            "the store of a model with sliding windows",
+            "a segment in it has no windows to go on from",
+            "remove --kv-compression-store",
         ),
     ),
     _Rule(
@@ -349,17 +379,24 @@ def _of_args(args: EngineArgs) -> Iterable[Refusal]:
 
 
 def check_kv_cache_config(config: KVCacheConfig) -> None:
-    """Refuse a KV cache that is not one group of plain full attention.
+    """Refuse a KV cache that is not one group of plain full attention, with or without groups of windows beside it.
 
     Raises:
         UnsupportedFeature: as soon as a page is anything but `[block_size, K|V]` of one head.
     """
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-    if len(config.kv_cache_groups) != 1:
-        count = len(config.kv_cache_groups)
-        _refuse([Refusal(f"{count} KV cache groups", "compression rewrites the blocks of one group", _OTHER_MODEL)])
-    spec = config.kv_cache_groups[0].kv_cache_spec
+    specs = [group.kv_cache_spec for group in config.kv_cache_groups]
+    if not specs:
+        _refuse([Refusal("0 KV cache groups", "there is nothing to compress", _OTHER_MODEL)])
+    spec = specs.pop(full_group(config.kv_cache_groups))
+    if others := [other for other in specs if type(other) is not SlidingWindowSpec]:
+        count, kinds = len(others) + 1, ", ".join(sorted({type(other).__name__ for other in (spec, *others)}))
+        cause = "compression rewrites the blocks of one group, and leaves alone those of windows"
+        _refuse([Refusal(f"{count} KV cache groups ({kinds})", cause, _OTHER_MODEL)])
+    if any((other.block_size, other.page_size_bytes) != (spec.block_size, spec.page_size_bytes) for other in specs):
+        cause = "a packed block and one of a window take each other's place"
+        _refuse([Refusal("KV cache groups with blocks of several sizes", cause, _OTHER_MODEL)])
     if type(spec) is not FullAttentionSpec:
         raise UnsupportedFeature(
             [Refusal(type(spec).__name__, "only plain full attention can be compressed", _OTHER_MODEL)]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers.attention import Attention
 
 from kvsculpt_vllm.engine.compat.worker import run_model
 from kvsculpt_vllm.engine.startup.refusals import check_positions, unseen_queries
@@ -61,7 +62,7 @@ def probed_positions(context: int, device: torch.device) -> tuple[Tensor, Tensor
 
 @torch.inference_mode()
 def asked_at(runner: Any, layers: dict[str, nn.Module], positions: Tensor) -> dict[str, Tensor]:
-    """What each attention layer is asked (N, heads, D) at `positions` (N,), all of one content."""
+    """What each of these attention layers is asked (N, heads, D) at `positions` (N,), all of one content."""
     hidden_size = runner.vllm_config.model_config.get_hidden_size()
     content = torch.randn(hidden_size, generator=torch.Generator().manual_seed(0)).to(positions.device)
     asked: dict[str, Tensor] = {}
@@ -82,11 +83,16 @@ def asked_at(runner: Any, layers: dict[str, nn.Module], positions: Tensor) -> di
 
         return forward
 
+    def attend_to_nothing(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros_like(query)
+
     parents = parents_of(runner.get_model())
     owners = {parents[layer] for layer in layers.values()}
+    others = {module for module in runner.get_model().modules() if isinstance(module, Attention)} - {*layers.values()}
+    forwards = dict.fromkeys(others, attend_to_nothing) | {layer: keep(name, layer) for name, layer in layers.items()}
     hooks = [owner.register_forward_pre_hook(same_content, with_kwargs=True) for owner in owners]
     try:
-        with replaced_forwards({layer: keep(name, layer) for name, layer in layers.items()}):
+        with replaced_forwards(forwards):
             run_model(runner, positions)
     finally:
         for hook in hooks:

@@ -29,6 +29,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from kvsculpt_vllm.engine.shared.groups import has_windows
 from kvsculpt_vllm.engine.startup.refusals import check_attention_layers
 from kvsculpt_vllm.engine.worker.model_rotary import parents_of, replaced_forwards, rotary_of_layers
 
@@ -51,6 +52,8 @@ def rehearse(vllm_config: VllmConfig) -> int:
         with set_default_torch_dtype(dtype), device, _LargeOnMeta():
             model = initialize_model(vllm_config).eval()
         layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+        if has_windows(vllm_config):  # those that see one are left alone
+            layers = {name: layer for name, layer in layers.items() if getattr(layer, "sliding_window", None) is None}
         check_attention_layers(layers)
         experts = _siblings_with_experts(model, layers)
         _stand_in_for_weights(model, set().union(*(part.modules() for part in experts)), device)

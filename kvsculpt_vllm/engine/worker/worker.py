@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from kvsculpt_vllm import __version__
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.compat.worker import BlockRows, block_table_columns
+from kvsculpt_vllm.engine.shared.groups import compressed_layers, full_group
 from kvsculpt_vllm.engine.shared.ledger import Ledger
 from kvsculpt_vllm.engine.shared.stores import PATIENCE_SECONDS, opened
 from kvsculpt_vllm.engine.startup.refusals import check_attention_layers
@@ -63,7 +64,9 @@ class SculptWorkerMixin(Worker):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Bind the layers once the KV cache exists."""
         super().initialize_from_config(kv_cache_config)
-        (group,) = kv_cache_config.kv_cache_groups
+        groups = kv_cache_config.kv_cache_groups
+        self._group = full_group(groups)
+        group = groups[self._group]
         by_name = get_layers_from_vllm_config(self.vllm_config, Attention, group.layer_names)
         layers = [by_name[name] for name in group.layer_names]
         check_attention_layers(by_name)
@@ -84,11 +87,12 @@ class SculptWorkerMixin(Worker):
             layers[0].num_kv_heads,
             ranks.place[1],
             self.parallel_config.tensor_parallel_size,
+            compressed_layers(self.model_config),
         )
         impls = [layer.impl for layer in layers]
         sink_logits = partial(sink_logits_of, impls, state.num_query_heads, state.pages.buffer.device)
         compressor = Compressor(state, rotaries, impls[0].scale, curves, sink_logits, soft_cap_of(impls[0]))
-        block_rows = BlockRows(self.model_runner)
+        block_rows = BlockRows(self.model_runner, self._group)
         store = opened(state.config)
         stored = None if store is None else StoredSegments(state, store, ranks.number, ranks.count, self._about(state))
         self.kv_compression = Runtime(state, compressor, ranks, block_rows, self.wait_for_device, stored)
@@ -111,7 +115,7 @@ class SculptWorkerMixin(Worker):
                 state.geometry,
                 state.pages,
                 state.num_query_heads,
-                block_table_columns(self.model_runner),
+                block_table_columns(self.model_runner, self._group),
                 current_platform.num_compute_units(state.pages.buffer.device.index or 0),
             )
             self.self_tested = test_at_start_up(subject, self.kv_compression.ranks)

@@ -22,10 +22,24 @@ def the_same_examples_whatever_is_loaded(monkeypatch):
 @pytest.fixture(scope="module")
 def machine(model_path):
     """The state machine, over the embedded model's configuration (its weights are not loaded)."""
+    return bound(model_path, MAX_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def windowed_machine(model_path):
+    """The same, as if other layers of that model saw a window."""
+    windowed = bound(model_path, 800, width=100)
+    text = windowed.config.model_config.hf_text_config
+    text.sliding_window, text.layer_types = windowed.width, ["sliding_attention", "full_attention"]
+    return windowed
+
+
+def bound(model_path, longest, width=0):
+    """A machine for requests of up to so many tokens."""
     vllm_config = EngineArgs(
         model=str(model_path),
         block_size=BLOCK,
-        max_model_len=MAX_TOKENS,
+        max_model_len=longest,
         max_num_seqs=4,
         max_num_batched_tokens=160,
         kv_cache_memory_bytes=1 << 26,
@@ -36,5 +50,7 @@ def machine(model_path):
 
     class Bound(Machine):
         config, hasher = vllm_config, staticmethod(get_request_block_hasher(BLOCK, hash_fn))
+
+    Bound.width = width
 
     return Bound

@@ -4,6 +4,8 @@ from collections import Counter
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize
 from vllm.v1.request import RequestStatus
 
 from kvsculpt_vllm.engine.scheduler.scheduler import SculptAsyncScheduler, SculptScheduler
@@ -11,6 +13,9 @@ from kvsculpt_vllm.engine.shared.commands import PoolState
 from kvsculpt_vllm.engine.shared.prefix_wish import TOKENS, Wish
 from scheduler_machine import EVENTS, NUM_BLOCKS, Machine
 from worker_double import BLOCK
+
+LONGEST = 800
+"""Tokens of a request of the machine with windows, at most."""
 
 
 def test_whatever_happens_no_block_is_lost_or_read_by_another(machine):
@@ -312,3 +317,50 @@ def run_to_the_end(case):
             return
         case.step(0, fails=False)
     pytest.fail("requests wait for ever")
+
+
+def test_with_windows_no_block_is_lost_or_read_by_another(windowed_machine):
+    """Layers that see a window have groups of their own, whose blocks come out of the same pool."""
+
+    class Roomier(windowed_machine):
+        @initialize(asynchronous=st.booleans(), more=st.sampled_from([0, 1]) | st.integers(0, 12))
+        def start(self, asynchronous, more):
+            # The fewest that vLLM starts with: the longest request's, those of both windows, and the null block.
+            in_window = -(-(self.width - 1 + (320 if asynchronous else 160)) // BLOCK) + 1
+            super().start(asynchronous, LONGEST // BLOCK + 2 * in_window + 1 + more)
+
+    case = Roomier.TestCase
+    case.settings = settings(
+        max_examples=60,
+        stateful_step_count=70,
+        deadline=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    Roomier.seen.clear()
+    case("runTest").runTest()
+    # There is no store.
+    rare = [event for event in EVENTS if not Roomier.seen[event] and event not in ("read", "unreadable")]
+    assert not rare, f"{rare} never happened, only {dict(Roomier.seen)}"
+
+
+def test_a_segment_whose_window_was_evicted_is_not_found(windowed_machine):
+    """As if it were not there: nobody can go on behind it. Then it is found again, as it was made again."""
+    case = windowed_machine()
+    case.start(asynchronous=False, blocks=90)
+
+    def found():
+        case.arrive(length=400, family=0, shared=380, generate=4, compress=None)
+        before = case.seen["found"]
+        while case.scheduler.has_requests() or case.in_flight:
+            case.step(0, fails=False)
+        return case.seen["found"] - before
+
+    assert [found(), found()] == [0, 1]
+    (segment,) = case.scheduler._segments.alive()
+    assert [len(group) for group in segment.before] == [4, 4]  # a window of 100 tokens sees 99 before it
+    case.pool.evict_blocks({segment.before[1][0].block.block_id})
+    assert segment.alive and found() == 0
+    assert found() == 1
+    case.teardown()

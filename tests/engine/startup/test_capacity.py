@@ -14,12 +14,16 @@ from kvsculpt_vllm.engine.startup.request_checks import check_length
 BLOCK, LONGEST = 32, 8192
 
 
-def engine(blocks=126, caching=True, engines=1, **settings):
+def engine(blocks=126, caching=True, engines=1, kinds=None, **settings):
     """What of vLLM's configuration tells how much memory there is; the null block is one of the blocks."""
     return SimpleNamespace(
         additional_config={"kv_compression": {"method": "sculpt", "segment": 1024, **settings}},
         cache_config=SimpleNamespace(block_size=BLOCK, enable_prefix_caching=caching, num_gpu_blocks=blocks),
-        model_config=SimpleNamespace(max_model_len=LONGEST),
+        model_config=SimpleNamespace(
+            max_model_len=LONGEST,
+            get_sliding_window=lambda: None if kinds is None else 512,
+            hf_text_config=SimpleNamespace(layer_types=kinds),
+        ),
         parallel_config=SimpleNamespace(data_parallel_size=engines),
     )
 
@@ -50,6 +54,12 @@ def test_it_asks_for_all_of_it_where_not_all_is_compressed(settings):
     else:
         config = engine(**settings)
     assert needed(config) == LONGEST // BLOCK
+
+
+def test_with_windows_nothing_is_longer_than_the_memory():
+    mixed = ["sliding_attention", "full_attention"]
+    assert needed(engine(kinds=mixed)) == LONGEST // BLOCK > needed(engine(kinds=["full_attention"]))
+    check_length(engine(blocks=300, kinds=mixed), prompt(7900), params())
 
 
 def params(prompt_logprobs=None, **extra_args):

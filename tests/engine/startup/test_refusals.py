@@ -166,8 +166,43 @@ def test_argument_is_refused(name, value, feature):
     assert feature in refused(SimpleNamespace(**{**vars(STOCK_ARGS), name: value}), supported())
 
 
+def windowed() -> SimpleNamespace:
+    """Of a model that mixes windows with full attention, which is supported."""
+    config = supported()
+    config.model_config.get_sliding_window = lambda: 512
+    config.model_config.hf_text_config.layer_types = ["sliding_attention", "full_attention"]
+    config.scheduler_config = SimpleNamespace(disable_hybrid_kv_cache_manager=False)
+    config.parallel_config.pipeline_parallel_size = 1
+    config.additional_config = {"kv_compression": "sculpt"}
+    return config
+
+
+WINDOWED = [
+    ("parallel_config.pipeline_parallel_size", 2, "pipeline parallelism"),
+    ("scheduler_config.disable_hybrid_kv_cache_manager", True, "one KV cache group"),
+    ("additional_config", {"kv_compression": {"method": "sculpt", "store": "/a/directory"}}, "the store"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "feature"), WINDOWED)
+def test_what_goes_without_windows_only_is_refused(path, value, feature):
+    config = supported()
+    config.model_config.get_sliding_window = lambda: None
+    check_config(STOCK_ARGS, config)
+    config = windowed()
+    check_config(STOCK_ARGS, config)
+    put(config, path, value)
+    assert feature in refused(STOCK_ARGS, config)
+
+
+def test_windows_alone_are_refused():
+    config = windowed()
+    config.model_config.hf_text_config.layer_types = ["sliding_attention"]
+    assert "sliding-window models" in refused(STOCK_ARGS, config)
+
+
 def test_every_rule_has_a_case():
-    tested = [feature for _, _, feature in CASES + ON_CUDA + ENVIRONMENT + ARGUMENTS]
+    tested = [feature for _, _, feature in CASES + ON_CUDA + ENVIRONMENT + ARGUMENTS + WINDOWED]
     for rule in refusals._RULES:
         assert any(feature in rule.refusal.feature for feature in tested), rule.refusal.feature
 
@@ -276,8 +311,12 @@ def kv_cache(*specs: FullAttentionSpec, layout: str | None = "BLHNC") -> KVCache
     return KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=groups, kv_cache_layout=layout)
 
 
+WINDOW = spec(SlidingWindowSpec, sliding_window=64)
+
+
 def test_plain_kv_cache_passes():
     check_kv_cache_config(kv_cache(spec()))
+    check_kv_cache_config(kv_cache(WINDOW, spec(), WINDOW))
 
 
 @pytest.mark.parametrize(
@@ -285,6 +324,10 @@ def test_plain_kv_cache_passes():
     [
         (kv_cache(), "0 KV cache groups"),
         (kv_cache(spec(), spec()), "2 KV cache groups"),
+        (kv_cache(spec(), WINDOW, spec()), "2 KV cache groups"),
+        (kv_cache(WINDOW, WINDOW), "SlidingWindowSpec"),
+        (kv_cache(WINDOW, spec(head_size_v=32)), "blocks of several sizes"),
+        (kv_cache(WINDOW, spec(block_size=64)), "blocks of several sizes"),
         (kv_cache(spec(SlidingWindowSpec, sliding_window=64)), "SlidingWindowSpec"),
         (kv_cache(spec(type("Sub", (FullAttentionSpec,), {}))), "Sub"),
         (kv_cache(spec(sliding_window=64)), "sliding_window=64"),

@@ -164,6 +164,8 @@ class GPUWorker(SculptGPUWorker):
         self.model_config = SimpleNamespace(
             dtype=torch.bfloat16,
             max_model_len=32_768,
+            get_sliding_window=lambda: None,
+            hf_text_config=None,
             get_num_layers=lambda parallel: 32,
             get_num_kv_heads=lambda parallel: 8,
             get_num_attention_heads=lambda parallel: 32,
