@@ -93,7 +93,6 @@ class Model(NamedTuple):
 
 MLA, WINDOW, MAMBA = "MLA models", "sliding-window models", "hybrid, Mamba and linear-attention models"
 POSITIONS = "positions"  # the feature goes on with a layer's name
-CAP, SINKS = "models with a soft cap on attention", "models with learned attention sinks"
 ALIBI, SHARED = "ALiBi models", "models whose layers share a KV cache"
 
 ZOO = (
@@ -164,12 +163,12 @@ ZOO = (
           {"sliding_window": WIDTH}),
     Model("EXAONE 4", "a window in half of the layers, positions in those alone", "Exaone4ForCausalLM", "exaone4",
           {"sliding_window": WIDTH, **every("sliding_attention", 2)}),
-    Model("Mistral", "a window in every layer", "MistralForCausalLM", "mistral", {"sliding_window": 256}, WINDOW),
     Model("Gemma 2", "a window in every other layer, a soft cap", "Gemma2ForCausalLM", "gemma2",
-          {"head_dim": 32, "sliding_window": 256}, CAP),
+          {"head_dim": 64, "query_pre_attn_scalar": 64, "attn_logit_softcapping": 3.0, "sliding_window": 300}),
+    Model("gpt-oss", "a window in every other layer, learned sinks, YaRN, experts", "GptOssForCausalLM", "gpt_oss",
+          EXPERTS | {"head_dim": 32, "sliding_window": WIDTH, "rope_parameters": GPT_OSS_YARN}),
+    Model("Mistral", "a window in every layer", "MistralForCausalLM", "mistral", {"sliding_window": 256}, WINDOW),
     Model("Gemma 3n", "shared caches", "Gemma3nForCausalLM", "gemma3n_text", {"num_kv_shared_layers": 2}, SHARED),
-    Model("gpt-oss", "a window in every other layer, learned sinks", "GptOssForCausalLM", "gpt_oss",
-          EXPERTS | {"head_dim": 32, "sliding_window": 128}, SINKS),
     Model("Llama 4, text", "chunks in three of four layers", "Llama4ForCausalLM", "llama4_text",
           EXPERTS | {"head_dim": 32, "attention_chunk_size": 256}, "models with chunked local attention"),
     Model("BLOOM", "ALiBi", "BloomForCausalLM", "bloom", {"n_head": 4, "n_layer": LAYERS}, ALIBI),
