@@ -79,5 +79,7 @@ USES = (
     ),
     # Attention.
     Use("vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.isa"),
+    Use("vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.sinks"),
+    Use("vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.logits_soft_cap"),
     Use(f"{_LAYER}.kv_cache_update_bypass", versions=">=0.33"),
 )

@@ -91,10 +91,10 @@ class SculptCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             cause = f"pages of the CPU kernels {', '.join(READABLE_ISAS)} are read, and this machine uses {self.isa!r}"
             raise UnsupportedFeature([Refusal("this processor", cause, "run it on an x86 machine")])
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        impls = [layers[name].impl for name in layer_names]
-        assert isinstance(impls[0], SculptCPUImpl)
+        impls = [impl for name in layer_names if isinstance(impl := layers[name].impl, SculptCPUImpl)]
+        assert len(impls) == len(layer_names)
         self._first_impl = impls[0]
-        self._has_sinks = any(getattr(impl, "sinks", None) is not None for impl in impls)
+        self._has_sinks = any(impl.sinks is not None for impl in impls)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

@@ -171,7 +171,7 @@ class SculptTritonImpl(AttentionImpl[SculptMetadata]):
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self.alibi_slopes, self.logits_soft_cap = alibi_slopes, logits_soft_cap
+        self.alibi_slopes, self.logits_soft_cap, self.sinks = alibi_slopes, logits_soft_cap, sinks
         self.bound: BoundLayer | None = None
 
     def do_kv_cache_update(

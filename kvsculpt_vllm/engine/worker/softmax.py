@@ -15,7 +15,7 @@ def sink_logits_of(impls: Sequence[Any], num_heads: int, device: torch.device) -
 
     They are weights, which may be replaced while a server runs: to be asked for anew at every solve.
     """
-    sinks = [getattr(impl, "sinks", None) for impl in impls]
+    sinks = [impl.sinks for impl in impls]
     if all(of_layer is None for of_layer in sinks):
         return None
     none = torch.full((num_heads,), -torch.inf, device=device)
@@ -26,4 +26,4 @@ def soft_cap_of(impl: Any) -> float | None:
     """The soft cap on a layer's logits, which all layers have or none (`refusals.check_attention_layers`). vLLM's CPU
     attention says 0 for none.
     """
-    return getattr(impl, "logits_soft_cap", None) or None
+    return impl.logits_soft_cap or None

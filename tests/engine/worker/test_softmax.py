@@ -2,8 +2,11 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
+from kvsculpt_vllm.engine.startup.refusals import UnsupportedFeature
+from kvsculpt_vllm.engine.worker.attention_triton import SculptTritonImpl
 from kvsculpt_vllm.engine.worker.softmax import sink_logits_of, soft_cap_of
 
 CPU = torch.device("cpu")
@@ -11,7 +14,7 @@ CPU = torch.device("cpu")
 
 def test_learned_sinks_are_asked_of_the_weights_and_a_layer_without_them_has_none():
     weights = torch.nn.Parameter(torch.tensor([1.5, -2.0, 0.25]).bfloat16())
-    impls = [SimpleNamespace(sinks=weights), SimpleNamespace(), SimpleNamespace(sinks=None)]
+    impls = [SimpleNamespace(sinks=sinks) for sinks in (weights, None, None)]
     nothing = [-torch.inf] * 3
     found = sink_logits_of(impls, 3, CPU)
     assert found.dtype == torch.float32 and not found.requires_grad
@@ -22,5 +25,12 @@ def test_learned_sinks_are_asked_of_the_weights_and_a_layer_without_them_has_non
 
 
 def test_a_soft_cap_of_0_is_none():
-    caps = [soft_cap_of(SimpleNamespace(**given)) for given in ({"logits_soft_cap": 30.0}, {"logits_soft_cap": 0}, {})]
+    caps = [soft_cap_of(SimpleNamespace(logits_soft_cap=given)) for given in (30.0, 0, None)]
     assert caps == [30.0, None, None]
+
+
+@pytest.mark.parametrize("odd", [{"sinks": torch.zeros(4)}, {"logits_soft_cap": 30.0}], ids=["sinks", "soft cap"])
+def test_attention_on_cuda_is_refused_what_its_kernel_does_not_know(odd):
+    assert SculptTritonImpl(4, 64, 0.125).sinks is None
+    with pytest.raises(UnsupportedFeature, match=r"learned attention sinks and soft caps on CUDA"):
+        SculptTritonImpl(4, 64, 0.125, **odd)
