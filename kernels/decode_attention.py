@@ -34,6 +34,8 @@ def decode_attention(
     layer: int,
     num_kv_heads: int,
     scale: float,
+    sink_logits: Tensor | None,
+    soft_cap: float,
 ) -> None:
     """Attend from the tokens of rows that have one; see `paged_attention`, which checks the arguments."""
     tokens, heads, head_size = query.shape
@@ -71,7 +73,10 @@ def decode_attention(
         query_start_loc,
         seq_lens,
         layer,
-        scale * LOG2_E,
+        sink_logits,
+        scale_and_cap(scale, soft_cap)[0],
+        cap=scale_and_cap(scale, soft_cap)[1],
+        log2_e=LOG2_E,
         num_layers=layers,
         block_size=pages.block_size,
         # Triton's interpreter would multiply bfloat16's bit patterns.
@@ -107,6 +112,30 @@ def tiling(head_size: int, dtype: torch.dtype) -> dict[str, int]:
     return {"block_n": 64 if head_size <= 128 else 32, "num_stages": 3}
 
 
+def scale_and_cap(scale: float, soft_cap: float) -> tuple[float, float]:
+    """What a kernel multiplies products by, and the bound of its logits to the base 2 or 0; see `logits_of`."""
+    return (scale / soft_cap, soft_cap * LOG2_E) if soft_cap else (scale * LOG2_E, 0.0)
+
+
+@triton.jit
+def logits_of(q, k, scale, cap: tl.constexpr):
+    """Logits to the base 2: products times `scale`, or `cap` times the hyperbolic tangent of that."""
+    logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
+    if cap > 0.0:
+        # tanh x = 1 - 2 / (e^2x + 1), which is right at both ends: e^2x may be 0 or infinite.
+        logits = cap - 2.0 * cap / (tl.exp(2.0 * logits) + 1.0)
+    return logits
+
+
+@triton.jit
+def sink_of(sinks, heads, there, log2_e: tl.constexpr):
+    """Peak and mass of what has no entry: the sink's logit to the base 2 and 1, or nothing where there is none."""
+    peak = tl.full(heads.shape, float("-inf"), tl.float32)
+    if sinks is not None:
+        peak = tl.load(sinks + heads, mask=there, other=float("-inf")) * log2_e
+    return peak, tl.where(peak == float("-inf"), 0.0, 1.0)
+
+
 @triton.jit
 def places(
     e, end, start, step, table, cell_pages, block_stride, page_stride, entry_stride,
@@ -125,17 +154,17 @@ def _attend(
     query, query_t, query_h, out, out_t, out_h, parts, lse,
     buffer, page_stride, cell_pages, block_stride, entry_stride, value_offset,
     starts, lengths, span_blocks, chains, chain_stride, segments, counts, items, most_items,
-    block_table, table_stride, query_start_loc, seq_lens, layer, scale,
+    block_table, table_stride, query_start_loc, seq_lens, layer, sinks, scale,
     num_layers: tl.constexpr, num_kv_heads: tl.constexpr, group: tl.constexpr, head_size: tl.constexpr,
-    block_size: tl.constexpr, widen: tl.constexpr, item: tl.constexpr,
+    block_size: tl.constexpr, cap: tl.constexpr, log2_e: tl.constexpr, widen: tl.constexpr, item: tl.constexpr,
     block_rows: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0)
     if number < tl.load(counts + layer * 3):
         own = items + (layer * most_items + number) * item
-        pair, first_entry, part = tl.load(own), tl.load(own + 1), tl.load(own + 2)
+        pair, place_of_chunk, part = tl.load(own), tl.load(own + 1), tl.load(own + 2)
         chunk = tl.load(counts + layer * 3 + 1)
-        first_entry *= chunk
+        first_entry = place_of_chunk * chunk
         end_entry = first_entry + chunk
         r, h = pair // num_kv_heads, pair % num_kv_heads
         cells: tl.constexpr = num_layers * num_kv_heads
@@ -162,8 +191,8 @@ def _attend(
         q = tl.load(query + token.to(tl.int64) * query_t + head[:, None] * query_h + d[None, :], mask=asks, other=0.0)
         if widen:
             q = q.to(tl.float32)
-        peak = tl.full((block_rows,), float("-inf"), tl.float32)
-        mass = tl.zeros((block_rows,), tl.float32)
+        # A sink counts in the first chunk, and not in others.
+        peak, mass = sink_of(sinks, head, row < tl.where(place_of_chunk == 0, group, 0), log2_e)
         summed = tl.zeros((block_rows, block_d), tl.float32)
         while (piece <= num_segments) & (before < end_entry):
             in_tail = piece == num_segments
@@ -191,7 +220,7 @@ def _attend(
                 v = tl.load(buffer + at + value_offset, mask=there[:, None] & wide, other=0.0)
                 if widen:
                     k, v = k.to(tl.float32), v.to(tl.float32)
-                logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
+                logits = logits_of(q, k, scale, cap)
                 logits = tl.where(there[None, :], logits, float("-inf"))
                 higher = tl.maximum(peak, tl.max(logits, 1))  # finite: a tile has an entry
                 shrink, w = tl.exp2(peak - higher), tl.exp2(logits - higher[:, None])

@@ -17,10 +17,15 @@ computed on the host, so that it can be recorded in a CUDA graph.
 Rows that decode and rows with several tokens have launches of their own (`decode_attention`, `prefill_attention`), in
 one batch too: what shares a long row's entries among programs would be lost on the others. Which programs those are
 says the plan (`attention_plan`), which is made once a step.
+
+Logits are ``scale · q·k``, or ``c · tanh(scale · q·k / c)`` with a soft cap c (Gemma 2, arXiv 2408.00118). With sink
+logits, one of each query head is another term of the softmax's denominator and has no value (gpt-oss, arXiv
+2508.10925).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -43,6 +48,8 @@ def paged_attention_twin(
     layer: int,
     num_kv_heads: int,
     scale: float,
+    sink_logits: Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> Tensor:
     """Row by row, head by head, page by page; see `paged_attention`."""
     _, heads, head_size = query.shape
@@ -62,8 +69,12 @@ def paged_attention_twin(
                 hidden = torch.tensor(positions) > length - (last - t)
                 for g in range(h * group, (h + 1) * group):
                     logits = keys @ query[t, g].double() * scale
-                    weights = logits.masked_fill(hidden.to(logits.device), -torch.inf).softmax(0)
-                    out[t, g] = (weights @ values).to(out.dtype)
+                    if soft_cap:
+                        logits = soft_cap * (logits / soft_cap).tanh()
+                    logits = logits.masked_fill(hidden.to(logits.device), -torch.inf)
+                    if sink_logits is not None:
+                        logits = torch.cat([logits, sink_logits[g : g + 1].double()])
+                    out[t, g] = (logits.softmax(0)[: len(values)] @ values).to(out.dtype)
     return out
 
 
@@ -93,6 +104,8 @@ def paged_attention(
     layer: int,
     num_kv_heads: int,
     scale: float,
+    sink_logits: Tensor | None = None,  # (heads,) float32
+    soft_cap: float = 0.0,  # 0 for none
 ) -> None:
     """Attend from `query` to the cache, which holds the new tokens' entries already.
 
@@ -100,7 +113,7 @@ def paged_attention(
     by three TF32 products).
 
     Raises:
-        ValueError: a shape, dtype, device or stride that does not fit.
+        ValueError: a shape, dtype, device or stride that does not fit, or a cap below 0.
     """
     check_tensors(pages.buffer, pages.buffer.dtype, query=(query, (None,) * 3), out=(out, query.shape))
     _, heads, head_size = query.shape
@@ -110,10 +123,16 @@ def paged_attention(
     for name, tensor in (("query", query), ("out", out)):
         if tensor.stride(-1) != 1:
             raise ValueError(f"{name}: strides {tensor.stride()} given, the last must be 1")
+    if sink_logits is not None:
+        check_tensors(query, torch.float32, sink_logits=(sink_logits, (heads,)))
+        sink_logits = sink_logits.contiguous()
+    if not 0.0 <= soft_cap < math.inf:
+        raise ValueError(f"soft_cap: {soft_cap} given, at least 0 is needed")
+    logits = scale, sink_logits, soft_cap
     tensors = rows.block_table, rows.query_start_loc, rows.seq_lens
     if rows.tiles is not None:
-        prefill_attention(query, out, pages, prefixes, plan, rows.tiles, *tensors, layer, num_kv_heads, scale)
+        prefill_attention(query, out, pages, prefixes, plan, rows.tiles, *tensors, layer, num_kv_heads, *logits)
     if rows.decode:
-        decode_attention(query, out, pages, prefixes, plan, *tensors, layer, num_kv_heads, scale)
+        decode_attention(query, out, pages, prefixes, plan, *tensors, layer, num_kv_heads, *logits)
     elif rows.num_tokens < len(out):
         out[rows.num_tokens :].zero_()

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvsculpt_vllm.kernels.attention_plan import Plan, Prefixes, prefill_tile
-from kvsculpt_vllm.kernels.decode_attention import LOG2_E, ROWS, places
+from kvsculpt_vllm.kernels.decode_attention import LOG2_E, ROWS, logits_of, places, scale_and_cap, sink_of
 from kvsculpt_vllm.kernels.pages import Pages
 
 
@@ -29,6 +29,8 @@ def prefill_attention(
     layer: int,
     num_kv_heads: int,
     scale: float,
+    sink_logits: Tensor | None,
+    soft_cap: float,
 ) -> None:
     """Attend from the tokens of rows that have several; see `paged_attention`, which checks the arguments."""
     _, heads, head_size = query.shape
@@ -58,7 +60,10 @@ def prefill_attention(
         query_start_loc,
         seq_lens,
         layer,
-        scale * LOG2_E,
+        sink_logits,
+        scale_and_cap(scale, soft_cap)[0],
+        cap=scale_and_cap(scale, soft_cap)[1],
+        log2_e=LOG2_E,
         num_layers=prefixes.starts.shape[1],
         num_kv_heads=num_kv_heads,
         group=group,
@@ -87,9 +92,9 @@ def _attend(
     query, query_t, query_h, out, out_t, out_h,
     buffer, page_stride, cell_pages, block_stride, entry_stride, value_offset,
     starts, lengths, span_blocks, chains, chain_stride, segments, tiles,
-    block_table, table_stride, query_start_loc, seq_lens, layer, scale,
+    block_table, table_stride, query_start_loc, seq_lens, layer, sinks, scale,
     num_layers: tl.constexpr, num_kv_heads: tl.constexpr, group: tl.constexpr, head_size: tl.constexpr,
-    block_size: tl.constexpr, widen: tl.constexpr,
+    block_size: tl.constexpr, cap: tl.constexpr, log2_e: tl.constexpr, widen: tl.constexpr,
     block_t: tl.constexpr, block_rows: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
     tile, h = tl.program_id(0), tl.program_id(1)
@@ -107,8 +112,7 @@ def _attend(
     q = tl.load(query + asked, mask=asks, other=0.0)
     if widen:
         q = q.to(tl.float32)
-    peak = tl.full((block_rows,), float("-inf"), tl.float32)
-    mass = tl.zeros((block_rows,), tl.float32)
+    peak, mass = sink_of(sinks, head, row < block_t * group, log2_e)
     summed = tl.zeros((block_rows, block_d), tl.float32)
     column = 0
     for piece in range(num_segments + 1):
@@ -138,7 +142,7 @@ def _attend(
             v = tl.load(buffer + at + value_offset, mask=there[:, None] & wide, other=0.0)
             if widen:
                 k, v = k.to(tl.float32), v.to(tl.float32)
-            logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
+            logits = logits_of(q, k, scale, cap)
             logits = tl.where(there[None, :] & (e[None, :] <= seen[:, None]), logits, float("-inf"))
             higher = tl.maximum(peak, tl.max(logits, 1))  # finite: every token sees the first entry there is
             shrink, w = tl.exp2(peak - higher), tl.exp2(logits - higher[:, None])

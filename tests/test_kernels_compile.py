@@ -26,7 +26,7 @@ def empty(*shape, dtype=torch.float32):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def attention(layers, kv_heads, group, head_size, block_size=16):
+def attention(layers, kv_heads, group, head_size, sinks=False, soft_cap=0.0, block_size=16):
     """A step with rows that decode and others: query heads beside keys and values, as a projection leaves them."""
     rows, width, slots, cells = 16, 2048, 64, layers * kv_heads
     int32, int64 = partial(empty, dtype=torch.int32), partial(empty, dtype=torch.int64)
@@ -38,7 +38,8 @@ def attention(layers, kv_heads, group, head_size, block_size=16):
     query = empty(96, heads + 2 * kv_heads, head_size, dtype=torch.bfloat16)[:, :heads]
     plan = plan_attention(pages, prefixes, batch, CHUNKS_PER_PROCESSOR * PROCESSORS)
     out = empty(96, heads, head_size, dtype=torch.bfloat16)
-    paged_attention(query, out, pages, prefixes, batch, plan, 3, kv_heads, head_size**-0.5)
+    logits = head_size**-0.5, empty(heads) if sinks else None, soft_cap
+    paged_attention(query, out, pages, prefixes, batch, plan, 3, kv_heads, *logits)
     keys = empty(96, kv_heads, head_size, dtype=torch.bfloat16)
     store(pages, 3, int64(96), keys, keys)
     scatter(pages, int64(5), *gather(pages, int64(5), head_size))
@@ -57,7 +58,8 @@ def solver(head_size, soft_cap=None):
 
 
 LLAMA_8B, QWEN_1_5B = partial(attention, 32, 8, 4, 128), partial(attention, 28, 2, 6, 128)
-HEADS_OF_64, HEADS_OF_256 = partial(attention, 32, 8, 4, 64), partial(attention, 26, 4, 2, 256)
+GPT_OSS_20B, GEMMA_2_2B = partial(attention, 24, 8, 8, 64, sinks=True), partial(attention, 26, 4, 2, 256, soft_cap=50.0)
+LLAMA_1B = partial(attention, 16, 8, 4, 64)
 SOLVER_64, SOLVER_128, SOLVER_256 = (partial(solver, head_size) for head_size in (64, 128, 256))
 SOLVER_256_CAPPED = partial(solver, 256, soft_cap=50.0)
 NAMES = {case: name for name, case in list(globals().items()) if isinstance(case, partial)}
@@ -78,20 +80,27 @@ TABLE = {
     (QWEN_1_5B, "pages._copy"): (30, 0, 0, 16, 0.8, 0, 0),
     (QWEN_1_5B, "pages._store"): (32, 0, 0, 16, 0.5, 0, 0),
     (QWEN_1_5B, "prefill_attention._attend"): (220, 0, 80, 2, 1.0, 2, 0),
-    (HEADS_OF_64, "attention_plan._measure"): (34, 0, 0, 51, 0.0, 0, 0),
-    (HEADS_OF_64, "attention_plan._share"): (80, 0, 1, 6, 0.0, 0, 0),
-    (HEADS_OF_64, "decode_attention._attend"): (80, 0, 36, 6, 1.0, 2, 2),
-    (HEADS_OF_64, "decode_attention._merge"): (32, 0, 1, 16, 0.18, 0, 0),
-    (HEADS_OF_64, "pages._copy"): (18, 0, 0, 21, 0.66, 0, 0),
-    (HEADS_OF_64, "pages._store"): (32, 0, 0, 16, 0.5, 0, 0),
-    (HEADS_OF_64, "prefill_attention._attend"): (128, 0, 40, 4, 1.0, 2, 0),
-    (HEADS_OF_256, "attention_plan._measure"): (33, 0, 0, 51, 0.0, 0, 0),
-    (HEADS_OF_256, "attention_plan._share"): (80, 0, 1, 6, 0.0, 0, 0),
-    (HEADS_OF_256, "decode_attention._attend"): (147, 0, 73, 3, 1.0, 2, 2),
-    (HEADS_OF_256, "decode_attention._merge"): (48, 0, 2, 10, 0.34, 0, 0),
-    (HEADS_OF_256, "pages._copy"): (40, 0, 0, 12, 0.88, 0, 0),
-    (HEADS_OF_256, "pages._store"): (32, 0, 0, 16, 0.5, 0, 0),
-    (HEADS_OF_256, "prefill_attention._attend"): (255, 8, 96, 2, 1.0, 2, 0),
+    (LLAMA_1B, "attention_plan._measure"): (34, 0, 0, 51, 0.0, 0, 0),
+    (LLAMA_1B, "attention_plan._share"): (80, 0, 1, 6, 0.0, 0, 0),
+    (LLAMA_1B, "decode_attention._attend"): (80, 0, 36, 6, 1.0, 2, 2),
+    (LLAMA_1B, "decode_attention._merge"): (32, 0, 1, 16, 0.18, 0, 0),
+    (LLAMA_1B, "pages._copy"): (18, 0, 0, 21, 0.66, 0, 0),
+    (LLAMA_1B, "pages._store"): (32, 0, 0, 16, 0.5, 0, 0),
+    (LLAMA_1B, "prefill_attention._attend"): (128, 0, 40, 4, 1.0, 2, 0),
+    (GPT_OSS_20B, "attention_plan._measure"): (33, 0, 0, 51, 0.0, 0, 0),
+    (GPT_OSS_20B, "attention_plan._share"): (80, 0, 1, 6, 0.0, 0, 0),
+    (GPT_OSS_20B, "decode_attention._attend"): (80, 0, 36, 6, 1.0, 2, 2),
+    (GPT_OSS_20B, "decode_attention._merge"): (32, 0, 1, 16, 0.18, 0, 0),
+    (GPT_OSS_20B, "pages._copy"): (18, 0, 0, 21, 0.66, 0, 0),
+    (GPT_OSS_20B, "pages._store"): (32, 0, 0, 16, 0.5, 0, 0),
+    (GPT_OSS_20B, "prefill_attention._attend"): (132, 0, 40, 3, 1.0, 2, 0),
+    (GEMMA_2_2B, "attention_plan._measure"): (33, 0, 0, 51, 0.0, 0, 0),
+    (GEMMA_2_2B, "attention_plan._share"): (80, 0, 1, 6, 0.0, 0, 0),
+    (GEMMA_2_2B, "decode_attention._attend"): (147, 0, 73, 3, 1.0, 2, 2),
+    (GEMMA_2_2B, "decode_attention._merge"): (48, 0, 2, 10, 0.34, 0, 0),
+    (GEMMA_2_2B, "pages._copy"): (40, 0, 0, 12, 0.88, 0, 0),
+    (GEMMA_2_2B, "pages._store"): (32, 0, 0, 16, 0.5, 0, 0),
+    (GEMMA_2_2B, "prefill_attention._attend"): (255, 20, 96, 2, 1.0, 2, 0),
     (SOLVER_64, "attention_loss._backward"): (212, 0, 56, 2, 0.82, 0, 0),
     (SOLVER_64, "attention_loss._forward"): (151, 0, 56, 3, 0.84, 0, 0),
     (SOLVER_64, "attention_scores._attend"): (128, 0, 56, 4, 1.0, 0, 0),

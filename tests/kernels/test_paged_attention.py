@@ -75,19 +75,19 @@ def make_case(rows, kv_heads, group, head_size, dtype, device, layout="LBHNC", s
     return (query.to(dtype).to(device), pages, prefixes, batch), written
 
 
-def check(query, pages, prefixes, rows, kv_heads, most=1):
+def check(query, pages, prefixes, rows, kv_heads, most=1, **logits):
     head_size, tensors = query.shape[-1], rows[:3]
     plan = plan_attention(pages, prefixes, rows, most)
     for layer in range(LAYERS):
-        wanted = paged_attention_twin(query, pages, prefixes, *tensors, layer, kv_heads, head_size**-0.5)
+        wanted = paged_attention_twin(query, pages, prefixes, *tensors, layer, kv_heads, head_size**-0.5, **logits)
         around = torch.full((len(query) + 2, *query.shape[1:]), torch.nan, dtype=query.dtype, device=query.device)
         out = around[1:-1]
         arguments = query, out, pages, prefixes, rows, plan, layer, kv_heads, head_size**-0.5
-        paged_attention(*arguments)
+        paged_attention(*arguments, **logits)
         torch.testing.assert_close(out, wanted, rtol=0, atol=TOLERANCE[query.dtype])
         assert around[0].isnan().all() and around[-1].isnan().all()  # nothing written beside
         before = out.clone()
-        paged_attention(*arguments)
+        paged_attention(*arguments, **logits)
         assert torch.equal(out, before)
 
 
@@ -144,21 +144,39 @@ def test_padding_gives_zeros_and_is_not_read(device):
             assert out[: len(query)].isfinite().all() == decode
 
 
-@pytest.mark.parametrize("rows", [DECODE, MIXED], ids=["decode", "mixed"])
-def test_the_twin_attends_to_what_was_written_for_each_head(rows, device):
+SINKS = torch.tensor([-1.0, 0.5, 3.0, 8.0])
+
+
+@pytest.mark.parametrize(("sinks", "soft_cap"), [(None, 1.5), (SINKS, 0.0), (SINKS, 1.5)])
+def test_sinks_and_a_soft_cap(sinks, soft_cap, device):
+    """In rows of several chunks a sink counts once."""
+    case, _ = make_case([(1, 150, (3, 2)), (1, 1, ()), (20, 60, (2,))], 2, 2, 16, torch.float32, device)
+    case[0].mul_(3)  # such that a cap is felt
+    check(*case, 2, 100, sink_logits=None if sinks is None else sinks.to(device), soft_cap=soft_cap)
+
+
+@pytest.mark.parametrize(("rows", "sinks", "soft_cap"), [(DECODE, None, 0.0), (MIXED, None, 0.0), (MIXED, SINKS, 2.0)])
+def test_the_twin_attends_to_what_was_written_for_each_head(rows, sinks, soft_cap, device):
     heads, group, head_size = 2, 2, 16
     (query, pages, prefixes, asked_rows), written = make_case(rows, heads, group, head_size, torch.float32, device)
     counts = [new for new, _, _ in rows]
     asked = query.cpu().split(counts)
     for layer in range(LAYERS):
-        answers = paged_attention_twin(query, pages, prefixes, *asked_rows[:3], layer, heads, 1.0).cpu().split(counts)
+        answers = (
+            paged_attention_twin(query, pages, prefixes, *asked_rows[:3], layer, heads, 1.0, sinks, soft_cap)
+            .cpu()
+            .split(counts)
+        )
         for r, (new, tokens, _) in enumerate(rows):
             for head in range(heads * group):
                 entries = written[r, layer * heads + head // group]
                 positions, content = torch.tensor([at for at, _ in entries]), torch.stack([row for _, row in entries])
                 logits = asked[r][:, head] @ content[:, :head_size].T
-                logits[positions > torch.arange(tokens - new, tokens)[:, None]] = -torch.inf
-                wanted = logits.softmax(-1) @ content[:, head_size:]
+                if soft_cap:
+                    logits = soft_cap * (logits / soft_cap).tanh()
+                weights = logits.exp() * (positions <= torch.arange(tokens - new, tokens)[:, None])
+                mass = weights.sum(-1, keepdim=True) + (0.0 if sinks is None else float(sinks[head].exp()))
+                wanted = weights / mass @ content[:, head_size:]
                 torch.testing.assert_close(answers[r][:, head], wanted, rtol=0, atol=1e-5)
 
 
@@ -174,8 +192,8 @@ def test_what_does_not_fit_is_named(device):
     (query, pages, prefixes, rows), _ = make_case(DECODE, 2, 3, 64, torch.float32, device)
     plan = plan_attention(pages, prefixes, rows, 1)
 
-    def attend(query=query, pages=pages, kv_heads=2):
-        paged_attention(query, torch.empty_like(query), pages, prefixes, rows, plan, 0, kv_heads, 1.0)
+    def attend(query=query, pages=pages, kv_heads=2, **logits):
+        paged_attention(query, torch.empty_like(query), pages, prefixes, rows, plan, 0, kv_heads, 1.0, **logits)
 
     with pytest.raises(ValueError, match=r"query: dtype torch\.float32 given"):
         attend(pages=pages._replace(buffer=pages.buffer.half()))
@@ -183,6 +201,10 @@ def test_what_does_not_fit_is_named(device):
         attend(kv_heads=4)
     with pytest.raises(ValueError, match="query: strides"):
         attend(query=query.transpose(1, 2).contiguous().transpose(1, 2))
+    with pytest.raises(ValueError, match=r"sink_logits: shape \(5,\) given"):
+        attend(sink_logits=torch.zeros(5, device=device))
+    with pytest.raises(ValueError, match=r"soft_cap: -1\.0 given"):
+        attend(soft_cap=-1.0)
     with pytest.raises(ValueError, match=r"seq_lens: dtype torch\.int64 given"):
         plan_attention(pages, prefixes, rows._replace(seq_lens=rows.seq_lens.long()), 1)
     with pytest.raises(ValueError, match="lengths: must be contiguous"):
