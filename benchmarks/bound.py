@@ -121,6 +121,12 @@ def _least(points: Sequence[Point], number: int, bound: float) -> Point:
     return min(met, key=lambda point: point.kept, default=whole)
 
 
+def documented(name: str) -> tuple[list[str], list[list[str]]]:
+    """Heading and lines of a table of docs/quality.md: `correlation` or `bounds`."""
+    made = {"correlation": correlations, "bounds": at_bounds}
+    return HEADINGS[name], made[name](read(FOLDER))
+
+
 HEADINGS = {
     "correlation": ["of", "contexts and ratios", "rank correlation of held-out error and KL"],
     "bounds": ["model", "text", "error at most", "fraction kept: least, mean, most", "KL: mean, most"],

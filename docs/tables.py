@@ -261,6 +261,12 @@ def tasks(name: str) -> str:
     return table(header, body) if body else "Not measured yet."
 
 
+def of_benchmark(file: str, *what: str) -> str:
+    """A table that a benchmark makes of its own folder of results (its function `documented`)."""
+    header, body = _module(ROOT / "benchmarks" / file).documented(*what)
+    return table(header, body) if body else "Not measured yet."
+
+
 def paper() -> str:
     """The paper's table beside ours, of the same prose as far as there is any."""
     # Read and not imported: the benchmark brings matplotlib and transformers along.
@@ -672,6 +678,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks-wins": lambda: tasks("tasks-wins"),
     "tasks-leakage": lambda: tasks("tasks-leakage"),
     "tasks-turns": lambda: tasks("tasks-turns"),
+    "bound-correlation": lambda: of_benchmark("bound.py", "correlation"),
+    "bound-kept": lambda: of_benchmark("bound.py", "bounds"),
+    "chains-answers": lambda: of_benchmark("chains.py", "answers"),
+    "chains-afar": lambda: of_benchmark("chains.py", "afar"),
+    "fp8": lambda: of_benchmark("fp8.py"),
     "paper": paper,
     "cost-small": cost_small,
     "cost": cost,

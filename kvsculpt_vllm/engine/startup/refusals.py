@@ -119,7 +119,7 @@ def _fine_prefix_match(config: VllmConfig) -> bool:
 
 NOT_ON_CUDA = Refusal(
     "learned attention sinks and soft caps on CUDA",
-    "the kernel that reads pages there does not know them yet",
+    "the kernel that reads pages there knows them, and the self-test does not try them yet",
     f"use the CPU build, or {_OTHER_MODEL}",
 )
 

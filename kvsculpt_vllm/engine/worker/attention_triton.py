@@ -211,7 +211,7 @@ class SculptTritonImpl(AttentionImpl[SculptMetadata]):
             attn_metadata.plan = plan_attention(pages, prefixes, rows, attn_metadata.chunks)
         assert attn_metadata.plan is not None  # layers are computed in their order
         tokens = slice(attn_metadata.num_tokens)
-        # Here learned sinks and the soft cap are to be passed on, once the kernel knows both: see `NOT_ON_CUDA`.
+        # Here learned sinks and the soft cap are to be passed on, once the self-test tries both: see `NOT_ON_CUDA`.
         paged_attention(
             query[tokens],
             output.view(query.shape)[tokens],
