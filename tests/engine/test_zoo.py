@@ -59,3 +59,6 @@ def test_a_model_is_exact_or_refused_as_the_table_says(machines, model, tmp_path
     assert one != other and min(len(set(one)), len(set(other))) > 1
     assert ours["tokens"] == stock["tokens"]
     assert [(told["outcome"], told["segments"]) for told in ours["told"]] == [("compressed", 2)] * 2
+    # Entries that are all kept do not show what fits would have been told of the model's softmax.
+    assert ours["soft_caps"] == [model.changes.get("attn_logit_softcapping")] * 4
+    assert ours["fitted_with_sinks"] == [ours["sinks"]] * 4 and bool(ours["sinks"]) == (model.name == "gpt-oss")

@@ -54,6 +54,29 @@ def register_random_weights() -> None:
                 weight.data.copy_(0.15 * drawn + float(is_norm))
 
 
+SOURCES: list = []
+"""What the segments of the model that runs were to be fitted to."""
+
+
+def watch_sources() -> None:
+    """Note them, without what takes memory."""
+    from kvsculpt_vllm.engine.worker import compressor
+
+    stock = compressor.compress_segment_in_slices
+
+    def noted(source, *args, **kwargs):
+        SOURCES.append({"soft_cap": source.soft_cap, "sinks": source.sink_logits})
+        return stock(source, *args, **kwargs)
+
+    compressor.compress_segment_in_slices = noted
+
+
+def learned_sinks(worker) -> list:
+    """The model's own weights: for each layer the sinks of its query heads."""
+    named = worker.worker.model_runner.get_model().named_parameters()
+    return [weight.tolist() for name, weight in named if name.endswith("sinks")]
+
+
 def tokens_of_prompts() -> list[int]:
     """Two beginnings, each with the same tail behind it."""
     drawn = random.Random(0)
@@ -90,13 +113,18 @@ def answer(job: dict, packed: bool) -> dict:
         cleanup_dist_env_and_memory()
         return {"refused": [refusal._asdict() for refusal in error.refusals]}
     batch = [request(at * LENGTH, LENGTH, 16) for at in range(2)]
+    SOURCES.clear()
     done = engine_job.run({"batches": [batch]}, llm, tokens_of_prompts())
+    (sinks,) = llm.collective_rpc(learned_sinks)
     llm.llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()
     return {
         "refused": [],
         "tokens": done["tokens"][0],
         "told": done["told"][0],
+        "soft_caps": [source["soft_cap"] for source in SOURCES],
+        "sinks": sinks,
+        "fitted_with_sinks": [[] if source["sinks"] is None else source["sinks"].tolist() for source in SOURCES],
     }
 
 
@@ -111,6 +139,7 @@ def main() -> None:
     register_random_weights()
     if packed:
         install_identity(poison=True)
+        watch_sources()
     gc.freeze()  # what is imported by now: else looking through it takes most of the time
     gc.collect = lambda *args: 0
     for line in sys.stdin:
