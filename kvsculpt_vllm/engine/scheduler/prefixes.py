@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,10 +29,10 @@ class Prefix:
     wish: Wish
     prompt_tokens: int
     chain: list[Segment]
+    made: float  # on the monotonic clock
     pinned: bool = False
     before: list[KVCacheBlock] = field(default_factory=list)  # blocks of windows that its pin holds
     hits: int = 0  # requests that began with all of it
-    made: float = field(default_factory=time.monotonic)
 
     @property
     def expires(self) -> float | None:
@@ -43,9 +43,11 @@ class Prefix:
 class Prefixes:
     """All of them. A pinned one holds its segments' blocks, as a request would."""
 
-    def __init__(self, segments: Segments, pool: BlockPool, most_pinned: int) -> None:
-        """`most_pinned` blocks may be pinned together."""
-        self._segments, self._pool, self.most_pinned = segments, pool, most_pinned
+    def __init__(
+        self, segments: Segments, pool: BlockPool, most_pinned: int, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`most_pinned` blocks may be pinned together; `now` tells the seconds."""
+        self._segments, self._pool, self.most_pinned, self.now = segments, pool, most_pinned, now
         self._prefixes: dict[str, Prefix] = {}  # the oldest first
 
     def keep(self, wish: Wish, prompt_tokens: int, chain: list[Segment]) -> bool:
@@ -53,7 +55,7 @@ class Prefixes:
         pinned: not where too many blocks would be, or where its segments are nobody else's to find.
         """
         self.expire()
-        prefix = Prefix(wish, prompt_tokens, list(chain))
+        prefix = Prefix(wish, prompt_tokens, list(chain), self.now())
         self._prefixes[wish.prefix_id] = prefix
         if wish.pin and chain and all(segment.shared for segment in chain):
             self._pin(prefix)
@@ -101,7 +103,7 @@ class Prefixes:
 
     def expire(self) -> None:
         """Let go of those whose time is over."""
-        now = time.monotonic()
+        now = self.now()
         for prefix_id, prefix in list(self._prefixes.items()):
             if prefix.expires is not None and prefix.expires <= now:
                 self.remove(prefix_id, and_its_segments=False)
@@ -163,7 +165,7 @@ class Prefixes:
     def told(self) -> dict[str, Any]:
         """All of them, the newest first, and the bound; plain values."""
         self.expire()
-        now = time.monotonic()
+        now = self.now()
         return {
             "most_pinned_blocks": self.most_pinned,
             "pinned_blocks": self.pinned_blocks,
