@@ -18,6 +18,11 @@ LAYERS, HEADS = 3, 4
 FRACTIONS = (0.1, 0.5, 1.0)
 
 
+def shape(config, heads):
+    """What is asked of vLLM's configuration of a model."""
+    return {"hf_text_config": config, "get_sliding_window": lambda: None, "get_total_num_kv_heads": lambda: heads}
+
+
 def loss(layer, head):
     """A head's losses, of which the first names it."""
     return (10.0 * layer + head + 1, 0.5, 0.0)
@@ -105,12 +110,7 @@ def test_auto_is_the_models_own_before_the_shipped_one_of_its_name_and_shape(mad
 
 def test_a_file_that_does_not_fit_stops_the_server(made, model):
     made.write(model / FILE)
-    served = SimpleNamespace(
-        model=str(model),
-        hf_text_config=SimpleNamespace(num_hidden_layers=LAYERS),
-        get_sliding_window=lambda: None,
-        get_total_num_kv_heads=lambda: HEADS,
-    )
+    served = SimpleNamespace(model=str(model), **shape(SimpleNamespace(num_hidden_layers=LAYERS), HEADS))
     assert resolved(CompressionConfig(method="sculpt"), served).calibration == str(model / FILE)
     (model / "broken").write_text("{}")
     served.get_total_num_kv_heads = lambda: 2
@@ -126,7 +126,7 @@ def test_the_first_start_measures_and_the_next_one_finds_the_file(first_layers_p
     # 2,048 positions: four contexts of 512 tokens.
     config = AutoConfig.from_pretrained(first_layers_path)
     config.max_position_embeddings = 2048
-    served = SimpleNamespace(model=str(first_layers_path), hf_text_config=config, get_total_num_kv_heads=lambda: 3)
+    served = SimpleNamespace(model=str(first_layers_path), **shape(config, 3))
     assert resolved(auto, served).calibration == "none"
     path = resolved(measure, served).calibration
     file = read(Path(path))
@@ -138,9 +138,7 @@ def test_the_first_start_measures_and_the_next_one_finds_the_file(first_layers_p
 
 def test_a_model_that_cannot_be_measured_stops_the_server(model, capfd):
     (model / "config.json").write_text("{}")
-    served = SimpleNamespace(
-        model=str(model), hf_text_config=SimpleNamespace(num_hidden_layers=LAYERS), get_total_num_kv_heads=lambda: HEADS
-    )
+    served = SimpleNamespace(model=str(model), **shape(SimpleNamespace(num_hidden_layers=LAYERS), HEADS))
     with pytest.raises(ConfigError, match=r"calibration: got 'measure', allowed: .*none.* cannot be calibrated"):
         resolved(CompressionConfig(method="sculpt", calibration="measure"), served)
     assert "kvsculpt calibrate:" in capfd.readouterr().err

@@ -72,9 +72,13 @@ def watch_sources() -> None:
 
 
 def learned_sinks(worker) -> list:
-    """The model's own weights: for each layer the sinks of its query heads."""
+    """The model's own weights: for each layer that is compressed the sinks of its query heads."""
+    from kvsculpt_vllm.engine.shared.groups import compressed_layers
+
+    layers = compressed_layers(worker.worker.model_config)
     named = worker.worker.model_runner.get_model().named_parameters()
-    return [weight.tolist() for name, weight in named if name.endswith("sinks")]
+    sinks = [weight.tolist() for name, weight in named if name.endswith("sinks")]
+    return [sinks[layer] for layer in layers] if sinks else []
 
 
 def tokens_of_prompts() -> list[int]:

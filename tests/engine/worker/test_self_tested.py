@@ -22,7 +22,7 @@ class Worker(worker.SculptWorkerMixin, Stock):
     """Of which vLLM has made a KV cache already."""
 
     def __init__(self, page_format=TokenPages):
-        self.page_format, self.self_tested = page_format, None
+        self.page_format, self.self_tested, self._group = page_format, None, 0
         self._layer_views = list(torch.zeros(2, 40, 3, 16, 32).unbind(0))
         geometry, buffer = PageGeometry.of(self._layer_views)
         state = SimpleNamespace(geometry=geometry, pages=TokenPages(buffer, geometry), num_query_heads=6)
