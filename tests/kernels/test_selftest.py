@@ -3,6 +3,7 @@
 It stands here and not in tests/engine, because the interpreter is chosen for a whole process.
 """
 
+import inspect
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -47,12 +48,12 @@ def middle(subject):
     return torch.stack([view[END_BLOCKS:-END_BLOCKS] for view in subject.views])
 
 
-def made(name):
+def made(name, **numbers):
     """The kernels that one check finds at fault."""
     notes = Notes(again=False)
     with torch.inference_mode(), run._kernels_chosen():
         # With one KV head, and with two in the `tested` one: the interpreter takes as long as there are heads.
-        run.CHECKS[name](make_subject(query_heads=2, kv_heads=1), notes)
+        run.CHECKS[name](make_subject(query_heads=2, kv_heads=1, **numbers), notes)
     assert notes.measured
     return {each.kernel for each in notes.measured if not each.good}
 
@@ -152,6 +153,38 @@ def test_a_fault_of_prefill_is_found(fault, monkeypatch, tmp_path):
 def test_a_fault_of_the_plan_is_found(fault, monkeypatch, tmp_path):
     monkeypatch.setattr(attention_check, "plan_attention", mutant(plan, tmp_path, PLAN[fault]).plan_attention)
     assert made("attention") == {"paged attention"}
+
+
+SOFTMAX = {"soft_cap": 2.0, "has_sinks": True}
+
+
+def test_caps_and_learned_sinks_are_tested_where_the_model_has_them():
+    for name in ("attention", "attention of vLLM", "scores", "losses", "values", "compression"):
+        assert made(name, **SOFTMAX) == set(), name
+
+
+def test_a_sink_of_another_head_is_found(monkeypatch, tmp_path):
+    fault = ("tl.load(sinks + heads,", "tl.load(sinks + heads * 0,")
+    monkeypatch.setattr(paged, "decode_attention", mutant(decode, tmp_path, fault).decode_attention)
+    assert made("attention", **SOFTMAX) == {"paged attention"}
+
+
+@pytest.mark.parametrize("name", ["attention", "scores", "losses"])
+def test_a_cap_that_is_left_out_is_found(name, monkeypatch):
+    def loss(*arguments, **named):
+        given = inspect.signature(attention_loss.attention_loss).bind(*arguments, **named)
+        given.arguments["soft_cap"] = None
+        return attention_loss.attention_loss(*given.args, **given.kwargs)
+
+    def uncapped(*arguments):
+        paged.paged_attention(*arguments[:-1], 0.0)
+
+    monkeypatch.setattr(attention_check, "paged_attention", uncapped)
+    monkeypatch.setattr(
+        selection, "attention_with_lse", lambda q, k, v, cap: attention_scores.attention_with_lse(q, k, v)
+    )
+    monkeypatch.setattr(objective, "attention_loss", loss)
+    assert made(name, **SOFTMAX)
 
 
 def test_a_fault_that_kernel_and_twin_share_is_found_by_vllms_kernel(monkeypatch, tmp_path):

@@ -86,20 +86,6 @@ def _mixed_layers(config: VllmConfig) -> bool:
     return model.is_hybrid or model.is_attention_free or model.has_inner_state or bool(other)
 
 
-def _attention_sinks(config: VllmConfig) -> bool:
-    return config.model_config.hf_text_config.model_type == "gpt_oss" or _text_config(
-        config,
-        "attention_sinks",
-        "swa_attention_sink_enabled",
-        "add_swa_attention_sink_bias",
-        "add_full_attention_sink_bias",
-    )
-
-
-def _on_cuda(config: VllmConfig) -> bool:
-    return config.device_config.device_type == "cuda"
-
-
 def _block_size(config: VllmConfig) -> bool:
     if config.model_config.use_mla:  # refused anyway, and vLLM sets the block size itself
         return False
@@ -116,12 +102,6 @@ def _other_cache_dtype(config: VllmConfig) -> bool:
 def _fine_prefix_match(config: VllmConfig) -> bool:
     return config.cache_config.prefix_match_unit not in (None, config.cache_config.block_size)
 
-
-NOT_ON_CUDA = Refusal(
-    "learned attention sinks and soft caps on CUDA",
-    "the kernel that reads pages there knows them, and the self-test does not try them yet",
-    f"use the CPU build, or {_OTHER_MODEL}",
-)
 
 # Read after vLLM has made its configuration. Rules about the engine's arguments, which vLLM changes on the way, are
 # in `check_engine_args`.
@@ -258,7 +238,6 @@ _RULES = (
             "leave out --kv-cache-dtype",
         ),
     ),
-    _Rule(lambda c: _on_cuda(c) and (_attention_sinks(c) or _text_config(c, "attn_logit_softcapping")), NOT_ON_CUDA),
     _Rule(
         lambda c: _text_config(c, "param_sink_number"),
         Refusal("models whose attention sinks have keys", "the fit does not know these entries", _OTHER_MODEL),

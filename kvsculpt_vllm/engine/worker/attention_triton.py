@@ -29,7 +29,6 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from kvsculpt_vllm.engine.startup.refusals import NOT_ON_CUDA, UnsupportedFeature
 from kvsculpt_vllm.engine.worker.capture import CaptureRows
 from kvsculpt_vllm.engine.worker.pages import TokenPages
 from kvsculpt_vllm.kernels import checks
@@ -161,13 +160,7 @@ class SculptTritonImpl(AttentionImpl[SculptMetadata]):
         kv_sharing_target_layer_name: str | None = None,
         sinks: Tensor | None = None,  # (heads,)
     ) -> None:
-        """See vLLM's `AttentionImpl`; what else the kernel lacks is refused by `refusals.check_attention_layers`.
-
-        Raises:
-            UnsupportedFeature: the layer has learned sinks or a soft cap.
-        """
-        if sinks is not None or logits_soft_cap:
-            raise UnsupportedFeature([NOT_ON_CUDA])
+        """See vLLM's `AttentionImpl`; what the kernel lacks is refused by `refusals.check_attention_layers`."""
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
@@ -211,7 +204,6 @@ class SculptTritonImpl(AttentionImpl[SculptMetadata]):
             attn_metadata.plan = plan_attention(pages, prefixes, rows, attn_metadata.chunks)
         assert attn_metadata.plan is not None  # layers are computed in their order
         tokens = slice(attn_metadata.num_tokens)
-        # Here learned sinks and the soft cap are to be passed on, once the self-test tries both: see `NOT_ON_CUDA`.
         paged_attention(
             query[tokens],
             output.view(query.shape)[tokens],
@@ -222,6 +214,9 @@ class SculptTritonImpl(AttentionImpl[SculptMetadata]):
             bound.index,
             self.num_kv_heads,
             self.scale,
+            # Weights, in the model's dtype, which may be replaced while a server runs.
+            None if self.sinks is None else self.sinks.float(),
+            self.logits_soft_cap or 0.0,
         )
         return output
 

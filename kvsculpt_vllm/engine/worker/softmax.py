@@ -22,6 +22,11 @@ def sink_logits_of(impls: Sequence[Any], num_heads: int, device: torch.device) -
     return torch.stack([none if of_layer is None else of_layer.detach().to(none) for of_layer in sinks])
 
 
+def have_sinks(impls: Sequence[Any]) -> bool:
+    """Whether any of the layers has learned sinks."""
+    return any(impl.sinks is not None for impl in impls)
+
+
 def soft_cap_of(impl: Any) -> float | None:
     """The soft cap on a layer's logits, which all layers have or none (`refusals.check_attention_layers`). vLLM's CPU
     attention says 0 for none.

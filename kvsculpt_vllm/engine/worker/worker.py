@@ -31,7 +31,7 @@ from kvsculpt_vllm.engine.worker.runtime import Runtime
 from kvsculpt_vllm.engine.worker.selftest.run import Report
 from kvsculpt_vllm.engine.worker.selftest.start_up import test_at_start_up
 from kvsculpt_vllm.engine.worker.selftest.subject import Subject
-from kvsculpt_vllm.engine.worker.softmax import sink_logits_of, soft_cap_of
+from kvsculpt_vllm.engine.worker.softmax import have_sinks, sink_logits_of, soft_cap_of
 from kvsculpt_vllm.engine.worker.state import BoundLayer, CompressionState
 from kvsculpt_vllm.engine.worker.stored import StoredSegments
 
@@ -90,6 +90,7 @@ class SculptWorkerMixin(Worker):
             compressed_layers(self.model_config),
         )
         impls = [layer.impl for layer in layers]
+        self._softmax = soft_cap_of(impls[0]), have_sinks(impls)
         sink_logits = partial(sink_logits_of, impls, state.num_query_heads, state.pages.buffer.device)
         compressor = Compressor(state, rotaries, impls[0].scale, curves, sink_logits, soft_cap_of(impls[0]))
         block_rows = BlockRows(self.model_runner, self._group)
@@ -117,6 +118,7 @@ class SculptWorkerMixin(Worker):
                 state.num_query_heads,
                 block_table_columns(self.model_runner, self._group),
                 current_platform.num_compute_units(state.pages.buffer.device.index or 0),
+                *self._softmax,
             )
             self.self_tested = test_at_start_up(subject, self.kv_compression.ranks)
         return super().compile_or_warm_up_model()

@@ -111,11 +111,6 @@ CASES = [
     ("cache_config.block_size", 48, "block size"),
     ("cache_config.prefix_match_unit", 16, "inside a block"),
 ]
-ON_CUDA = [
-    (f"{TEXT}.model_type", "gpt_oss", "learned attention sinks"),
-    (f"{TEXT}.attention_sinks", True, "learned attention sinks"),
-    (f"{TEXT}.attn_logit_softcapping", 50.0, "soft caps"),
-]
 ENVIRONMENT = [
     ("VLLM_USE_RUST_FRONTEND", "1", "Rust frontend"),
     ("VLLM_KV_CACHE_LAYOUT", "LBNHC", "VLLM_KV_CACHE_LAYOUT"),
@@ -143,15 +138,6 @@ def refused(args: SimpleNamespace, config: SimpleNamespace) -> str:
 def test_configured_feature_is_refused(path, value, feature):
     config = supported()
     put(config, path, value)
-    assert feature in refused(STOCK_ARGS, config)
-
-
-@pytest.mark.parametrize(("path", "value", "feature"), ON_CUDA)
-def test_what_only_the_cpu_kernel_knows_is_refused_on_cuda(path, value, feature):
-    config = supported()
-    put(config, path, value)
-    check_config(STOCK_ARGS, config)
-    config.device_config.device_type = "cuda"
     assert feature in refused(STOCK_ARGS, config)
 
 
@@ -202,7 +188,7 @@ def test_windows_alone_are_refused():
 
 
 def test_every_rule_has_a_case():
-    tested = [feature for _, _, feature in CASES + ON_CUDA + ENVIRONMENT + ARGUMENTS + WINDOWED]
+    tested = [feature for _, _, feature in CASES + ENVIRONMENT + ARGUMENTS + WINDOWED]
     for rule in refusals._RULES:
         assert any(feature in rule.refusal.feature for feature in tested), rule.refusal.feature
 

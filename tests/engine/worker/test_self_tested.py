@@ -23,6 +23,7 @@ class Worker(worker.SculptWorkerMixin, Stock):
 
     def __init__(self, page_format=TokenPages):
         self.page_format, self.self_tested, self._group = page_format, None, 0
+        self._softmax = 30.0, True
         self._layer_views = list(torch.zeros(2, 40, 3, 16, 32).unbind(0))
         geometry, buffer = PageGeometry.of(self._layer_views)
         state = SimpleNamespace(geometry=geometry, pages=TokenPages(buffer, geometry), num_query_heads=6)
@@ -54,6 +55,7 @@ def test_it_comes_first_and_once_with_the_servers_own_numbers(tested):
     (subject,) = tested
     assert subject.views is made._layer_views and subject.table_columns == 77
     assert (subject.num_query_heads, subject.head_size, subject.num_blocks) == (6, 16, 40)
+    assert (subject.soft_cap, len(subject.sink_logits)) == (30.0, 6)
 
 
 def test_nothing_is_warmed_up_where_it_fails(monkeypatch):

@@ -2,11 +2,9 @@
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 
-from kvsculpt_vllm.engine.startup.refusals import UnsupportedFeature
-from kvsculpt_vllm.engine.worker.attention_triton import SculptTritonImpl
+from kvsculpt_vllm.engine.worker import attention_triton
 from kvsculpt_vllm.engine.worker.softmax import sink_logits_of, soft_cap_of
 
 CPU = torch.device("cpu")
@@ -29,8 +27,16 @@ def test_a_soft_cap_of_0_is_none():
     assert caps == [30.0, None, None]
 
 
-@pytest.mark.parametrize("odd", [{"sinks": torch.zeros(4)}, {"logits_soft_cap": 30.0}], ids=["sinks", "soft cap"])
-def test_attention_on_cuda_is_refused_what_its_kernel_does_not_know(odd):
-    assert SculptTritonImpl(4, 64, 0.125).sinks is None
-    with pytest.raises(UnsupportedFeature, match=r"learned attention sinks and soft caps on CUDA"):
-        SculptTritonImpl(4, 64, 0.125, **odd)
+def test_attention_on_a_gpu_passes_on_what_its_layer_has(monkeypatch):
+    given = []
+    monkeypatch.setattr(attention_triton, "paged_attention", lambda *arguments: given.append(arguments[-2:]))
+    monkeypatch.setattr(attention_triton, "_pages", lambda bound: None)
+    weights = torch.nn.Parameter(torch.tensor([1.5, -2.0, 0.25, 0.0]).bfloat16(), requires_grad=False)
+    query, step = torch.zeros(3, 4, 64), SimpleNamespace(captures=[], rows=None, plan="made", num_tokens=3)
+    for odd in ({"sinks": weights, "logits_soft_cap": 30.0}, {}):
+        impl = attention_triton.SculptTritonImpl(4, 64, 0.125, **odd)
+        impl.bound = SimpleNamespace(index=1, state=SimpleNamespace(directory=SimpleNamespace(prefixes=None)))
+        impl.forward(None, query, None, None, None, step, torch.zeros(3, 4, 64))
+    (sinks, cap), none = given
+    assert none == (None, 0.0) and cap == 30.0
+    assert sinks.dtype == torch.float32 and sinks.tolist() == [1.5, -2.0, 0.25, 0.0]

@@ -30,7 +30,8 @@ def _attend(rows: Rows, batch: Batch, layer: int, chunks: int, out: Tensor) -> N
     pages, prefixes = subject.pages.kernel_pages, rows.directory.prefixes
     plan = plan_attention(pages, prefixes, batch.rows, chunks)
     heads, scale = subject.geometry.num_heads, subject.scale
-    paged_attention(batch.query, out, pages, prefixes, batch.rows, plan, layer, heads, scale)
+    softmax = subject.sink_logits, subject.soft_cap or 0.0
+    paged_attention(batch.query, out, pages, prefixes, batch.rows, plan, layer, heads, scale, *softmax)
 
 
 def _answers(rows: Rows, batch: Batch, layer: int, chunks: int) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -53,7 +54,8 @@ def _wanted(rows: Rows, batch: Batch, layer: int) -> Tensor:
     subject, (query, table, begins, lengths) = rows.subject, batch.without_padding()
     pages, prefixes = subject.pages.kernel_pages, rows.directory.prefixes
     heads, scale = subject.geometry.num_heads, subject.scale
-    return paged_attention_twin(query, pages, prefixes, table, begins, lengths, layer, heads, scale)
+    softmax = subject.sink_logits, subject.soft_cap or 0.0
+    return paged_attention_twin(query, pages, prefixes, table, begins, lengths, layer, heads, scale, *softmax)
 
 
 def against_twin(subject: Subject, notes: Notes) -> None:
@@ -119,10 +121,11 @@ def against_vllm(subject: Subject, notes: Notes) -> None:
             causal=True,
             window_size=(-1, -1),
             block_table=block_table,
-            softcap=0,
+            softcap=subject.soft_cap or 0,
             q_descale=None,
             k_descale=unscaled,
             v_descale=unscaled,
+            sinks=subject.sink_logits,
         )
         found, _ = _answers(rows, batch, layer, most_chunks(subject))()
         _near(subject, notes, name, f"layer {layer}", found, theirs)

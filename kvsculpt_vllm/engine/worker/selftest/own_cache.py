@@ -25,6 +25,8 @@ class Numbers:
     kv_heads: int
     head_size: int
     dtype: torch.dtype
+    soft_cap: float | None = None
+    has_sinks: bool = False
 
     @classmethod
     def of_model(cls, directory: Path) -> Numbers:
@@ -44,6 +46,8 @@ class Numbers:
                 config.get("num_key_value_heads") or heads,
                 config.get("head_dim") or config["hidden_size"] // heads,
                 _dtype(config),
+                config.get("attn_logit_softcapping"),
+                config.get("model_type") == "gpt_oss",
             )
         except (OSError, ValueError) as error:
             raise ValueError(f"{file} cannot be read: {error}") from error
@@ -61,7 +65,7 @@ def subject_of(numbers: Numbers, block_size: int, layout: str, device: torch.dev
     """The subject with an empty cache of its own, in the layout LBHNC or BLHNC."""
     views = own_cache(numbers, block_size, layout, device)
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
-    return Subject.of(views, numbers.query_heads, 0, processors)
+    return Subject.of(views, numbers.query_heads, 0, processors, numbers.soft_cap, numbers.has_sinks)
 
 
 def own_cache(numbers: Numbers, block_size: int, layout: str, device: torch.device) -> list[Tensor]:

@@ -84,7 +84,13 @@ def make_problems(subject: Subject, size: Size, generator: torch.Generator) -> P
         retained_out=normal(heads, size.queries, width, dtype=torch.float32) * 0.3,
         held_out=torch.arange(size.queries) % 5 == 4,
         scale=subject.scale,
+        soft_cap=subject.soft_cap,
     )
+
+
+def _capped(logits: Tensor, soft_cap: float | None) -> Tensor:
+    """The formula of a soft cap, once more: the kernels' twins have theirs."""
+    return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
 
 
 class _Teacher(NamedTuple):
@@ -103,7 +109,10 @@ class _Teacher(NamedTuple):
     def of(cls, problems: Problems) -> _Teacher:
         queries, keys, values = (x.double() for x in (problems.queries, problems.keys, problems.values))
         queries = queries * problems.scale
-        logits = torch.cat([queries @ keys.transpose(1, 2), problems.retained_lse.double()[..., None]], dim=-1)
+        logits = torch.cat(
+            [_capped(queries @ keys.transpose(1, 2), problems.soft_cap), problems.retained_lse.double()[..., None]],
+            dim=-1,
+        )
         weights, lse = logits.softmax(-1), logits.logsumexp(-1)
         mass = weights[..., -1]
         summed = mass[..., None] * problems.retained_out.double()
@@ -139,7 +148,7 @@ def _score(notes: Notes, problems: Problems, size: Size) -> None:
         out, lse, attention = notes.twice("attention and scores", case, call)
         notes.near("attention of the full cache", case, out, truth.out, PRODUCTS)
         notes.near("its log-sum-exp", case, lse, truth.lse, LOGITS)
-        wanted = received_twin(truth.queries, truth.lse, truth.keys, power)
+        wanted = received_twin(truth.queries, truth.lse, truth.keys, power, problems.soft_cap)
         notes.near("attention that entries receive", case, attention, wanted, 10 * LOGITS)
 
 
@@ -175,6 +184,7 @@ def _judge(notes: Notes, problems: Problems, size: Size) -> None:
             values.double(),
             valid.sum(1),
             LSE_WEIGHT,
+            soft_cap=problems.soft_cap,
         )
         case = f"{size}, {'held-out' if judging else 'training'} queries"
         loss, grad = notes.twice("loss and gradient", case, partial(target.loss_and_grad, keys, values, valid))
@@ -199,7 +209,8 @@ def _fit(notes: Notes, problems: Problems, size: Size) -> None:
     # As strong as the mean diagonal: the systems are well conditioned, so that rounding shows as what it is.
     ridge = torch.tensor([1.0, 0.5], device=keys.device)
     (found,) = notes.twice("values", str(size), lambda: (fit_values(train, keys, start, ridge, valid),))
-    weights = (truth.queries @ keys.double().transpose(1, 2) - truth.lse[..., None]).exp() * valid[:, None]
+    logits = _capped(truth.queries @ keys.double().transpose(1, 2), problems.soft_cap)
+    weights = (logits - truth.lse[..., None]).exp() * valid[:, None]
     mass = weights.sum(-1) + truth.retained_mass
     weights = weights / mass[..., None]
     residual = truth.out - truth.retained_sum / mass[..., None] - weights @ start.double()
@@ -257,7 +268,7 @@ def compression(subject: Subject, notes: Notes) -> None:
     notes.write("compression, error above its start", case, float((error - start_error).clamp_min(0).max()))
     for b in range(2):
         keys, values = entries[b].double(), entries[2 + b].double()
-        weights = (truth.queries[b] @ keys.T - truth.lse[b, :, None]).exp()
+        weights = (_capped(truth.queries[b] @ keys.T, problems.soft_cap) - truth.lse[b, :, None]).exp()
         mass = weights.sum(1) + truth.retained_mass[b]
         given = (weights @ values + truth.retained_sum[b]) / mass[:, None]
         loss = (given - truth.out[b]).square().sum(1).mean() / truth.out_norm[b] + mass.log().square().mean()

@@ -24,16 +24,27 @@ class Subject:
     num_query_heads: int
     table_columns: int  # of the block table that attention is given
     processors: int  # of the device, by which attention is cut into chunks
+    soft_cap: float | None = None  # of the model's logits
+    has_sinks: bool = False  # whether the model has learned sinks
 
     @classmethod
-    def of(cls, views: list[Tensor], num_query_heads: int, table_columns: int, processors: int) -> Subject:
+    def of(
+        cls,
+        views: list[Tensor],
+        num_query_heads: int,
+        table_columns: int,
+        processors: int,
+        soft_cap: float | None = None,
+        has_sinks: bool = False,
+    ) -> Subject:
         """The subject with this cache.
 
         Raises:
             ValueError: the views are not cells of one buffer with contiguous pages.
         """
         geometry, buffer = PageGeometry.of(views)
-        return cls(views, geometry, TokenPages(buffer, geometry), num_query_heads, table_columns, processors)
+        pages = TokenPages(buffer, geometry)
+        return cls(views, geometry, pages, num_query_heads, table_columns, processors, soft_cap, has_sinks)
 
     @property
     def num_blocks(self) -> int:
@@ -54,6 +65,13 @@ class Subject:
     def scale(self) -> float:
         """The softmax scale. Kernels take any, without being compiled for it."""
         return self.head_size**-0.5
+
+    @cached_property
+    def sink_logits(self) -> Tensor | None:
+        """Logits (query heads,) float32 of learned sinks that take a part of the softmax, another one of each head;
+        None if the model has none. Kernels take any.
+        """
+        return torch.linspace(-1.0, 4.0, self.num_query_heads, device=self.device) if self.has_sinks else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,4 +139,6 @@ class Subject:
             "block_size": self.geometry.block_size,
             "blocks": self.num_blocks,
             "block_stride": self.geometry.block_stride,  # which tells the layout
+            **({} if self.soft_cap is None else {"soft_cap": f"{self.soft_cap:g}"}),
+            **({"sinks": "learned"} if self.has_sinks else {}),
         }
