@@ -8,6 +8,8 @@ merged by their log-sum-exp (flash decoding); logarithms are to the base 2, in w
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from kvsculpt_vllm.kernels.attention_plan import ITEM, Plan, Prefixes
 from kvsculpt_vllm.kernels.pages import Pages
+from kvsculpt_vllm.kernels.soft_cap import cap_tile
 
 ROWS = 16
 """The fewest rows that a matrix product's tile has: the query heads of a group, padded."""
@@ -39,11 +42,11 @@ def decode_attention(
 ) -> None:
     """Attend from the tokens of rows that have one; see `paged_attention`, which checks the arguments."""
     tokens, heads, head_size = query.shape
-    layers, group = prefixes.starts.shape[1], heads // num_kv_heads
+    group, block_d = heads // num_kv_heads, max(16, triton.next_power_of_2(head_size))
     parts = query.new_empty(2 * plan.most, group, head_size, dtype=torch.float32)
     lse = query.new_empty(2 * plan.most, group, dtype=torch.float32)
-    constants = {"num_kv_heads": num_kv_heads, "group": group, "head_size": head_size, "item": ITEM}
-    block_d = max(16, triton.next_power_of_2(head_size))
+    rows = block_table, query_start_loc, seq_lens
+    launch = launch_of(query, pages, prefixes, plan, *rows, layer, num_kv_heads, scale, sink_logits, soft_cap)
     _attend[(plan.items.shape[1],)](
         query,
         query.stride(0),
@@ -53,37 +56,15 @@ def decode_attention(
         out.stride(1),
         parts,
         lse,
-        pages.buffer,
-        pages.buffer.stride(0),
-        pages.cell_pages,
-        pages.block_stride,
-        pages.entry_stride,
-        pages.value_offset,
-        prefixes.starts,
-        prefixes.lengths,
-        prefixes.span_blocks,
-        plan.chains,
-        plan.chains.stride(0),
-        plan.segments,
+        *launch.cache,
         plan.counts,
         plan.items,
         plan.items.shape[1],
-        block_table,
-        block_table.stride(0),
-        query_start_loc,
-        seq_lens,
-        layer,
-        sink_logits,
-        scale_and_cap(scale, soft_cap)[0],
-        cap=scale_and_cap(scale, soft_cap)[1],
-        log2_e=LOG2_E,
-        num_layers=layers,
-        block_size=pages.block_size,
-        # Triton's interpreter would multiply bfloat16's bit patterns.
-        widen=query.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
+        *launch.rows,
+        item=ITEM,
         block_rows=max(ROWS, triton.next_power_of_2(group)),
         block_d=block_d,
-        **constants,
+        **launch.constants,
         **tiling(head_size, query.dtype),
     )
     _merge[(plan.merges.shape[1], group)](
@@ -99,9 +80,67 @@ def decode_attention(
         len(seq_lens),
         layer,
         tokens,
+        num_kv_heads=num_kv_heads,
+        group=group,
+        head_size=head_size,
+        item=ITEM,
         block_parts=16,
         block_d=block_d,
-        **constants,
+    )
+
+
+class Launch(NamedTuple):
+    """Arguments that the kernels of decoding and of prefill both take, in their order."""
+
+    cache: tuple[Tensor | int, ...]  # the pages, the directory, and the chains of the plan
+    rows: tuple[Tensor | int | float | None, ...]
+    constants: dict[str, Any]
+
+
+def launch_of(
+    query: Tensor,
+    pages: Pages,
+    prefixes: Prefixes,
+    plan: Plan,
+    block_table: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    layer: int,
+    num_kv_heads: int,
+    scale: float,
+    sink_logits: Tensor | None,
+    soft_cap: float,
+) -> Launch:
+    """Put together what both kernels take of the arguments of `decode_attention`."""
+    _, heads, head_size = query.shape
+    return Launch(
+        (
+            pages.buffer,
+            pages.buffer.stride(0),
+            pages.cell_pages,
+            pages.block_stride,
+            pages.entry_stride,
+            pages.value_offset,
+            prefixes.starts,
+            prefixes.lengths,
+            prefixes.span_blocks,
+            plan.chains,
+            plan.chains.stride(0),
+            plan.segments,
+        ),
+        # Logits are to the base 2.
+        (block_table, block_table.stride(0), query_start_loc, seq_lens, layer, sink_logits, scale * LOG2_E),
+        {
+            "cap": soft_cap * LOG2_E or None,
+            "log2_e": LOG2_E,
+            "num_layers": prefixes.starts.shape[1],
+            "num_kv_heads": num_kv_heads,
+            "group": heads // num_kv_heads,
+            "head_size": head_size,
+            "block_size": pages.block_size,
+            # Triton's interpreter would multiply bfloat16's bit patterns.
+            "widen": query.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
+        },
     )
 
 
@@ -112,19 +151,10 @@ def tiling(head_size: int, dtype: torch.dtype) -> dict[str, int]:
     return {"block_n": 64 if head_size <= 128 else 32, "num_stages": 3}
 
 
-def scale_and_cap(scale: float, soft_cap: float) -> tuple[float, float]:
-    """What a kernel multiplies products by, and the bound of its logits to the base 2 or 0; see `logits_of`."""
-    return (scale / soft_cap, soft_cap * LOG2_E) if soft_cap else (scale * LOG2_E, 0.0)
-
-
 @triton.jit
 def logits_of(q, k, scale, cap: tl.constexpr):
-    """Logits to the base 2: products times `scale`, or `cap` times the hyperbolic tangent of that."""
-    logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
-    if cap > 0.0:
-        # tanh x = 1 - 2 / (e^2x + 1), which is right at both ends: e^2x may be 0 or infinite.
-        logits = cap - 2.0 * cap / (tl.exp(2.0 * logits) + 1.0)
-    return logits
+    """Products times `scale`, under a soft cap if the model has one."""
+    return cap_tile(tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale, cap)
 
 
 @triton.jit

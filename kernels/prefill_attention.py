@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvsculpt_vllm.kernels.attention_plan import Plan, Prefixes, prefill_tile
-from kvsculpt_vllm.kernels.decode_attention import LOG2_E, ROWS, logits_of, places, scale_and_cap, sink_of
+from kvsculpt_vllm.kernels.decode_attention import ROWS, launch_of, logits_of, places, sink_of
 from kvsculpt_vllm.kernels.pages import Pages
 
 
@@ -33,8 +33,8 @@ def prefill_attention(
     soft_cap: float,
 ) -> None:
     """Attend from the tokens of rows that have several; see `paged_attention`, which checks the arguments."""
-    _, heads, head_size = query.shape
-    group = heads // num_kv_heads
+    rows = block_table, query_start_loc, seq_lens
+    launch = launch_of(query, pages, prefixes, plan, *rows, layer, num_kv_heads, scale, sink_logits, soft_cap)
     _attend[(len(tiles), num_kv_heads)](
         query,
         query.stride(0),
@@ -42,36 +42,11 @@ def prefill_attention(
         out,
         out.stride(0),
         out.stride(1),
-        pages.buffer,
-        pages.buffer.stride(0),
-        pages.cell_pages,
-        pages.block_stride,
-        pages.entry_stride,
-        pages.value_offset,
-        prefixes.starts,
-        prefixes.lengths,
-        prefixes.span_blocks,
-        plan.chains,
-        plan.chains.stride(0),
-        plan.segments,
+        *launch.cache,
         tiles,
-        block_table,
-        block_table.stride(0),
-        query_start_loc,
-        seq_lens,
-        layer,
-        sink_logits,
-        scale_and_cap(scale, soft_cap)[0],
-        cap=scale_and_cap(scale, soft_cap)[1],
-        log2_e=LOG2_E,
-        num_layers=prefixes.starts.shape[1],
-        num_kv_heads=num_kv_heads,
-        group=group,
-        head_size=head_size,
-        block_size=pages.block_size,
-        # Triton's interpreter would multiply bfloat16's bit patterns.
-        widen=query.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
-        **tiling(group, head_size, query.dtype),
+        *launch.rows,
+        **launch.constants,
+        **tiling(query.shape[1] // num_kv_heads, query.shape[2], query.dtype),
     )
 
 
