@@ -11,10 +11,12 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import typer
 from scipy.stats import spearmanr
+
+from kvsculpt_vllm.evaluation.rows import Row, read_rows
 
 FOLDER = Path(__file__).parent / "results" / "bound"
 BOUNDS = (0.03, 0.01, 0.003, 0.001)
@@ -48,16 +50,15 @@ def read(folder: Path) -> list[Point]:
     points = []
     for path in sorted(folder.glob("*.json")):
         try:
-            rows = [row for row in json.loads(path.read_text(encoding="utf-8")) if "kl_mean" in row]
-            for row in rows:
-                if (row["method"], row["budget"]) == ("sculpt", "adaptive"):
+            for row in read_rows(path):
+                if "kl_mean" in row and (row["method"], row["budget"]) == ("sculpt", "adaptive"):
                     points += _of(row)
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
+        except (ValueError, KeyError) as error:
             raise ValueError(f"{path} is not a result file of `kvsculpt eval` that has errors by context") from error
     return points
 
 
-def _of(row: dict[str, Any]) -> Iterable[Point]:
+def _of(row: Row) -> Iterable[Point]:
     settings = row["settings"]
     both = zip(row["held_out_error_per_context"], row["kl_per_context"], strict=True)
     for number, (error, kl) in enumerate(both):
@@ -121,16 +122,20 @@ def _least(points: Sequence[Point], number: int, bound: float) -> Point:
     return min(met, key=lambda point: point.kept, default=whole)
 
 
-def documented(name: str) -> tuple[list[str], list[list[str]]]:
-    """Heading and lines of a table of docs/quality.md: `correlation` or `bounds`."""
-    made = {"correlation": correlations, "bounds": at_bounds}
-    return HEADINGS[name], made[name](read(FOLDER))
-
-
-HEADINGS = {
-    "correlation": ["of", "contexts and ratios", "rank correlation of held-out error and KL"],
-    "bounds": ["model", "text", "error at most", "fraction kept: least, mean, most", "KL: mean, most"],
+TABLES = {
+    "correlation": (["of", "contexts and ratios", "rank correlation of held-out error and KL"], correlations),
+    "bounds": (
+        ["model", "text", "error at most", "fraction kept: least, mean, most", "KL: mean, most"],
+        at_bounds,
+    ),
 }
+"""The heading of each table, and what makes its lines."""
+
+
+def documented(name: str) -> tuple[list[str], list[list[str]]]:
+    """Heading and lines of a table of docs/quality.md."""
+    heading, lines = TABLES[name]
+    return heading, lines(read(FOLDER))
 
 
 def draw(points: Sequence[Point], path: Path) -> Path:
@@ -166,14 +171,14 @@ def main(
         raise typer.BadParameter(str(error), param_hint="FOLDER") from error
     if not points:
         raise typer.BadParameter(f"{folder} holds no row of sculpt with adaptive budgets", param_hint="FOLDER")
-    made = {"correlation": correlations(points), "bounds": at_bounds(points)}
-    for name, body in made.items():
-        shown = Table(*HEADINGS[name], title=name)
+    tables = {}
+    for name, (heading, lines) in TABLES.items():
+        body, shown = lines(points), Table(*heading, title=name)
         for line in body:
             shown.add_row(*line)
         Console(width=max(Console().width, 120)).print(shown)
+        tables[name] = [dict(zip(heading, line, strict=True)) for line in body]
     picture = draw(points, png or folder / "bound.png")
-    tables = {name: [dict(zip(HEADINGS[name], line, strict=True)) for line in body] for name, body in made.items()}
     print(json.dumps({"folder": str(folder), "png": str(picture), **tables}))
 
 

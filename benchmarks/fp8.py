@@ -12,9 +12,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import typer
+
+from kvsculpt_vllm.evaluation.rows import Row, read_rows
 
 FOLDER = Path(__file__).parent / "results" / "fp8"
 WAYS = {
@@ -43,18 +45,15 @@ def read(folder: Path = FOLDER) -> list[Point]:
     Raises:
         ValueError: a file is not a result file.
     """
-    rows = defaultdict[tuple[str, str, float], list[dict[str, Any]]](list)
+    rows = defaultdict[tuple[str, str, float], list[Row]](list)
     for path in sorted(folder.glob("*.json")):
-        try:
-            for row in json.loads(path.read_text(encoding="utf-8")):
-                if row["method"] in WAYS:
-                    rows[row["settings"]["model"], row["method"], row["keep_ratio"]].append(row)
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is not a result file of `kvsculpt eval`") from error
+        for row in read_rows(path):
+            if row["method"] in WAYS:
+                rows[row["settings"]["model"], row["method"], row["keep_ratio"]].append(row)
     return sorted(_points(rows))
 
 
-def _points(rows: dict[tuple[str, str, float], list[dict[str, Any]]]) -> Iterable[Point]:
+def _points(rows: dict[tuple[str, str, float], list[Row]]) -> Iterable[Point]:
     for (model, method, ratio), found in rows.items():
         if ratio == 1 and method != "sculpt_rounded_fp8":  # nothing is fitted: the same twice, and a copy of everything
             continue

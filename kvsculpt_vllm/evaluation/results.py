@@ -12,10 +12,19 @@ from typing import Any, Protocol, Self
 import kvsculpt_vllm
 from kvsculpt_vllm.calibration_file import NONE
 from kvsculpt_vllm.evaluation.harness import ONE_SPAN
+from kvsculpt_vllm.evaluation.rows import Row, read_rows
 from kvsculpt_vllm.sculpt.options import METHODS as OURS
 
 HARNESS = (
-    *("attention", "chain", "continuation", "harness", "metrics", "model", "retrieval", "softmax", "texts"),
+    "attention",
+    "chain",
+    "continuation",
+    "harness",
+    "metrics",
+    "model",
+    "retrieval",
+    "softmax",
+    "texts",
     "windows",
 )
 """The modules of this package that decide numbers, besides its methods and tasks; the others show them."""
@@ -23,7 +32,6 @@ HARNESS = (
 CALIBRATED = {(method, "adaptive") for method in ("sculpt", "sculpt_rounded_fp8", "sculpt_fp8")}
 """The methods and budgets that a calibration decides; what other rows hold is the same with any."""
 
-Row = dict[str, Any]
 Key = tuple[str, str, float]  # method, budget, keep ratio
 
 
@@ -67,7 +75,7 @@ class Results:
         if path is None:
             return
         if path.exists():
-            self._rows = _read_rows(path)
+            self._rows = read_rows(path)
         if (parts := _parts(path)).exists():
             self._read_parts(parts)
 
@@ -148,16 +156,6 @@ def code_version() -> str:
 def _parts(path: Path) -> Path:
     """Where the single measurements of a result file wait."""
     return path.with_name(path.name + ".parts")
-
-
-def _read_rows(path: Path) -> list[Row]:
-    try:
-        rows = json.loads(path.read_text())
-        if all({"method", "budget", "keep_ratio", "settings"} <= row.keys() for row in rows):
-            return rows
-    except (ValueError, AttributeError, TypeError):
-        pass
-    raise ValueError(f"{path} is there and is not a result file of `kvsculpt eval`: give another name or remove it")
 
 
 def _key(row: Row) -> Key:

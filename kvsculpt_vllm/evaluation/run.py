@@ -143,8 +143,6 @@ def run(request: Request, json_path: Path | None, console: Console, report: Path
     directory = model_directory(request.model)
     tokenizer, prefix = load_tokenizer(directory)
     exact = CompressionConfig()
-    shape = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
-    num_kv_heads = kv_heads(shape)
     calibration = calibration_of(directory, request.calibration)
     methods = METHODS
     if calibration is not None:
@@ -176,7 +174,7 @@ def run(request: Request, json_path: Path | None, console: Console, report: Path
         Console(file=console.file, width=max(console.width, TABLE_WIDTH)).print(table(own, series))
         rows += own
     if report is not None:
-        console.print(f"report: {write_report(report, rows, COLUMNS, num_kv_heads)}")
+        console.print(f"report: {write_report(report, rows, COLUMNS, _kv_heads(_text_config(directory)))}")
     return rows
 
 
@@ -186,14 +184,18 @@ def calibration_of(directory: Path, setting: str) -> CalibrationFile | None:
     Raises:
         CalibrationError: the file that is meant does not fit the model.
     """
-    shape = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
-    path = find(setting, str(directory), len(full_layers(shape)), kv_heads(shape))
+    config = _text_config(directory)
+    path = find(setting, str(directory), len(full_layers(config)), _kv_heads(config))
     return None if path is None else read(path)
 
 
-def kv_heads(shape: Any) -> int:
-    """How many KV heads a layer has, by the model's configuration."""
-    return getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+def _kv_heads(config: Any) -> int:
+    """How many KV heads a layer has."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def _text_config(directory: Path) -> Any:
+    return AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
 
 
 def _series(
