@@ -14,9 +14,9 @@ import vllm.envs as envs
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from kvsculpt_vllm.calibration_file import NONE
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.shared.groups import full_group, has_windows
+from kvsculpt_vllm.engine.shared.stores import NO_STORE
 from kvsculpt_vllm.layer_kinds import FULL, WINDOW
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ _RULES = (
         ),
     ),
     _Rule(
-        lambda c: has_windows(c) and CompressionConfig.from_additional_config(c.additional_config).store != NONE,
+        lambda c: has_windows(c) and CompressionConfig.from_additional_config(c.additional_config).store != NO_STORE,
         Refusal(
             "the store of a model with sliding windows",
             "a segment in it has no windows to go on from",

@@ -25,6 +25,7 @@ from kvsculpt_vllm.engine.compat.worker import use_plain_vector_pages
 from kvsculpt_vllm.engine.startup.refusals import Refusal, UnsupportedFeature
 from kvsculpt_vllm.engine.worker.capture import CaptureRows
 from kvsculpt_vllm.engine.worker.pages import VectorPages, page_lists
+from kvsculpt_vllm.engine.worker.softmax import have_sinks
 
 if TYPE_CHECKING:
     from kvsculpt_vllm.engine.worker.state import BoundLayer, CompressionState
@@ -94,7 +95,7 @@ class SculptCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         impls = [impl for name in layer_names if isinstance(impl := layers[name].impl, SculptCPUImpl)]
         assert len(impls) == len(layer_names)
         self._first_impl = impls[0]
-        self._has_sinks = any(impl.sinks is not None for impl in impls)
+        self._has_sinks = have_sinks(impls)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

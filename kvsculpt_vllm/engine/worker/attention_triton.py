@@ -91,7 +91,7 @@ class SculptTritonBackend(AttentionBackend):
 
     @classmethod
     def supports_sink(cls) -> bool:
-        """To vLLM: so that a model with learned sinks comes to `refusals`, which say what can be done."""
+        """Learned sinks are passed on to the kernel."""
         return True
 
     @classmethod
