@@ -6,7 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Prints the folder that has the Python of the vLLM that is supported and has no CPU build; fetches it first (12 MB).
 NEXT_VLLM := $(BIN)/python tests/helpers/vllm_sources.py
-BESIDE := tests/serving tests/engine/scheduler tests/engine/test_zoo.py tests/engine/test_windows.py
+BESIDE := tests/serving tests/engine/scheduler tests/engine/test_zoo.py tests/engine/test_windows.py \
+  tests/engine/worker/test_gpu_path.py
 ON_NEXT := tests/engine tests/test_plugin.py tests/test_doctor.py
 ENGINES_ON_NEXT := tests/engine/test_engine.py::test_a_prompt_longer_than_the_memory_is_served_and_gives_the_tokens_of_stock_vllm \
   tests/serving/test_http.py::test_a_chat_request_is_sculpted_and_answers_from_the_document
