@@ -183,7 +183,7 @@ STEPS = (
     Step(
         "selftest",
         "kernels against their twins, vLLM's and float64, as a server does at its start (Llama-3.1-8B's numbers)",
-        120,
+        60,
         KVSCULPT,
         ("selftest", "--json", "--layers", "32"),
         ("selftest", "--json", *TINY_TEST),
@@ -193,7 +193,7 @@ STEPS = (
     Step(
         "selftest-blhnc",
         "the same in the other layout, with Qwen2.5-1.5B's numbers",
-        60,
+        45,
         KVSCULPT,
         (*("selftest", "--json", "--layout", "BLHNC", "--layers", "28"), *("--heads", "12", "--kv-heads", "2")),
         ("selftest", "--json", "--layout", "BLHNC", *TINY_TEST),
@@ -203,7 +203,7 @@ STEPS = (
     Step(
         "kernel-tests",
         "the tests of kernels, compiled",
-        150,
+        135,
         ("-m", "pytest"),
         ("-q", "-p", "no:cacheprovider", "tests/kernels"),
         ("-q", "-p", "no:cacheprovider", "tests/kernels/test_dispatch.py", "tests/kernels/test_pages.py"),
@@ -214,7 +214,7 @@ STEPS = (
     Step(
         "kernels",
         "decoding against FlashAttention as vLLM uses it, in both layouts, and the solver's loss",
-        210,
+        180,
         ("benchmarks/kernels.py",),
         (
             *("--tokens", "32768", "--tokens", "8192", "--batch", "16", "--batch", "1", "--batch", "64"),
@@ -239,7 +239,7 @@ STEPS = (
     Step(
         "identity",
         "tokens of stock vLLM where every entry is kept: graphs, asynchronous scheduling, both model runners",
-        240,
+        300,
         ("benchmarks/identity.py",),
         ("--model", MODEL, "--device", "cuda"),
         ("--model", MODEL, "--device", "cpu", "--prompt", "256", "--answer", "8"),
@@ -249,7 +249,7 @@ STEPS = (
     Step(
         "sync-check",
         "real compressions while vLLM looks for waits inside its steps (VLLM_GPU_SYNC_CHECK=error)",
-        120,
+        180,
         ("benchmarks/identity.py",),
         ("--model", MODEL, "--device", "cuda", "--sync-check"),
         ("--model", MODEL, "--device", "cpu", "--sync-check", "--prompt", "256", "--answer", "8"),

@@ -41,6 +41,8 @@ def jobs(directory: str, device: str, prompt: int, answer: int, sync_check: bool
         # Few sizes, so that recording them takes seconds; no batch here has more rows.
         graphs = {"cudagraph_capture_sizes": [1, 2, 4]}
         engine |= {"enforce_eager": False, "async_scheduling": True, "compilation_config": graphs}
+        # It takes 20 seconds, of kernels for other batches and dtypes.
+        engine |= {"kernel_config": {"enable_jit_warmup": False}}
         engine |= {"block_size": 16, "kv_cache_memory_bytes": 4 << 30}
     requests = [
         {"start": 0, "length": 2 * prompt, "max_tokens": answer, "extra_args": None},

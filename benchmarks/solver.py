@@ -36,6 +36,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kvsculpt_vllm import calibration_file, models
 from kvsculpt_vllm.config import CompressionConfig
+from kvsculpt_vllm.engine.shared.rank_shape import RankShape
+from kvsculpt_vllm.engine.worker.working_memory import reserved
 from kvsculpt_vllm.evaluation.harness import Context
 from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer
 from kvsculpt_vllm.evaluation.texts import passages, read_text
@@ -44,6 +46,7 @@ from kvsculpt_vllm.sculpt.budgets import PagePlan, span_sizes
 from kvsculpt_vllm.sculpt.compress import compress, fit
 from kvsculpt_vllm.sculpt.effort import EFFORTS, Effort
 from kvsculpt_vllm.sculpt.layerwise import compress_segment
+from kvsculpt_vllm.sculpt.memory import work_with
 from kvsculpt_vllm.sculpt.problem import Problems
 from kvsculpt_vllm.sculpt.queries import sample_positions
 from kvsculpt_vllm.sculpt.segment_source import SegmentSource
@@ -51,6 +54,7 @@ from kvsculpt_vllm.sculpt.slices import at_once
 from kvsculpt_vllm.sculpt.survey import survey
 
 STEPS, REFIT_EVERY, RIDGE, BLOCK_SIZE = 100, 5, 1e-3, 32
+LONGEST = 32_768  # tokens of a context
 
 
 class Shape(NamedTuple):
@@ -61,6 +65,11 @@ class Shape(NamedTuple):
     kv_heads: int
     head_size: int
     calibration: str = ""  # the name of the one that comes with the plugin, if one does
+
+    @property
+    def rank(self) -> RankShape:
+        """As a worker has it, in 16 bits."""
+        return RankShape(self.layers, self.kv_heads, self.query_heads, self.head_size, element_bytes=2)
 
 
 SHAPES = {
@@ -244,6 +253,8 @@ def main(
         )
     if shape is not None:
         name, origin = shape, "random numbers"
+        if device == "cuda":  # as a worker would
+            work_with("cuda", *reserved(SHAPES[shape].rank, exact, LONGEST).sizes)
         with torch.no_grad():
             source = random_context(SHAPES[shape], context, span_blocks * BLOCK_SIZE, amount, device)
             problems = at_once(source.of)(range(source.num_problems))

@@ -653,7 +653,7 @@ def working_memory() -> str:
     for name, rank in ranks.items():
         parts = [reserved(rank, CompressionConfig(), length) for length in lengths]
         heads = f"{rank.num_layers} × {rank.num_query_heads} × {rank.num_kv_heads} × {rank.head_size}"
-        body.append([name, heads, _gibibytes(parts[0].samples), *(_gibibytes(sum(part)) for part in parts)])
+        body.append([name, heads, _gibibytes(parts[0].samples), *(_gibibytes(part.total) for part in parts)])
     header = ["", "layers × query heads × KV heads × head size", "of which queries"]
     return table(header + [f"`--max-model-len {length}`" for length in lengths], body)
 

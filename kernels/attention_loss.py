@@ -92,7 +92,7 @@ def attention_loss(
     m = keys.shape[1]
     check_problems(queries, shift, out, retained_mass, retained_sum, keys, values, sizes)
     check_tensors(queries, torch.float32, out_norm=(out_norm, (batch,)))
-    constants = tiling(head_size)
+    constants = tiling(head_size, queries.device, streams_entries=True)
     blocks = triton.cdiv(num_queries, constants["block_q"])
     partial = queries.new_empty(batch, blocks)
     pull = queries.new_empty(batch, num_queries, head_size)  # a
@@ -112,6 +112,7 @@ def attention_loss(
     if not with_grad:
         return loss, None
     grad = torch.zeros_like(keys, memory_format=torch.contiguous_format)
+    constants = tiling(head_size, queries.device, streams_entries=False)
     _backward[(triton.cdiv(m, constants["block_m"]), batch)](
         *with_strides(queries, shift, keys, values, pull, push, grad),
         sizes,

@@ -31,9 +31,10 @@ from kvsculpt_vllm.kernels.pages import FLOATS, Pages
 TILE = 64
 """Entries that the size of a chunk is a multiple of: those that a program multiplies at once."""
 
-CHUNKS_PER_PROCESSOR = 4
+CHUNKS_PER_PROCESSOR = 8
 """Full chunks for each of a GPU's processors. Three programs of `decode_attention` run on one at a time, and those that
-end early are followed by others."""
+end early are followed by others. Fewer leave processors without work at the end; more must be merged (measured on an
+H100: benchmarks/LOG.md)."""
 
 ITEM = 4
 """Numbers that an item is written with: pair, number of its chunk, its part, nothing."""

@@ -57,7 +57,7 @@ def attention_with_lse(
     )
     if n == 0:
         raise ValueError("keys: none given, at least one is needed")
-    constants = tiling(head_size)
+    constants = tiling(head_size, queries.device, streams_entries=True)
     out, lse = torch.empty_like(queries, memory_format=torch.contiguous_format), queries.new_empty(batch, num_queries)
     _attend[(triton.cdiv(num_queries, constants["block_q"]), batch)](
         *with_strides(queries, keys, values, out, lse),
@@ -93,7 +93,7 @@ def received(
     )
     if power < 1:
         raise ValueError(f"power: {power} given, at least 1 is needed")
-    constants = tiling(head_size)
+    constants = tiling(head_size, queries.device, streams_entries=False)
     scores = queries.new_empty(batch, n)
     _received[(triton.cdiv(n, constants["block_m"]), batch)](
         *with_strides(queries, lse, keys, scores),

@@ -8,6 +8,8 @@ to know that they are aligned, and they always are alike.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -19,14 +21,42 @@ from kvsculpt_vllm.kernels.soft_cap import cap_tile
 TINY = torch.finfo(torch.float32).tiny
 
 
-def tiling(head_size: int) -> dict[str, int]:
+LARGE = 160 << 10
+"""Bytes of shared memory of which a program may have so many on data-centre GPUs (A100, H100); others have 99 KiB."""
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program may have. What runs elsewhere is interpreted or compiled for an H100."""
+    if device.type != "cuda":
+        return LARGE
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in torch's stubs
+
+
+def tiling(head_size: int, device: torch.device, streams_entries: bool) -> dict[str, int]:
     """Give the constants of a launch: the head size, queries and keys of a tile, the head size padded to a power of
-    two, and one stage. More float32 tiles than a stage's do not fit the shared memory of most GPUs. With larger tiles
-    only one program fits a processor of an H100, and registers spill (tests/test_kernels_compile.py has how much).
+    two, and the stages: tiles in shared memory at once or on the way there.
+
+    A kernel that `streams_entries` has its queries in registers and reads keys and values, others read queries for the
+    keys they have. The fastest of those measured on an H100 with head size 128 (benchmarks/LOG.md), and what fits where
+    there is less shared memory. Registers, spills and shared memory are in tests/test_kernels_compile.py.
     """
     block_d = max(16, triton.next_power_of_2(head_size))
-    block_q = 64 if block_d <= 128 else 16
-    return {"head_size": head_size, "block_q": block_q, "block_m": 32, "block_d": block_d, "num_stages": 1}
+    block_q, block_m, num_stages = 64, 32, 1
+    if block_d > 128:
+        block_q = 16
+    elif block_d == 128 and _shared_bytes(device) < LARGE:
+        block_q = 32
+    elif block_d == 128 and streams_entries:
+        block_q, block_m, num_stages = 32, 64, 2
+    return {
+        "head_size": head_size,
+        "block_q": block_q,
+        "block_m": block_m,
+        "block_d": block_d,
+        "num_stages": num_stages,
+    }
 
 
 def check_problems(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvsculpt_vllm.sculpt.matmul import matvec
+from kvsculpt_vllm.sculpt.matmul import matvec, rounded_products
 from kvsculpt_vllm.sculpt.objective import Target
 
 ITERATIONS = 20
@@ -38,7 +38,8 @@ def match_mass(
     wanted = matvec(transposed, missing)
     tiny = torch.finfo(weights.dtype).tiny
     # Where there are fewer entries than queries, as nearly always, their Gram matrix is by far the smaller one.
-    gram = torch.bmm(transposed, weights) if weights.shape[2] < weights.shape[1] else None
+    with rounded_products(weights.device):
+        gram = torch.bmm(transposed, weights) if weights.shape[2] < weights.shape[1] else None
     x = torch.ones_like(wanted)
     for _ in range(ITERATIONS):
         mass = matvec(transposed, matvec(weights, x)) if gram is None else matvec(gram, x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvsculpt_vllm.sculpt.matmul import rounded_products, solved_by
 from kvsculpt_vllm.sculpt.memory import max_elements
 from kvsculpt_vllm.sculpt.objective import Target
 
@@ -37,7 +38,8 @@ class ValueFit:
         weights, retained_out = target.normalise(target.weights(keys, valid) if weights is None else weights)
         residual = target.out - retained_out - torch.bmm(weights, start)
         transposed = weights.transpose(1, 2)
-        self._gram = torch.bmm(weights, transposed) if self._dual else torch.bmm(transposed, weights)
+        with rounded_products(weights.device):
+            self._gram = torch.bmm(weights, transposed) if self._dual else torch.bmm(transposed, weights)
         self._rhs = residual if self._dual else torch.bmm(transposed, residual)
         self._transposed = transposed if self._dual else None
         # Over the real entries only: the ridge of a problem must not depend on what it is padded to.
@@ -80,7 +82,7 @@ class ValueFit:
         factors, info = torch.linalg.cholesky_ex(systems)
         del systems
         # Whatever stands in a factor that failed: a problem is solved alone, and its change is dropped.
-        changes = torch.cholesky_solve(self._rhs.expand(len(ridges), -1, -1, -1), factors)
+        changes = solved_by(factors, self._rhs.expand(len(ridges), -1, -1, -1))
         if self._transposed is not None:
             columns = torch.bmm(self._transposed, changes.permute(1, 2, 0, 3).flatten(2))  # (B, m, R·D)
             changes = columns.unflatten(2, (len(ridges), -1)).permute(2, 0, 1, 3)

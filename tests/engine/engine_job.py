@@ -73,7 +73,7 @@ def install_identity(poison: bool) -> None:
         keys, values = source.keys[:, kept], source.values[:, kept]
         pages = [plan.span_pages] * count
         write(FittedBatch(list(range(count)), [keys.shape[1]] * count, keys, values), pages)
-        told = {field.name: torch.zeros(count) for field in fields(Compressed)}
+        told = {field.name: torch.zeros(count, device=source.device) for field in fields(Compressed)}
         return Compressed(**told | {"pages": pages, "keys": [], "values": []})
 
     def place(page_counts):

@@ -160,10 +160,11 @@ def test_the_twin_attends_to_what_was_written_for_each_head(rows, sinks, soft_ca
     heads, group, head_size = 2, 2, 16
     (query, pages, prefixes, asked_rows), written = make_case(rows, heads, group, head_size, torch.float32, device)
     counts = [new for new, _, _ in rows]
+    on_device = None if sinks is None else sinks.to(device)
     asked = query.cpu().split(counts)
     for layer in range(LAYERS):
         answers = (
-            paged_attention_twin(query, pages, prefixes, *asked_rows[:3], layer, heads, 1.0, sinks, soft_cap)
+            paged_attention_twin(query, pages, prefixes, *asked_rows[:3], layer, heads, 1.0, on_device, soft_cap)
             .cpu()
             .split(counts)
         )

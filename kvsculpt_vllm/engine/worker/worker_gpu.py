@@ -11,7 +11,8 @@ from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.shared.rank_shape import RankShape
 from kvsculpt_vllm.engine.worker.pages import TokenPages
 from kvsculpt_vllm.engine.worker.worker import SculptWorkerMixin
-from kvsculpt_vllm.engine.worker.working_memory import reserved
+from kvsculpt_vllm.engine.worker.working_memory import ROOM, Reserved, reserved
+from kvsculpt_vllm.sculpt.memory import work_with
 
 logger = init_logger("vllm.kvsculpt")
 
@@ -39,9 +40,11 @@ class SculptGPUWorker(SculptWorkerMixin, Worker):
         """
         given = self.cache_config.kv_cache_memory_bytes  # by the user: vLLM sets it too, from its plan
         available = super().determine_available_memory()
+        kept = self._reserved(ROOM if not given else min(ROOM, self._free_bytes() - given))
+        work_with("cuda", *kept.sizes)
         if given:
             return available
-        kept_free = self._reserved_bytes()
+        kept_free = kept.total
         if kept_free >= available:
             raise ValueError(
                 f"--kv-compression: compressing takes {kept_free / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB are "
@@ -51,7 +54,11 @@ class SculptGPUWorker(SculptWorkerMixin, Worker):
         logger.info("kvsculpt: %.2f GiB of the KV cache's memory kept free for compression", kept_free / 2**30)
         return available - kept_free
 
-    def _reserved_bytes(self) -> int:
-        """Bytes that the samples of all prompts take at most, and the solve of the longest segment."""
+    def _reserved(self, room: int) -> Reserved:
+        """What the samples of all prompts take at most, and the solve of the longest segment."""
         config = CompressionConfig.from_additional_config(self.vllm_config.additional_config)
-        return sum(reserved(RankShape.of(self.vllm_config), config, self.model_config.max_model_len))
+        return reserved(RankShape.of(self.vllm_config), config, self.model_config.max_model_len, room)
+
+    def _free_bytes(self) -> int:
+        """Of the device's memory, the model's weights being there and the KV cache not yet."""
+        return torch.cuda.mem_get_info()[0]

@@ -8,7 +8,7 @@ from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.shared import sample_room
 from kvsculpt_vllm.engine.shared.rank_shape import RankShape
 from kvsculpt_vllm.sculpt.effort import EFFORTS
-from kvsculpt_vllm.sculpt.memory import BYTES, COPIES, GROUP_BYTES, layer_groups
+from kvsculpt_vllm.sculpt.memory import COPIES, layer_groups
 from kvsculpt_vllm.sculpt.queries import RECENT_POSITIONS
 
 BUILD_COPIES = 2
@@ -25,21 +25,56 @@ STEP_COPIES = 30
 """Tensors as large as the keys of a batch that key steps hold: ten pairs of curvature, and what one step makes."""
 
 
+ROOM = 3 << 30
+"""Bytes that may be kept free for a faster solve, samples included."""
+
+
+class Sizes(NamedTuple):
+    """What a solve works with, see `sculpt.memory`; bytes."""
+
+    temporary: int
+    group: int
+
+
+LADDER = tuple(Sizes(*(mib << 20 for mib in rung)) for rung in ((384, 1024), (256, 1024), (256, 512), (128, 512)))
+"""Larger batches are faster: fewer launches, and more systems factored at once (measured on an H100:
+benchmarks/LOG.md)."""
+
+
 class Reserved(NamedTuple):
-    """Bytes that a GPU worker keeps free."""
+    """Bytes that a GPU worker keeps free, and what a solve works with then."""
 
     samples: int  # for the queries of all prompts
     solve: int  # for the solve of the longest segment
+    sizes: Sizes
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return self.samples + self.solve
 
 
-def reserved(rank: RankShape, config: CompressionConfig, max_model_len: int) -> Reserved:
+def reserved(rank: RankShape, config: CompressionConfig, max_model_len: int, room: int = ROOM) -> Reserved:
     """Say what to keep free on a GPU: the samples of all prompts at most, and the solve of the longest segment by any
-    effort that a request may ask for (`--kv-compression-max-effort`), in a context of `max_model_len` tokens.
+    effort that a request may ask for (`--kv-compression-max-effort`), in a context of `max_model_len` tokens. The
+    solve works with the largest sizes with which that is no more than `room`, or with the smallest ones there are.
     """
+    samples = rank.position_bytes * sample_room.positions_on_gpu(config)
+    every = (Reserved(samples, _solve(rank, config, max_model_len, sizes), sizes) for sizes in LADDER)
+    found = next(every)
+    for smaller in every:
+        if found.total <= room:
+            break
+        found = smaller
+    return found
+
+
+def _solve(rank: RankShape, config: CompressionConfig, max_model_len: int, sizes: Sizes) -> int:
+    """Bytes of the solve of the longest segment that works with these sizes."""
     efforts = [EFFORTS[name] for name in config.efforts]
     tokens = min(sample_room.longest_segment(config), max_model_len)
     sampled = min(tokens, max(effort.positions_for(rank.position_bytes) for effort in efforts))
-    solve = solve_bytes(
+    return solve_bytes(
         num_layers=rank.num_layers,
         num_kv_heads=rank.num_kv_heads,
         num_query_heads=rank.num_query_heads,
@@ -49,10 +84,9 @@ def reserved(rank: RankShape, config: CompressionConfig, max_model_len: int) -> 
         segment_tokens=tokens,
         context_tokens=max_model_len,
         cache_bytes=rank.element_bytes,
-        largest_temporary=BYTES["cuda"],
-        group_bytes=GROUP_BYTES["cuda"],
+        largest_temporary=sizes.temporary,
+        group_bytes=sizes.group,
     )
-    return Reserved(rank.position_bytes * sample_room.positions_on_gpu(config), solve)
 
 
 def solve_bytes(

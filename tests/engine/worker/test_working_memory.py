@@ -12,13 +12,14 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.shared.rank_shape import RankShape
+from kvsculpt_vllm.engine.worker import worker_gpu, working_memory
 from kvsculpt_vllm.engine.worker.worker_gpu import SculptGPUWorker
-from kvsculpt_vllm.engine.worker.working_memory import reserved, solve_bytes
+from kvsculpt_vllm.engine.worker.working_memory import Sizes, reserved, solve_bytes
 from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.effort import EFFORTS, Effort
 from kvsculpt_vllm.sculpt.layerwise import compress_segment
 from kvsculpt_vllm.sculpt.matmul import fast_matmul
-from kvsculpt_vllm.sculpt.memory import BYTES, COPIES
+from kvsculpt_vllm.sculpt.memory import BYTES, COPIES, GROUP_BYTES
 from kvsculpt_vllm.sculpt.problem import Earlier
 from kvsculpt_vllm.sculpt.queries import RECENT_POSITIONS, sample_positions
 from kvsculpt_vllm.sculpt.segment_source import SegmentSource
@@ -140,7 +141,7 @@ RANKS = {
 @pytest.mark.parametrize("longest_context", [8_192, 32_768, 131_072])
 @pytest.mark.parametrize("name", RANKS)
 def test_three_gigabytes_are_enough(name, longest_context):
-    assert 2**30 < sum(reserved(RANKS[name], CompressionConfig(), longest_context)) <= 3 * 2**30
+    assert 2**30 < reserved(RANKS[name], CompressionConfig(), longest_context).total <= 3 * 2**30
 
 
 def test_what_is_kept_free_is_enough_for_the_most_effort_that_a_request_may_ask_for():
@@ -194,13 +195,37 @@ def vllm_finds(monkeypatch):
 @pytest.mark.parametrize("by_plan", [False, True], ids=["measured", "from vLLM's plan of an earlier start"])
 def test_memory_for_compression_is_taken_off_what_vllm_finds(vllm_finds, by_plan):
     vllm_finds(40 * GIB, by_plan)
-    kept_free = sum(reserved(RANKS["Llama-3.1-8B"], CompressionConfig(method="sculpt"), 32_768))
+    kept_free = reserved(RANKS["Llama-3.1-8B"], CompressionConfig(method="sculpt"), 32_768).total
     assert GPUWorker(None).determine_available_memory() == 40 * GIB - kept_free
 
 
-def test_a_size_that_the_user_gave_is_not_made_smaller(vllm_finds):
+@pytest.fixture(autouse=True)
+def sizes_before(monkeypatch):
+    """What a worker lets solves take is forgotten."""
+    for sizes in (BYTES, GROUP_BYTES):
+        monkeypatch.setitem(sizes, "cuda", sizes["cuda"])
+
+
+@pytest.mark.parametrize(("left", "temporary", "group"), [(0, 128, 512), (3.5, 256, 512), (30, 384, 1024)])
+def test_a_size_that_the_user_gave_is_not_made_smaller(vllm_finds, left, temporary, group, monkeypatch):
+    """A solve works with what is left beside it."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (7 * GIB + int(left * GIB), 80 * GIB))
+    monkeypatch.setattr(working_memory, "ROOM", 5 * GIB)
+    monkeypatch.setattr(worker_gpu, "ROOM", 5 * GIB)
     vllm_finds(40 * GIB)
     assert GPUWorker(7 * GIB).determine_available_memory() == 7 * GIB
+    assert (BYTES["cuda"], GROUP_BYTES["cuda"]) == (temporary << 20, group << 20)
+
+
+def test_a_solve_works_with_the_most_that_three_gigabytes_hold(vllm_finds):
+    vllm_finds(40 * GIB)
+    GPUWorker(None).determine_available_memory()
+    assert (BYTES["cuda"], GROUP_BYTES["cuda"]) == (128 << 20, 512 << 20)
+    small = RANKS["Qwen2.5-1.5B"]
+    assert reserved(small, CompressionConfig(), 32_768).sizes == Sizes(384 << 20, 1 << 30)
+    for room in (0, 2 * GIB, 2.5 * GIB, 3 * GIB):
+        kept = reserved(small, CompressionConfig(), 32_768, int(room))
+        assert kept.total <= room or kept.sizes == working_memory.LADDER[-1]
 
 
 def test_a_device_without_room_for_compression_is_refused_with_both_sizes(vllm_finds):

@@ -16,6 +16,7 @@ from kvsculpt_vllm.kernels.attention_scores import received_twin
 from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.compress import compress
 from kvsculpt_vllm.sculpt.effort import Effort
+from kvsculpt_vllm.sculpt.matmul import solved_by
 from kvsculpt_vllm.sculpt.memory import max_elements
 from kvsculpt_vllm.sculpt.objective import LSE_WEIGHT, Target
 from kvsculpt_vllm.sculpt.problem import Problems
@@ -236,7 +237,7 @@ def systems(subject: Subject, notes: Notes) -> None:
             return (
                 factor,
                 info,
-                torch.cholesky_solve(given_right, factor),
+                solved_by(factor, given_right),
                 torch.linalg.solve_triangular(factor, given_right, upper=False),
                 torch.linalg.solve(given, given_right),
             )
