@@ -14,8 +14,9 @@ SHRINK = 0.25
 class BatchedLBFGS:
     """Limited-memory BFGS (Nocedal & Wright, alg. 7.5) on B problems of N unknowns each.
 
-    Each problem has its own curvature pairs and its own backtracking search. A step costs exactly one evaluation
-    of the batch: a problem whose trial point fails the Armijo test stays where it is and tries a shorter step
+    Each problem has its own curvature pairs, of the last `history` steps, and its own backtracking search. A step that
+    gave a problem no pair leaves its slot empty: so all problems have a step's pair in the same place, and nothing is
+    indexed by problem. A step costs exactly one evaluation of the batch: a problem whose trial point fails the Armijo test stays where it is and tries a shorter step
     next time, while the others move on. So the work is fixed beforehand and no problem waits for another.
     With every trial accepted the iterates are those of `torch.optim.LBFGS(lr=1)`.
 
@@ -33,7 +34,7 @@ class BatchedLBFGS:
         self._curvature = x.new_ones(batch)  # s·y / y·y of the newest pair
         self._count = torch.zeros(batch, dtype=torch.long, device=x.device)
         self._length = x.new_ones(batch)  # step length of the next trial
-        self._tried = 0  # steps: no problem has more pairs
+        self._tried = 0  # steps
         self._set_first_length()
 
     def _set_first_length(self) -> None:
@@ -43,20 +44,17 @@ class BatchedLBFGS:
 
     def direction(self) -> Tensor:
         """The quasi-Newton descent direction (B, N); steepest descent where it would not descend."""
-        rows = torch.arange(len(self.x), device=self.x.device)
-        used = min(self._tried, self.history)  # a slot that a problem has not filled yet changes nothing
+        # The newest first; a slot without a pair changes nothing.
+        slots = [step % self.history for step in reversed(range(max(0, self._tried - self.history), self._tried))]
         d = -self.grad
-        alphas, slots = [], []
-        for age in range(used):
-            slot = (self._count - 1 - age) % self.history
-            alpha = self._rho[rows, slot] * (self._s[rows, slot] * d).sum(1)
-            d = d - alpha[:, None] * self._y[rows, slot]
-            alphas.append(alpha)
-            slots.append(slot)
+        alphas = []
+        for slot in slots:
+            alphas.append(self._rho[:, slot] * (self._s[:, slot] * d).sum(1))
+            d = torch.addcmul(d, alphas[-1][:, None], self._y[:, slot], value=-1)
         d = d * self._curvature[:, None]
         for alpha, slot in zip(reversed(alphas), reversed(slots), strict=True):
-            beta = self._rho[rows, slot] * (self._y[rows, slot] * d).sum(1)
-            d = d + (alpha - beta)[:, None] * self._s[rows, slot]
+            beta = self._rho[:, slot] * (self._y[:, slot] * d).sum(1)
+            d = torch.addcmul(d, (alpha - beta)[:, None], self._s[:, slot])
         descends = (d * self.grad).sum(1) < 0
         return torch.where(descends[:, None], d, -self.grad)
 
@@ -69,15 +67,15 @@ class BatchedLBFGS:
         slope = (d * self.grad).sum(1)
         trial = self.x + self._length[:, None] * d
         loss, grad = evaluate(trial)
-        accepted = (loss <= self.loss + ARMIJO * self._length * slope) & grad.isfinite().all(1)
         s, y = trial - self.x, grad - self.grad
         sy, yy = (s * y).sum(1), (y * y).sum(1)
-        keep = accepted & (sy > 1e-10 * yy.clamp_min(torch.finfo(yy.dtype).tiny)) & sy.isfinite()
-        rows = torch.arange(len(keep), device=keep.device)
-        slot = self._count % self.history
+        # A gradient that is not finite has no finite y·y.
+        accepted = (loss <= self.loss + ARMIJO * self._length * slope) & (yy < torch.inf)
+        keep = accepted & (sy > 1e-10 * yy.clamp_min(torch.finfo(yy.dtype).tiny)) & (sy < torch.inf)
+        slot = self._tried % self.history
         for pairs, newest in ((self._s, s), (self._y, y), (self._rho, 1.0 / sy)):
             kept = keep.view(-1, *[1] * (newest.dim() - 1))
-            pairs[rows, slot] = torch.where(kept, newest, pairs[rows, slot])
+            pairs[:, slot] = torch.where(kept, newest, 0.0)
         self._curvature = torch.where(keep, sy / yy, self._curvature)
         self._count += keep
         self._tried += 1

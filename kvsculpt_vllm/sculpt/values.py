@@ -40,7 +40,7 @@ class ValueFit:
         transposed = weights.transpose(1, 2)
         with rounded_products(weights.device):
             self._gram = torch.bmm(weights, transposed) if self._dual else torch.bmm(transposed, weights)
-        self._rhs = residual if self._dual else torch.bmm(transposed, residual)
+            self._rhs = residual if self._dual else torch.bmm(transposed, residual)
         self._transposed = transposed if self._dual else None
         # Over the real entries only: the ridge of a problem must not depend on what it is padded to.
         num_valid = num_entries if valid is None else valid.sum(1)
