@@ -8,7 +8,7 @@ from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.shared import sample_room
 from kvsculpt_vllm.engine.shared.rank_shape import RankShape
 from kvsculpt_vllm.sculpt.effort import EFFORTS
-from kvsculpt_vllm.sculpt.memory import COPIES, layer_groups
+from kvsculpt_vllm.sculpt.memory import layer_groups
 from kvsculpt_vllm.sculpt.queries import RECENT_POSITIONS
 
 BUILD_COPIES = 2
@@ -18,8 +18,11 @@ retained entries answer."""
 LAYER_COPIES = 5
 """Tensors as large as a layer's queries in float32 that live besides while that layer's are built."""
 
-TEMPORARIES = 3
+TEMPORARIES = 2.5
 """Temporaries of the largest size that live at once."""
+
+FIT_COPIES = 7
+"""Tensors as large as a batch's queries in float32 that live while it is fitted."""
 
 STEP_COPIES = 30
 """Tensors as large as the keys of a batch that key steps hold: ten pairs of curvature, and what one step makes."""
@@ -36,7 +39,7 @@ class Sizes(NamedTuple):
     group: int
 
 
-LADDER = tuple(Sizes(*(mib << 20 for mib in rung)) for rung in ((384, 1024), (256, 1024), (256, 512), (128, 512)))
+LADDER = tuple(Sizes(*(mib << 20 for mib in rung)) for rung in ((512, 1536), (384, 1024), (256, 1024), (256, 512), (128, 512)))
 """Larger batches are faster: fewer launches, and more systems factored at once (measured on an H100:
 benchmarks/LOG.md)."""
 
@@ -115,7 +118,7 @@ def solve_bytes(
     # Of one head at a time, which may have kept everything: its keys are there while both are read once more.
     building = (BUILD_COPIES * group + LAYER_COPIES) * layer + 2 * context_tokens * pair
     entries = min(largest_temporary // (4 * min(fitted_on, asked) * rows), group * num_kv_heads * segment_tokens)
-    fitting = COPIES * group * layer + STEP_COPIES * entries * head_size * 4
+    fitting = FIT_COPIES * group * layer + STEP_COPIES * entries * head_size * 4
     made = group * num_kv_heads * segment_tokens * pair
     whole = num_layers * num_kv_heads * segment_tokens * pair
-    return whole + made + max(building, fitting) + TEMPORARIES * largest_temporary
+    return whole + made + max(building, fitting) + int(TEMPORARIES * largest_temporary)
