@@ -49,7 +49,8 @@ def jobs(directory: str, device: str, prompt: int, answer: int, sync_check: bool
         {"start": 3 * prompt, "length": SHORT, "max_tokens": answer, "extra_args": None, "after": 2},
         {"start": 4 * prompt, "length": prompt, "max_tokens": answer // 2, "extra_args": None, "after": 3},
     ]
-    stock = {"engine": engine, "batches": [requests], "cuda": device == "cuda"}
+    # Room for the queries of all prompts at once: without prefix caching none is computed again when there is room.
+    stock = {"engine": engine, "batches": [requests], "cuda": device == "cuda", "sampled_segments": 16}
     settings = {"method": "sculpt" if sync_check else "select", "min_tokens": 2 * SHORT, "window": 32}
     settings |= {"segment": prompt // 2, "decode": prompt // 2, "max_stall_ms": 60_000, "effort": "fast"}
     ours = {**stock, "engine": {**engine, "additional_config": {"kv_compression": settings}}}

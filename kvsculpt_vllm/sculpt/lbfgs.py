@@ -16,8 +16,9 @@ class BatchedLBFGS:
 
     Each problem has its own curvature pairs, of the last `history` steps, and its own backtracking search. A step that
     gave a problem no pair leaves its slot empty: so all problems have a step's pair in the same place, and nothing is
-    indexed by problem. A step costs exactly one evaluation of the batch: a problem whose trial point fails the Armijo test stays where it is and tries a shorter step
-    next time, while the others move on. So the work is fixed beforehand and no problem waits for another.
+    indexed by problem. A step costs exactly one evaluation of the batch: a problem whose trial point fails the Armijo
+    test stays where it is and tries a shorter step next time, while the others move on. So the work is fixed beforehand
+    and no problem waits for another.
     With every trial accepted the iterates are those of `torch.optim.LBFGS(lr=1)`.
 
     `x`, `loss` and `grad` always belong to the same accepted point. Nothing here waits for the device.

@@ -219,10 +219,11 @@ def start(job: dict):
 
         # vLLM starts workers anew on a CPU; they would lack what is replaced here, and import for half a minute.
         multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
-    if "samples_bytes" in job:
+    if "samples_bytes" in job or "sampled_segments" in job:
         from kvsculpt_vllm.engine.shared import sample_room
 
-        sample_room.CPU_BYTES = job["samples_bytes"]
+        sample_room.CPU_BYTES = job.get("samples_bytes", sample_room.CPU_BYTES)
+        sample_room.SEGMENTS = job.get("sampled_segments", sample_room.SEGMENTS)
     if job.get("identity"):
         # No solver runs, so that the copies of pages can be kernels too.
         os.environ["KVSCULPT_KERNELS"] = "triton" if job.get("gpu_path") else ""

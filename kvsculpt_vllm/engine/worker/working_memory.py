@@ -39,7 +39,13 @@ class Sizes(NamedTuple):
     group: int
 
 
-LADDER = tuple(Sizes(*(mib << 20 for mib in rung)) for rung in ((512, 1536), (384, 1024), (256, 1024), (256, 512), (128, 512)))
+LADDER = (
+    Sizes(512 << 20, 1536 << 20),
+    Sizes(384 << 20, 1024 << 20),
+    Sizes(256 << 20, 1024 << 20),
+    Sizes(256 << 20, 512 << 20),
+    Sizes(128 << 20, 512 << 20),
+)
 """Larger batches are faster: fewer launches, and more systems factored at once (measured on an H100:
 benchmarks/LOG.md)."""
 

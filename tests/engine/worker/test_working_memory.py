@@ -206,7 +206,7 @@ def sizes_before(monkeypatch):
         monkeypatch.setitem(sizes, "cuda", sizes["cuda"])
 
 
-@pytest.mark.parametrize(("left", "temporary", "group"), [(0, 128, 512), (3.5, 256, 512), (30, 384, 1024)])
+@pytest.mark.parametrize(("left", "temporary", "group"), [(0, 128, 512), (3.5, 256, 1024), (30, 512, 1536)])
 def test_a_size_that_the_user_gave_is_not_made_smaller(vllm_finds, left, temporary, group, monkeypatch):
     """A solve works with what is left beside it."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (7 * GIB + int(left * GIB), 80 * GIB))
@@ -222,7 +222,7 @@ def test_a_solve_works_with_the_most_that_three_gigabytes_hold(vllm_finds):
     GPUWorker(None).determine_available_memory()
     assert (BYTES["cuda"], GROUP_BYTES["cuda"]) == (128 << 20, 512 << 20)
     small = RANKS["Qwen2.5-1.5B"]
-    assert reserved(small, CompressionConfig(), 32_768).sizes == Sizes(384 << 20, 1 << 30)
+    assert reserved(small, CompressionConfig(), 32_768).sizes == Sizes(512 << 20, 1536 << 20)
     for room in (0, 2 * GIB, 2.5 * GIB, 3 * GIB):
         kept = reserved(small, CompressionConfig(), 32_768, int(room))
         assert kept.total <= room or kept.sizes == working_memory.LADDER[-1]
