@@ -6,20 +6,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from vllm.v1.worker.gpu_worker import Worker
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.shared.rank_shape import RankShape
+from kvsculpt_vllm.engine.shared.sample_room import longest_segment
 from kvsculpt_vllm.engine.worker import worker_gpu, working_memory
 from kvsculpt_vllm.engine.worker.worker_gpu import SculptGPUWorker
 from kvsculpt_vllm.engine.worker.working_memory import Sizes, reserved, solve_bytes
+from kvsculpt_vllm.kernels.dispatch import VARIABLE
 from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.effort import EFFORTS, Effort
 from kvsculpt_vllm.sculpt.layerwise import compress_segment
 from kvsculpt_vllm.sculpt.matmul import fast_matmul
-from kvsculpt_vllm.sculpt.memory import BYTES, COPIES, GROUP_BYTES
+from kvsculpt_vllm.sculpt.memory import BYTES, COPIES, GROUP_BYTES, PADDING
 from kvsculpt_vllm.sculpt.problem import Earlier
 from kvsculpt_vllm.sculpt.queries import RECENT_POSITIONS, sample_positions
 from kvsculpt_vllm.sculpt.segment_source import SegmentSource
@@ -138,6 +141,39 @@ RANKS = {
 }
 
 
+@pytest.mark.parametrize("name", RANKS)
+def test_a_solve_of_a_gpus_size_takes_no_more_than_is_kept_free(name, monkeypatch):
+    """On the device "meta", whose peaks of Qwen2.5-1.5B were within 3 % of those measured on an H100."""
+    rank, config = RANKS[name], CompressionConfig()
+    kept = reserved(rank, config, 8_192)
+    for of_device, value in (
+        (BYTES, kept.sizes.temporary),
+        (GROUP_BYTES, kept.sizes.group),
+        (PADDING, PADDING["cuda"]),
+    ):
+        monkeypatch.setitem(of_device, "meta", value)
+    monkeypatch.setenv(VARIABLE, "triton")
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", lambda self, *args, **kwargs: None)
+    tokens, effort, meta = longest_segment(config), EFFORTS["balanced"], {"device": "meta", "dtype": torch.bfloat16}
+    positions, recent = sample_positions(0, tokens, min(tokens, effort.positions_for(rank.position_bytes)))
+    heads, blocks = rank.num_layers * rank.num_kv_heads, (tokens - config.window) // 16
+    with LiveBytes() as live, torch.no_grad():
+        source = SegmentSource(
+            torch.empty(rank.num_layers, len(positions), rank.num_query_heads, rank.head_size, **meta),
+            positions,
+            recent,
+            *torch.empty(2, heads, tokens, rank.head_size, **meta),
+            16 * blocks,
+            config.sink,
+            [None] * rank.num_layers,
+            rank.head_size**-0.5,
+        )
+        plan = PagePlan(16, blocks, heads * blocks * 3 // 10, config.sink)
+        sample = source.queries.nbytes
+        compress_segment(source, plan, "sculpt", "uniform", effort, lambda *_: None)
+    assert kept.solve / 2 < live.peak - sample < kept.solve
+
+
 @pytest.mark.parametrize("longest_context", [8_192, 32_768, 131_072])
 @pytest.mark.parametrize("name", RANKS)
 def test_three_gigabytes_are_enough(name, longest_context):
@@ -230,5 +266,5 @@ def test_a_solve_works_with_the_most_that_three_gigabytes_hold(vllm_finds):
 
 def test_a_device_without_room_for_compression_is_refused_with_both_sizes(vllm_finds):
     vllm_finds(2 * GIB)
-    with pytest.raises(ValueError, match=r"compressing takes 3\.0 GiB, and 2\.0 GiB are there"):
+    with pytest.raises(ValueError, match=r"compressing takes 2\.7 GiB, and 2\.0 GiB are there"):
         GPUWorker(None).determine_available_memory()
