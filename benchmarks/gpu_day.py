@@ -267,7 +267,7 @@ STEPS = (
         ),
         (
             *("--model", MODEL, "--parts", "capacity,throughput", "--rounds", "1", "--concurrency", "2"),
-            *("--sequences", "1", "--prompt-tokens", "600", "--output-tokens", "8"),
+            *("--sequences", "2", "--prompt-tokens", "600", "--output-tokens", "8"),
         ),
         of_serving,
         serves=True,
@@ -282,7 +282,7 @@ STEPS = (
             *("--documents", "16", "--questions", "4", "--room", "6"),
         ),
         (
-            *("--model", MODEL, "--parts", "many", "--documents", "2", "--questions", "1", "--room", "1"),
+            *("--model", MODEL, "--parts", "many", "--documents", "2", "--questions", "1", "--room", "2"),
             *("--tokens", "640", "--users", "1", "--answer", "8"),
         ),
         of_reuse,
