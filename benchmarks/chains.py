@@ -25,6 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from kvsculpt_vllm.config import CompressionConfig
+from kvsculpt_vllm.engine.shared.spans import next_span
 from kvsculpt_vllm.evaluation.attention import RaggedCache
 from kvsculpt_vllm.evaluation.chain import Chain
 from kvsculpt_vllm.evaluation.methods.base import Method, surveyed
@@ -33,7 +34,7 @@ from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer, mode
 from kvsculpt_vllm.evaluation.run import calibration_of
 from kvsculpt_vllm.evaluation.texts import passages, read_text
 from kvsculpt_vllm.sculpt.budgets import blocks_kept
-from kvsculpt_vllm.sculpt.chain import Piece, next_piece, pieces
+from kvsculpt_vllm.sculpt.chain import Piece, pieces
 from kvsculpt_vllm.sculpt.effort import EFFORTS, Effort
 
 FOLDER = Path(__file__).parent / "results" / "chains"
@@ -59,7 +60,9 @@ class Setup(NamedTuple):
         return Chain(self.model, tokens, self.effort, BLOCK_SIZE, WINDOW, SINKS)
 
 
-def answered(setup: Setup, tokens: Sequence[int], prompt: int, decode: int) -> Iterator[tuple[int, TokenScores]]:
+def answered(
+    setup: Setup, tokens: Sequence[int], prompt: int, config: CompressionConfig
+) -> Iterator[tuple[int, TokenScores]]:
     """Score the tokens behind a prompt of `prompt` of them, a stretch between two segments at a time, and say how many
     segments there were behind the prompt's.
     """
@@ -72,18 +75,16 @@ def answered(setup: Setup, tokens: Sequence[int], prompt: int, decode: int) -> I
     at, last = prompt, len(tokens) - 1  # nothing says what follows the last token
     while at < last:
         # The tail that the engine waits for: see spans.next_span.
-        end = min(max(at + 1, blocks * BLOCK_SIZE + max(decode, min(MIN_TOKENS, setup.segment)) + WINDOW), last)
+        end = min(max(at + 1, blocks * BLOCK_SIZE + max(config.decode, min(MIN_TOKENS, setup.segment)) + WINDOW), last)
         chain.compute(at)
         full = RaggedCache(list(exact.keys[:, :at]), list(exact.values[:, :at]), model.storage)
         logits, exact_logits = (model.continue_from(cache, tokens[at:end], at) for cache in (chain.cache, full))
         yield made, compare(exact_logits, logits, tokens[at + 1 : end + 1])
         at = end
-        piece = next_piece(
-            end, WINDOW, BLOCK_SIZE, setup.keep_ratio, setup.segment, chain_blocks=blocks, chain_packed=packed
-        )
-        if at < last and piece is not None:
-            chain.add(piece, setup.method, "adaptive")
-            blocks, packed, made = piece.end, packed + piece.packed_blocks, made + 1
+        span = next_span(config, end, BLOCK_SIZE, blocks, packed, prompt)
+        if at < last and span is not None:
+            chain.add(Piece(span.first, span.blocks, span.packed_blocks, span.followed), setup.method, "adaptive")
+            blocks, packed, made = span.end, packed + span.packed_blocks, made + 1
 
 
 def read_from_afar(
@@ -126,9 +127,10 @@ def shown(title: str, first: str, rows: dict[int, dict[str, Any]]) -> None:
 
 def documented(part: str) -> tuple[list[str], list[list[str]]]:
     """Heading and lines of a table of docs/quality.md, of the results that are kept: KL, mean and 99th percentile, of
-    each text.
+    each text, and for answers with each fraction of them that is kept.
     """
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))]
+    every = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))]
+    results = [result for result in every if part in result]
     first = {"answers": "segments of the answer", "afar": "other tokens between"}[part]
     lines = list(dict.fromkeys(key for result in results for key in result[part]))
     body = [
@@ -136,7 +138,9 @@ def documented(part: str) -> tuple[list[str], list[list[str]]]:
         for key in lines
         if all(key in result[part] for result in results)
     ]
-    return [first, *(f"{result['text']}, KL" for result in results)], body
+    kept = [result.get("decode_keep_ratio") or result["keep_ratio"] for result in results]
+    told = [f", keep {ratio:g}" if len(set(kept)) > 1 else "" for ratio in kept]
+    return [first, *(f"{result['text']}{more}, KL" for result, more in zip(results, told, strict=True))], body
 
 
 def draw(parts: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
@@ -167,6 +171,7 @@ def main(
     prompt: Annotated[int, typer.Option(min=512, help="Tokens of a prompt, and of the segment.")] = 2048,
     answer: Annotated[int, typer.Option(min=64, help="Tokens of an answer.")] = 4000,
     decode: Annotated[int, typer.Option(help="See --kv-compression-decode.")] = CompressionConfig().decode,
+    decode_keep_ratio: Annotated[float, typer.Option(help="See --kv-compression-decode-keep-ratio.")] = 0.0,
     segment: Annotated[int, typer.Option(help="See --kv-compression-segment.")] = CompressionConfig().segment,
     keep_ratio: Annotated[float, typer.Option(help="Fraction of the entries that is kept.")] = 0.3,
     effort: Annotated[str, typer.Option(help="fast, balanced or thorough.")] = "balanced",
@@ -185,6 +190,9 @@ def main(
     file = calibration_of(directory, "auto")
     calibration = None if file is None else file.whole
     setup = Setup(evaluated, surveyed("sculpt", calibration=calibration), EFFORTS[effort], keep_ratio, segment)
+    config = CompressionConfig(
+        method="sculpt", keep_ratio=keep_ratio, segment=segment, decode=decode, decode_keep_ratio=decode_keep_ratio
+    )
     of_text, of_other = (
         tokenizer(read_text(t), add_special_tokens=False, verbose=False).input_ids for t in (text, other)
     )
@@ -202,10 +210,10 @@ def main(
         if "answers" in chosen:
             by_segments = defaultdict[int, list[TokenScores]](list)
             for passage in track(passages(of_text, prompt, answer, contexts, 0, prefix), "answers", console=console):
-                for made, scores in answered(setup, [*passage.context, *passage.continuation], prompt, decode):
+                for made, scores in answered(setup, [*passage.context, *passage.continuation], prompt, config):
                     by_segments[made].append(scores)
             found["answers"] = {made: told(scores) for made, scores in by_segments.items()}
-            result |= {"answer": answer, "decode": decode}
+            result |= {"answer": answer, "decode": decode, "decode_keep_ratio": decode_keep_ratio}
             shown(f"an answer of {answer:,} tokens behind {prompt:,}", "segments of the answer", found["answers"])
         if "afar" in chosen:
             by_distance = defaultdict[int, list[TokenScores]](list)

@@ -39,7 +39,7 @@ STORE_MODES = {
 """What a server does with its store."""
 
 SERVER_ONLY = {
-    *("calibration", "decode", "max_effort", "max_stall_ms", "pin_blocks", "segment"),
+    *("calibration", "decode", "decode_keep_ratio", "max_effort", "max_stall_ms", "pin_blocks", "segment"),
     *("store", "store_mode", "store_size"),
 }
 """Settings that no request can change."""
@@ -137,6 +137,15 @@ class CompressionConfig(BaseModel):
         "by so many tokens, or by a segment's where that is less; the request pauses for it. 0: it stays exact. Fewer "
         "hold less memory and lose more. The server's only.",
     )
+    decode_keep_ratio: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Fraction that is kept of what was written behind a prompt, in place of the keep ratio: an answer "
+        "becomes short segments, and what each loses adds up (at 0.6 nothing does). Memory is reckoned "
+        "with the larger of the two. 0: the keep ratio. It plays no part where keep tokens are given. The server's "
+        "only.",
+    )
     on_failure: Annotated[str, OneOf(ON_FAILURE)] = Field(
         default="exact",
         description="If the compression of a prompt fails (it runs out of memory, its numbers are not finite, or it "
@@ -192,6 +201,25 @@ class CompressionConfig(BaseModel):
     def kept(self, num_tokens: int) -> float:
         """The fraction of the entries of a context of `num_tokens` that is kept, at most 1."""
         return min(1.0, self.keep_tokens / num_tokens) if self.keep_tokens else self.keep_ratio
+
+    def kept_behind(self, first: int, end: int, num_prompt: int) -> float:
+        """The fraction that is kept of the tokens [first, end) behind other segments, of a request that asked with
+        `num_prompt` tokens.
+        """
+        if not self.decode_keep_ratio or self.keep_tokens or end <= max(first, num_prompt):
+            return self.kept(end + self.window)
+        written = (end - max(first, num_prompt)) / (end - first)
+        return self.keep_ratio + (self.decode_keep_ratio - self.keep_ratio) * written
+
+    @property
+    def at_most(self) -> CompressionConfig:
+        """The same with the larger of the two fractions for all: what a context takes if nobody knows how much of it is
+        written.
+        """
+        if not self.decode_keep_ratio:
+            return self
+        most = max(self.keep_ratio, self.decode_keep_ratio)
+        return self.model_copy(update={"keep_ratio": most, "decode_keep_ratio": 0.0})
 
     @property
     def amount(self) -> str:
@@ -263,6 +291,9 @@ class CompressionConfig(BaseModel):
         if self.decode > self.segment:
             cure = f"a whole number up to {flag('segment')}, which is {self.segment}"
             raise ConfigError([WrongSetting(spell("decode"), self.decode, cure)])
+        if self.decode_keep_ratio and not self.decode:
+            cure = f"nothing while {flag('decode')} is 0, which keeps all that is written"
+            raise ConfigError([WrongSetting(spell("decode_keep_ratio"), self.decode_keep_ratio, cure)])
         if self.effort not in self.efforts:
             cure = f"{', '.join(self.efforts)} ({flag('max_effort')} is {self.max_effort})"
             raise ConfigError([WrongSetting(spell("effort"), self.effort, cure)])

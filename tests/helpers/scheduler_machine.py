@@ -72,10 +72,12 @@ class Machine(RuleBasedStateMachine):
         blocks=st.sampled_from([22, 23]) | st.integers(22, NUM_BLOCKS),
         depth=st.integers(1, 3),
         store=st.just(True),
+        written=st.sampled_from([0.0, 0.6]),
     )
-    def start(self, asynchronous, blocks, depth=1, segment=SETTINGS["segment"], store=False):
+    def start(self, asynchronous, blocks, depth=1, segment=SETTINGS["segment"], store=False, written=0.0):
         pins = {"pin_blocks": 14} if self.width else {}  # a pin holds what windows hold before its end, too
-        self.config.additional_config = {"kv_compression": SETTINGS | {"segment": segment} | pins}
+        self.settings = SETTINGS | {"segment": segment, "decode_keep_ratio": written} | pins
+        self.config.additional_config = {"kv_compression": self.settings}
         text_config = self.config.model_config.hf_text_config
         spec = FullAttentionSpec(
             block_size=BLOCK, num_kv_heads=text_config.num_key_value_heads, head_size=64, dtype=torch.bfloat16
@@ -141,7 +143,7 @@ class Machine(RuleBasedStateMachine):
     @rule(length=st.integers(600, 1500), generate=st.integers(1, 20))
     @precondition(lambda self: len(self.scheduler.requests) < 3 and not self.width)
     def arrive_longer_than_the_memory(self, length, generate):
-        config = CompressionConfig(**SETTINGS)
+        config = CompressionConfig(**self.settings)
         while spans.most_blocks(config, length + generate, BLOCK) > self.blocks - 3:
             length -= 50
         self.add([30_000 + 2000 * self.count + i for i in range(length)], generate, None)

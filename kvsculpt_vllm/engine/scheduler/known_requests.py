@@ -225,6 +225,7 @@ class KnownRequests(SchedulerHooks):
             self.block_size,
             end_of(chain),
             packed_in(chain),
+            request.num_prompt_tokens,
         )
 
     def _needed_for(self, request: Request, span: spans.Span) -> int:

@@ -60,7 +60,8 @@ class LongTails(PrefixHits):
         ):
             return False
         # Of all its tokens, which are more than were known when it was admitted.
-        span = spans.next_span(config, request.num_tokens, self.block_size, end_of(chain), packed_in(chain))
+        behind = self.block_size, end_of(chain), packed_in(chain)
+        span = spans.next_span(config, request.num_tokens, *behind, request.num_prompt_tokens)
         if span is None:
             return False
         blocks = self.block_lists.of(request_id)[span.first : span.end]

@@ -129,7 +129,9 @@ class Segments:
         if not self._pool.enable_caching or not told_by_tokens or request.mm_features:
             return None
         lora = request.lora_request
-        kept = config.keep_tokens or config.keep_ratio  # an integer or a float, which JSON tells apart
+        kept: Any = config.keep_tokens or config.keep_ratio  # an integer or a float, which JSON tells apart
+        if config.decode_keep_ratio and not config.keep_tokens:
+            kept = [config.keep_ratio, config.decode_keep_ratio]
         parts = [
             *(*self._of_server, config.method, kept, config.budget, config.sink, config.window),
             None if lora is None else self._adapter(lora),

@@ -10,6 +10,7 @@ from functools import lru_cache
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.shared.reasons import Reason
 from kvsculpt_vllm.sculpt import chain
+from kvsculpt_vllm.sculpt.budgets import blocks_kept
 
 FEWEST_TRIGRAMS = 8
 """A prompt with fewer different runs of three tokens stays exact. All its queries are nearly alike, held-out ones, too,
@@ -102,18 +103,32 @@ def why_exact(
 
 
 def next_span(
-    config: CompressionConfig, num_tokens: int, block_size: int, chain_blocks: int = 0, chain_packed: int = 0
+    config: CompressionConfig,
+    num_tokens: int,
+    block_size: int,
+    chain_blocks: int = 0,
+    chain_packed: int = 0,
+    num_prompt: int | None = None,
 ) -> Span | None:
     """The next segment of a context of `num_tokens` behind a chain that stands for `chain_blocks` and takes
-    `chain_packed`; None where too little is left. The tail keeps at least `window` tokens.
+    `chain_packed`; None where too little is left. The tail keeps at least `window` tokens. What is behind the first
+    `num_prompt` tokens was written; None means nothing.
 
     What is left behind a chain stays exact until it has `min_tokens`, or a segment's length where that is less.
     """
+    kept = config.kept(num_tokens)
+    if config.decode_keep_ratio and not config.keep_tokens:
+        end = num_tokens - config.window
+        kept = config.kept_behind(chain_blocks * block_size, end, num_tokens if num_prompt is None else num_prompt)
+        # What is written has its own fraction, whatever is in front of it; and what answers keep beyond a prompt's
+        # fraction is not taken from prompts that follow them.
+        own = blocks_kept(kept, chain_blocks) if chain_blocks else 0
+        chain_packed = own if kept != config.keep_ratio else min(chain_packed, own)
     piece = chain.next_piece(
         num_tokens,
         config.window,
         block_size,
-        config.kept(num_tokens),
+        kept,
         config.segment,
         chain_blocks=chain_blocks,
         chain_packed=chain_packed,
@@ -128,6 +143,7 @@ def most_blocks(config: CompressionConfig, num_tokens: int, block_size: int) -> 
     """Blocks that a context takes at most that is compressed while it is computed: what the segments before have, and
     one with its exact blocks, the window behind it, and the blocks that are filled.
     """
+    config = config.at_most
     end = packed = most = 0
     window = -(-config.window // block_size)
     while (span := next_span(config, num_tokens, block_size, end, packed)) is not None:

@@ -168,3 +168,50 @@ def test_a_pattern_of_a_few_tokens_over_and_over_is_a_repetition(period, expecte
 def test_an_ordinary_text_with_a_long_repetition_in_it_is_none():
     assert not is_repetition([*range(20), *[5] * 1500])
     assert not is_repetition([*[5] * 1500, *range(20)])
+
+
+def written_chain(config, num_prompt, num_tokens, size):
+    """All spans of a prompt, then of what is written behind it, each as soon as it can be made."""
+    spans, end, packed = chain(config, num_prompt, size), 0, 0
+    if spans:
+        end, packed = spans[-1].end, sum(span.packed_blocks for span in spans)
+    for known in range(num_prompt + 1, num_tokens + 1):
+        if (span := next_span(config, known, size, end, packed, num_prompt)) is not None:
+            spans.append(span)
+            end, packed = span.end, packed + span.packed_blocks
+    return spans
+
+
+@given(st.integers(1, 5000), st.integers(100, 900), st.integers(100, 1000), block_sizes)
+def test_what_is_written_keeps_its_own_fraction_whatever_the_prompt_keeps(num_prompt, prompt, written, size):
+    settings = {"method": "select", "min_tokens": 256, "keep_ratio": prompt / 1000, "decode_keep_ratio": written / 1000}
+    config = CompressionConfig(**settings)
+    spans, total = written_chain(config, num_prompt, num_prompt + 3000, size), 0.0
+    for span in spans:
+        # Of what stays behind the prompt, its window above all, a segment of the answer takes its part.
+        behind = max(0, span.end_token - max(span.first_token, num_prompt)) / span.tokens
+        if span.first_token >= num_prompt - config.window - config.min_tokens - size and behind:
+            wanted = (prompt + (written - prompt) * behind) / 1000 * span.blocks
+            assert abs(span.packed_blocks - wanted) <= 2
+            total += behind
+    assert total > 0
+    assert sum(span.packed_blocks for span in spans) <= max(prompt, written) / 1000 * spans[-1].end + 2 * len(spans)
+    taken = sum(span.packed_blocks for span in spans) + (num_prompt + 3000) // size - spans[-1].end
+    assert taken <= most_blocks(config, num_prompt + 3000, size) + 2 * len(spans)
+
+
+def test_what_an_answer_keeps_is_not_taken_from_the_next_prompt():
+    """A turn behind a prompt of 2,048 tokens and an answer of as many, which kept two thirds."""
+    config = CompressionConfig(method="select", decode_keep_ratio=0.66)
+    turn = 4096 + 64 + 1024
+    span = next_span(config, turn, 32, 128, 20 + 42, turn)
+    assert (span.first, span.blocks, span.packed_blocks) == (128, 32, 9)
+    # Without the setting the chain has had nearly all of its fraction.
+    assert next_span(CompressionConfig(method="select"), turn, 32, 128, 20 + 42, turn).packed_blocks == 6
+
+
+def test_tokens_come_before_the_fraction_of_what_is_written():
+    config = CompressionConfig(method="select", keep_tokens=512, decode_keep_ratio=0.6)
+    assert next_span(config, 3000, 32, 64, 8, 2100) == next_span(
+        CompressionConfig(method="select", keep_tokens=512), 3000, 32, 64, 8, 2100
+    )
