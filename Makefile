@@ -45,7 +45,7 @@ lint: $(VENV)/.installed ## Check style, format and types
 	@next=$$($(NEXT_VLLM)) && MYPYPATH=$$next $(BIN)/mypy --cache-dir .mypy_cache/next
 
 docs: $(VENV)/.installed ## Write the tables of README.md and docs/ anew
-	@$(BIN)/python docs/tables.py
+	@cd docs && ../$(BIN)/python -m tables
 
 $(VENV)/.vllm: .ci/setup-cpu
 	@.ci/setup-cpu $(PYTHON) $(VENV)

@@ -37,7 +37,6 @@ from kvsculpt_vllm.sculpt.budgets import blocks_kept
 from kvsculpt_vllm.sculpt.chain import Piece, pieces
 from kvsculpt_vllm.sculpt.effort import EFFORTS, Effort
 
-FOLDER = Path(__file__).parent / "results" / "chains"
 BLOCK_SIZE, FOLLOWING = 32, 256
 BETWEEN = (0, 1024, 4096)
 PARTS = ("answers", "afar")
@@ -123,24 +122,6 @@ def shown(title: str, first: str, rows: dict[int, dict[str, Any]]) -> None:
         numbers = (f"{row[name]:.5f}" for name in ("kl_mean", "kl_median", "kl_p99"))
         table.add_row(f"{key:,}", f"{row['tokens']:,}", *numbers, f"{row['top1_agreement']:.3f}")
     Console(width=110).print(table)
-
-
-def documented(part: str) -> tuple[list[str], list[list[str]]]:
-    """Heading and lines of a table of docs/quality.md, of the results that are kept: KL, mean and 99th percentile, of
-    each text, and for answers with each fraction of them that is kept.
-    """
-    every = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))]
-    results = [result for result in every if part in result]
-    first = {"answers": "segments of the answer", "afar": "other tokens between"}[part]
-    lines = list(dict.fromkeys(key for result in results for key in result[part]))
-    body = [
-        [f"{int(key):,}", *(f"{row['kl_mean']:.5f} / {row['kl_p99']:.4f}" for row in (r[part][key] for r in results))]
-        for key in lines
-        if all(key in result[part] for result in results)
-    ]
-    kept = [result.get("decode_keep_ratio") or result["keep_ratio"] for result in results]
-    told = [f", keep {ratio:g}" if len(set(kept)) > 1 else "" for ratio in kept]
-    return [first, *(f"{result['text']}{more}, KL" for result, more in zip(results, told, strict=True))], body
 
 
 def draw(parts: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:

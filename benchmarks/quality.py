@@ -1,7 +1,7 @@
 """Tables and a picture of the tasks: `python benchmarks/quality.py --help`.
 
 Reads the result files of `kvsculpt eval --tasks` in one folder, prints the tables that docs/quality.md has
-(docs/tables.py takes them from here), draws the scores against the keep ratio, and ends with one JSON line.
+(docs/tables/ takes them from here), draws the scores against the keep ratio, and ends with one JSON line.
 
 Intervals are Wilson's at 95 %. A sample is one trial however many questions it has, and a score between 0 and 1 a part
 of a success. That is cautious: scores between 0 and 1 vary no more than those that are 0 or 1 with the same mean. And
@@ -224,7 +224,7 @@ def turns(measured: Measured, keep_ratio: float = KEEP_RATIO) -> Table:
 
 
 TABLES = {"tasks-scores": scores, "tasks-wins": wins, "tasks-leakage": leakage, "tasks-turns": turns}
-"""By the names that docs/tables.py knows them by."""
+"""By the names that docs/tables/ knows them by."""
 
 
 def draw(measured: Measured, path: Path) -> Path:

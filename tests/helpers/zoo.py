@@ -1,6 +1,6 @@
 """Tiny models of many architectures, and what becomes of each: compressed exactly, or refused for which reason.
 
-`tests/engine/test_zoo.py` runs every one of them, and `docs/tables.py` shows the same table in docs/features.md.
+`tests/engine/test_zoo.py` runs every one of them, and `docs/tables/` shows the same table in docs/features.md.
 """
 
 from __future__ import annotations

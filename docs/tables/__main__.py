@@ -1,0 +1,5 @@
+"""`make docs`."""
+
+from . import main
+
+main()
