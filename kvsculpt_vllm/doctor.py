@@ -82,7 +82,7 @@ def judge(model: str, flags: Sequence[str] = ()) -> str:
     from kvsculpt_vllm.config import CompressionConfig
     from kvsculpt_vllm.engine.compat.patcher import is_applied
     from kvsculpt_vllm.engine.compat.patches import ADD_CLI_ARGS
-    from kvsculpt_vllm.engine.startup.refusals import UnsupportedFeature
+    from kvsculpt_vllm.engine.startup.refusals.refusal import UnsupportedFeature
 
     if not is_applied(ADD_CLI_ARGS):
         raise Trouble("not checked, because the plugin was not loaded")
@@ -106,7 +106,7 @@ def judge(model: str, flags: Sequence[str] = ()) -> str:
 
 def refusals() -> list[tuple[str, str, str]]:
     """What --kv-compression is refused with, why, and the cure."""
-    from kvsculpt_vllm.engine.startup.refusals import known_refusals
+    from kvsculpt_vllm.engine.startup.refusals.configuration import known_refusals
 
     return [(refusal.feature, refusal.cause, refusal.cure) for refusal in known_refusals()]
 
@@ -156,7 +156,8 @@ def _flags() -> str:
 def _device() -> str:
     from vllm.platforms import current_platform
 
-    from kvsculpt_vllm.engine.startup.refusals import UnsupportedFeature, check_platform
+    from kvsculpt_vllm.engine.startup.refusals.device import check_platform
+    from kvsculpt_vllm.engine.startup.refusals.refusal import UnsupportedFeature
 
     try:
         check_platform(current_platform)
@@ -172,7 +173,7 @@ def _device() -> str:
 def _environment() -> str:
     from vllm import envs
 
-    from kvsculpt_vllm.engine.startup.refusals import DEFAULT_LAYOUT, LAYOUTS, requested_layout
+    from kvsculpt_vllm.engine.startup.refusals.cache import DEFAULT_LAYOUT, LAYOUTS, requested_layout
 
     layout = requested_layout()
     if layout not in (None, *LAYOUTS):
@@ -195,7 +196,7 @@ def _plain(args: Any, config: Any) -> Any:
 
 def _rehearsed(config: Any) -> int:
     """How many attention layers the model has, none of which a server would refuse."""
-    from kvsculpt_vllm.engine.startup.refusals import UnsupportedFeature
+    from kvsculpt_vllm.engine.startup.refusals.refusal import UnsupportedFeature
     from kvsculpt_vllm.engine.worker.rehearsal import rehearse
 
     try:

@@ -118,7 +118,7 @@ def test_a_check_that_breaks_does_not_end_the_others(monkeypatch):
 
 @pytest.mark.parametrize("layout", ["BLNHC", "NHDC"])
 def test_a_layout_that_would_be_refused_is_found(monkeypatch, layout):
-    monkeypatch.setattr("kvsculpt_vllm.engine.startup.refusals.requested_layout", lambda: layout)
+    monkeypatch.setattr("kvsculpt_vllm.engine.startup.refusals.cache.requested_layout", lambda: layout)
     (finding,) = [finding for finding in doctor.examine(None, None, None) if finding.name == "environment"]
     assert finding.good is False and layout in finding.detail
 

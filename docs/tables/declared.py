@@ -40,7 +40,7 @@ def efforts() -> str:
 
 def refusals() -> str:
     """What a configuration can be refused for."""
-    from kvsculpt_vllm.engine.startup.refusals import known_refusals
+    from kvsculpt_vllm.engine.startup.refusals.configuration import known_refusals
 
     return table(["refused at start-up", "because", "cure"], known_refusals())
 

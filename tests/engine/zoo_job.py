@@ -107,7 +107,7 @@ def answer(job: dict, packed: bool) -> dict:
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 
-    from kvsculpt_vllm.engine.startup.refusals import UnsupportedFeature
+    from kvsculpt_vllm.engine.startup.refusals.refusal import UnsupportedFeature
 
     _ROPE_DICT.clear()  # LongRoPE depends on the model's context, which is not in the key
     settings = {"additional_config": SETTINGS} if packed else {}

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from compilations import compilations
 from kvsculpt_vllm.cli import app
-from kvsculpt_vllm.engine.startup.refusals import UnsupportedFeature
+from kvsculpt_vllm.engine.startup.refusals.refusal import UnsupportedFeature
 from kvsculpt_vllm.engine.worker.selftest import attention_check, page_check, run, solver_check, start_up
 from kvsculpt_vllm.engine.worker.selftest.notes import Measured, Notes
 from kvsculpt_vllm.engine.worker.selftest.own_cache import Numbers, subject_of

@@ -107,7 +107,7 @@ class WindowLists(GroupLists):
     def reach(self) -> int:
         """Blocks before a block that its first token sees."""
         spec = self._manager.kv_cache_spec
-        assert isinstance(spec, SlidingWindowSpec)  # see `refusals.check_kv_cache_config`
+        assert isinstance(spec, SlidingWindowSpec)  # see `refusals.groups.check_kv_cache_config`
         return -(-(spec.sliding_window - 1) // spec.block_size)
 
     @property

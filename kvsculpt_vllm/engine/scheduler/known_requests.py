@@ -26,7 +26,7 @@ from kvsculpt_vllm.engine.shared.commands import Deferred, PoolState, SegmentCou
 from kvsculpt_vllm.engine.shared.prefix_wish import Wish, wish_of
 from kvsculpt_vllm.engine.shared.reasons import Reason
 from kvsculpt_vllm.engine.shared.record import printable
-from kvsculpt_vllm.engine.startup.refusals import check_kv_cache_config
+from kvsculpt_vllm.engine.startup.refusals.groups import check_kv_cache_config
 
 logger = init_logger("vllm.kvsculpt")
 

@@ -26,6 +26,6 @@ def compressed_layers(model_config: Any) -> list[int]:
 
 
 def full_group(groups: Sequence[Any]) -> int:
-    """Which of the KV cache groups is that of full attention. There is one (`refusals.check_kv_cache_config`)."""
+    """Which of the KV cache groups is that of full attention. There is one, see `check_kv_cache_config`."""
     full = (i for i, group in enumerate(groups) if getattr(group.kv_cache_spec, "sliding_window", None) is None)
     return next(full, 0)

@@ -27,14 +27,9 @@ from kvsculpt_vllm.engine.shared.groups import has_windows
 from kvsculpt_vllm.engine.startup.calibration_setting import resolved
 from kvsculpt_vllm.engine.startup.cpu_memory import fit_default_memory
 from kvsculpt_vllm.engine.startup.flags import add_flags
-from kvsculpt_vllm.engine.startup.refusals import (
-    DEFAULT_LAYOUT,
-    KERNEL_BLOCK_SIZE,
-    check_attention_backend,
-    check_config,
-    check_platform,
-    requested_layout,
-)
+from kvsculpt_vllm.engine.startup.refusals.cache import DEFAULT_LAYOUT, KERNEL_BLOCK_SIZE, requested_layout
+from kvsculpt_vllm.engine.startup.refusals.configuration import check_attention_backend, check_config
+from kvsculpt_vllm.engine.startup.refusals.device import check_platform
 from kvsculpt_vllm.engine.startup.request_checks import install_request_checks
 from kvsculpt_vllm.engine.startup.store_setting import check_store
 from kvsculpt_vllm.layer_kinds import FULL

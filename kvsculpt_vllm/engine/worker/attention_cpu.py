@@ -22,7 +22,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from kvsculpt_vllm.engine.compat.worker import use_plain_vector_pages
-from kvsculpt_vllm.engine.startup.refusals import Refusal, UnsupportedFeature
+from kvsculpt_vllm.engine.startup.refusals.refusal import Refusal, UnsupportedFeature
 from kvsculpt_vllm.engine.worker.capture import CaptureRows
 from kvsculpt_vllm.engine.worker.pages import VectorPages, page_lists
 from kvsculpt_vllm.engine.worker.softmax import have_sinks

@@ -81,7 +81,7 @@ class SculptTritonBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        """Any multiple of 16, as in `refusals.KERNEL_BLOCK_SIZE`."""
+        """Any multiple of 16, as in `refusals.cache.KERNEL_BLOCK_SIZE`."""
         return [MultipleOf(16)]
 
     @classmethod
@@ -160,7 +160,7 @@ class SculptTritonImpl(AttentionImpl[SculptMetadata]):
         kv_sharing_target_layer_name: str | None = None,
         sinks: Tensor | None = None,  # (heads,)
     ) -> None:
-        """See vLLM's `AttentionImpl`; what the kernel lacks is refused by `refusals.check_attention_layers`."""
+        """See vLLM's `AttentionImpl`; what the kernel lacks is refused by `refusals.layers.check_attention_layers`."""
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype

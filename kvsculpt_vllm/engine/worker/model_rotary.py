@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.attention import Attention
 
 from kvsculpt_vllm.engine.compat.worker import run_model
-from kvsculpt_vllm.engine.startup.refusals import check_positions, unseen_queries
+from kvsculpt_vllm.engine.startup.refusals.layers import check_positions, unseen_queries
 from kvsculpt_vllm.sculpt.queries import FUTURE_TOKENS
 from kvsculpt_vllm.sculpt.rotary import Rotary, rotaries_of, same_queries
 

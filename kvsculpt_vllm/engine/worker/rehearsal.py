@@ -30,7 +30,7 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from kvsculpt_vllm.engine.shared.groups import has_windows
-from kvsculpt_vllm.engine.startup.refusals import check_attention_layers
+from kvsculpt_vllm.engine.startup.refusals.layers import check_attention_layers
 from kvsculpt_vllm.engine.worker.model_rotary import parents_of, replaced_forwards, rotary_of_layers
 
 LARGE = 1 << 20

@@ -28,7 +28,7 @@ def have_sinks(impls: Sequence[Any]) -> bool:
 
 
 def soft_cap_of(impl: Any) -> float | None:
-    """The soft cap on a layer's logits, which all layers have or none (`refusals.check_attention_layers`). vLLM's CPU
-    attention says 0 for none.
+    """The soft cap on a layer's logits, which all layers have or none (`refusals.layers.check_attention_layers`).
+    vLLM's CPU attention says 0 for none.
     """
     return impl.logits_soft_cap or None

@@ -21,7 +21,7 @@ from kvsculpt_vllm.engine.compat.worker import BlockRows, block_table_columns
 from kvsculpt_vllm.engine.shared.groups import compressed_layers, full_group
 from kvsculpt_vllm.engine.shared.ledger import Ledger
 from kvsculpt_vllm.engine.shared.stores import PATIENCE_SECONDS, opened
-from kvsculpt_vllm.engine.startup.refusals import check_attention_layers
+from kvsculpt_vllm.engine.startup.refusals.layers import check_attention_layers
 from kvsculpt_vllm.engine.worker.agreement import Ranks
 from kvsculpt_vllm.engine.worker.compressor import Compressor
 from kvsculpt_vllm.engine.worker.model_rotary import rotary_of_layers

@@ -17,14 +17,11 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from kvsculpt_vllm.engine.startup import refusals
-from kvsculpt_vllm.engine.startup.refusals import (
-    UnsupportedFeature,
-    check_attention_layers,
-    check_config,
-    check_kv_cache_config,
-    check_platform,
-)
+from kvsculpt_vllm.engine.startup.refusals.configuration import RULES, check_attention_backend, check_config
+from kvsculpt_vllm.engine.startup.refusals.device import check_platform, failed_self_test
+from kvsculpt_vllm.engine.startup.refusals.groups import check_kv_cache_config
+from kvsculpt_vllm.engine.startup.refusals.layers import check_attention_layers
+from kvsculpt_vllm.engine.startup.refusals.refusal import UnsupportedFeature
 from kvsculpt_vllm.plugin import register
 
 TEXT = "model_config.hf_text_config"
@@ -189,7 +186,7 @@ def test_windows_alone_are_refused():
 
 def test_every_rule_has_a_case():
     tested = [feature for _, _, feature in CASES + ENVIRONMENT + ARGUMENTS + WINDOWED]
-    for rule in refusals._RULES:
+    for rule in RULES:
         assert any(feature in rule.refusal.feature for feature in tested), rule.refusal.feature
 
 
@@ -275,17 +272,17 @@ def test_devices_without_a_worker_are_refused():
 
 
 def test_a_device_whose_self_test_failed_is_refused_with_every_ranks_words():
-    refused = refusals.failed_self_test(["rank 0: loss: off by 1", "rank 3: store: off by 2"])
+    refused = failed_self_test(["rank 0: loss: off by 1", "rank 3: store: off by 2"])
     assert [refusal.feature for refusal in refused.refusals] == ["this device"] * 2
     assert "rank 3: store: off by 2; please report this" in str(refused)
 
 
 def test_another_attention_backend_is_refused_where_ours_is_needed():
-    refusals.check_attention_backend(EngineArgs(model="m"))
-    refusals.check_attention_backend(EngineArgs(model="m", attention_backend="CUSTOM"))
+    check_attention_backend(EngineArgs(model="m"))
+    check_attention_backend(EngineArgs(model="m", attention_backend="CUSTOM"))
     for asked in ({"attention_backend": "FLASH_ATTN"}, {"attention_config": {"backend": "FLASH_ATTN"}}):
         with pytest.raises(UnsupportedFeature, match=r"the attention backend FLASH_ATTN: .*; remove --attention-back"):
-            refusals.check_attention_backend(EngineArgs(model="m", **asked))
+            check_attention_backend(EngineArgs(model="m", **asked))
 
 
 def spec(kind: type = FullAttentionSpec, **changes: object) -> FullAttentionSpec:

@@ -24,7 +24,7 @@ from vllm.model_executor.model_loader.utils import initialize_model, process_wei
 from vllm.model_executor.models.transformers.base import Base
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from kvsculpt_vllm.engine.startup.refusals import UnsupportedFeature
+from kvsculpt_vllm.engine.startup.refusals.refusal import UnsupportedFeature
 from kvsculpt_vllm.engine.worker.model_rotary import asked_at, probed_positions, rotary_of_layers
 from kvsculpt_vllm.sculpt.queries import FUTURE_TOKENS
 from kvsculpt_vllm.sculpt.rotary import Rotary

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvsculpt_vllm.engine.startup.refusals import UnsupportedFeature, failed_self_test
+from kvsculpt_vllm.engine.startup.refusals.device import failed_self_test
+from kvsculpt_vllm.engine.startup.refusals.refusal import UnsupportedFeature
 from kvsculpt_vllm.engine.worker import worker
 from kvsculpt_vllm.engine.worker.pages import PageGeometry, TokenPages, VectorPages
 

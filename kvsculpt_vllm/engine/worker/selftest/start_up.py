@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm.logger import init_logger
 
-from kvsculpt_vllm.engine.startup.refusals import failed_self_test
+from kvsculpt_vllm.engine.startup.refusals.device import failed_self_test
 from kvsculpt_vllm.engine.worker.agreement import Ranks
 from kvsculpt_vllm.engine.worker.selftest.run import Report, self_test, told
 from kvsculpt_vllm.engine.worker.selftest.subject import Subject
