@@ -41,7 +41,8 @@ def imported(name):
     return module
 
 
-gpu_steps, gpu_day = imported("gpu_steps"), benchmark("gpu_day")
+gpu_steps, kernel_cases = imported("gpu_steps"), imported("kernel_cases")
+gpu_day = benchmark("gpu_day")
 STEPS = {step.name: step for step in gpu_steps.STEPS}
 REHEARSED = ("selftest", "kernel-tests", "kernels", "solver")
 """Steps that take seconds on a CPU. Their options and those of all others are looked at below."""
