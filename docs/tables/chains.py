@@ -7,7 +7,7 @@ from .sources import RESULTS, result
 
 
 def chains(part: str, first: str) -> str:
-    """KL, mean and 99th percentile, of each text, and for answers with each fraction of them that is kept. `part` is one
+    """KL, mean and 99th percentile, of each text, and each fraction of an answer that is kept. `part` is one
     of the benchmark's, `first` the first column's name.
     """
     every = [result(f"chains/{path.name}") for path in sorted((RESULTS / "chains").glob("*.json"))]
