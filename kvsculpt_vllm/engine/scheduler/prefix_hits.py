@@ -98,11 +98,11 @@ class PrefixHits(StoreHits):
         self._shortened[request_id] = {block.block_id for block in found}
         if first_time:
             logger.info(
-                "kvsculpt: request %s: a prefix-cache hit of %d of %d prompt tokens is not used, so that their queries "
+                "kvsculpt: request %s: a prefix-cache hit of %d of its %d tokens is not used, so that their queries "
                 "are seen",
                 printable(request.request_id),
                 num_tokens,
-                request.num_prompt_tokens,
+                request.num_tokens,  # what it has answered before it is computed again, too
             )
         return self.kv_cache_manager.empty_kv_cache_blocks, 0
 
