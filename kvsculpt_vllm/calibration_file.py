@@ -43,6 +43,8 @@ class CalibrationFile(BaseModel):
     losses: tuple[tuple[tuple[float, ...], ...], ...]  # [layer][KV head][fraction], see `calibrate.calibrate`
     # The same of segments that others follow. None in older files, which have measured the others only.
     followed_losses: tuple[tuple[tuple[float, ...], ...], ...] | None = None
+    # Entries are ranked by the attention that they receive to this power. None in older files: the method's own.
+    power: Literal[1, 2] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> CalibrationFile:
@@ -70,7 +72,7 @@ class CalibrationFile(BaseModel):
             return np.array(losses, dtype=np.float64)[np.ix_(layers, kv_heads)].reshape(-1, len(self.fractions))
 
         followed = None if self.followed_losses is None else chosen(self.followed_losses)
-        return LossCurves(self.fractions, chosen(self.losses), followed)
+        return LossCurves(self.fractions, chosen(self.losses), followed, self.power)
 
     @property
     def whole(self) -> LossCurves:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,11 +28,14 @@ from kvsculpt_vllm.sculpt.problem import Earlier, Problems
 from kvsculpt_vllm.sculpt.queries import asked_problems, build_problems, held_out_of, sample_positions
 from kvsculpt_vllm.sculpt.selection import rank
 from kvsculpt_vllm.sculpt.slices import at_once
-from kvsculpt_vllm.sculpt.survey import POWERS, pilot, survey
+from kvsculpt_vllm.sculpt.survey import pilot, survey
 
 BLOCK_SIZE = 32
 FRACTIONS = (0.03, 0.06, 0.1, 0.15, 0.22, 0.3, 0.42, 0.55, 0.75)
 """Of a span's pages, at which losses are measured, besides the least and all of them."""
+
+RankedBy = Literal[1, 2]
+"""The power of the attention that entries are ranked by (`survey.POWERS`)."""
 
 COMPARED_AT = 0.15
 """A fraction of a span's pages at which every head of the models measured loses something."""
@@ -86,12 +90,16 @@ def calibrate(
             f"--context: got {context}, allowed: at most a quarter of the model's {evaluated.num_positions} positions"
         )
     fractions: tuple[float, ...] = ()
-    found: list[np.ndarray] = []
+    found: dict[RankedBy, list[np.ndarray]] = {1: [], 2: []}
+    lost = dict.fromkeys(found, 0.0)
     with progress_bar(console) as progress:
         for tokens in progress.track(chosen, description="contexts read"):
-            fractions, losses = curves(evaluated, tokens, effort, second_weight, len(prefix))
-            found.append(losses)
-    mean = np.mean(found, axis=0).reshape(2, evaluated.num_layers, -1, len(fractions))
+            for power, of_contexts in found.items():
+                fractions, losses, follows = curves(evaluated, tokens, effort, second_weight, len(prefix), power)
+                of_contexts.append(losses)
+                lost[power] += follows
+    best = min(lost, key=lambda power: lost[power])
+    mean = np.mean(found[best], axis=0).reshape(2, evaluated.num_layers, -1, len(fractions))
     last, followed = (
         tuple(tuple(tuple(float(f"{loss:.6g}") for loss in head) for head in layer) for layer in kind) for kind in mean
     )
@@ -105,14 +113,17 @@ def calibrate(
         fractions=fractions,
         losses=last,
         followed_losses=followed,
+        power=best,
     )
 
 
 def curves(
-    model: EvaluationModel, tokens: Sequence[int], effort: str, second_weight: float, prefix: int = 0
-) -> tuple[tuple[float, ...], np.ndarray]:
+    model: EvaluationModel, tokens: Sequence[int], effort: str, second_weight: float, prefix: int, power: RankedBy
+) -> tuple[tuple[float, ...], np.ndarray, float]:
     """Measure what each head (2, L·H, G) loses at fractions (G,) of the span of a context, the first quarter of
-    `tokens`: in a segment that is the last one, and in one that others follow; returns both.
+    `tokens`: in a segment that is the last one, and in one that others follow. Entries are ranked by the attention that
+    they receive to the `power`. Returns fractions and losses, and what all heads together lose of what really follows
+    the last segment at the fraction `COMPARED_AT`.
 
     A loss is the weighted mean of the head's `shares` in two readings: `second_weight` for the second one, the rest of
     1 for what really follows. Fits are those that a prompt gets, to its own queries.
@@ -135,12 +146,14 @@ def curves(
     recording = model.record(tokens, torch.arange(len(tokens)))
     number = min(FOLLOWING, length)
     losses = [
-        judged_by(*_fitted_and_judging(model, recording, 0, span, end + torch.arange(number), count), plan, amount)
+        judged_by(
+            *_fitted_and_judging(model, recording, 0, span, end + torch.arange(number), count), plan, amount, power
+        )
     ]
     for first in (0, length):
         far = torch.linspace(first + end + length, len(tokens) - 1, number, dtype=torch.float64).round().long()
         asked = _fitted_and_judging(model, recording, first, span, far, count, followed=True)
-        losses.append(judged_by(*asked, replace(plan, sinks=0 if first else sinks), amount))
+        losses.append(judged_by(*asked, replace(plan, sinks=0 if first else sinks), amount, power))
     read = tokens[:length]
     found = survey(
         second_reading(model, read, read[prefix:], count, span, sinks),
@@ -148,14 +161,14 @@ def curves(
         "sculpt",
         "adaptive",
         amount,
+        power=power,
         fractions=FRACTIONS,
     )
     assert found.curves is not None  # budgets are adaptive
     fractions = tuple(count / plan.span_pages for count in found.grid)
     near, *far_ones, again = (shares(some, fractions) for some in (*losses, found.curves))
-    return fractions, np.stack(
-        [(1 - second_weight) * follows + second_weight * again for follows in (near, np.mean(far_ones, 0))]
-    )
+    both = np.stack([(1 - second_weight) * follows + second_weight * again for follows in (near, np.mean(far_ones, 0))])
+    return fractions, both, float(np.interp(COMPARED_AT, fractions, losses[0].sum(0)))
 
 
 def _fitted_and_judging(
@@ -218,13 +231,13 @@ def _before(recording: Recorder, first: int) -> Earlier | None:
     return Earlier(list(recording.keys[:, :first]), list(recording.values[:, :first])) if first else None
 
 
-def judged_by(problems: Problems, judges: Problems, plan: PagePlan, effort: Effort) -> np.ndarray:
+def judged_by(problems: Problems, judges: Problems, plan: PagePlan, effort: Effort, power: RankedBy) -> np.ndarray:
     """Measure what each head loses (B, G) for the queries of `judges` at `FRACTIONS` of the span, the least and the
     whole, after quick fits to those of `problems`: both are of the same entries.
     """
     limit = max_elements(problems.keys.device)
     with fast_matmul():
-        ranking, told = rank(problems, limit, power=POWERS["sculpt"]), rank(judges, limit)
+        ranking, told = rank(problems, limit, power=power), rank(judges, limit)
         rows = problems.thin_rows(effort.pilot_positions * problems.group)
         rows = rows[~problems.held_out[rows]]
         few, teacher = problems.with_rows(rows), ranking.with_rows(rows)

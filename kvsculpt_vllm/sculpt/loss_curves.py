@@ -24,10 +24,12 @@ class LossCurves:
     # (B, G) the same of a segment that others follow, which is read from afar: heads that look near need few entries
     # there. None in files that were written before this was measured: such segments then go by `losses`.
     followed: np.ndarray | None = None
+    power: int | None = None  # that the model's entries are ranked by, see `survey.POWERS`; None means the method's own
 
     def part(self, own: slice) -> LossCurves:
         """Keep the heads in `own`."""
-        return LossCurves(self.fractions, self.losses[own], None if self.followed is None else self.followed[own])
+        followed = None if self.followed is None else self.followed[own]
+        return LossCurves(self.fractions, self.losses[own], followed, self.power)
 
     def grid(self, plan: PagePlan) -> list[int]:
         """Count the pages of the plan's span, ascending, that the fractions come to."""

@@ -26,7 +26,8 @@ from kvsculpt_vllm.sculpt.solve import solve
 POWERS = {"select": 1, "select_fit": 1, "sculpt": 2}
 """Entries are ranked by Σ_q p^power over the queries: by the attention they accumulate (KVSculpt, H2O), or by its root
 mean square (Attention Matching), which keeps what one query looks at sharply before what many look at a little. Fits
-make up for the latter and cannot for the former: measured, KL after mass matching halves (benchmarks/LOG.md)."""
+make up for the latter and cannot for the former: measured, KL after mass matching halves (benchmarks/LOG.md). On some
+models it is the other way round, which a calibration finds out (`LossCurves.power`)."""
 
 PILOT_FRACTIONS = {
     "select": (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.65),
@@ -101,7 +102,8 @@ def survey_in_slices(
     or from the `calibration` if there is one.
 
     Args:
-        power: attention is summed over queries to this power; None means the method's own (`POWERS`).
+        power: attention is summed over queries to this power; None means the calibration's, or the method's own
+            (`POWERS`).
         limit: the largest temporary, in floats; None means the device's (`memory.max_elements`).
         fractions: fractions of the span at which the pilot measures; None means the method's own (`PILOT_FRACTIONS`).
         answered: the query rows (LongTensor, on the host) whose full answers the ranking is to know, None for all. A
@@ -123,7 +125,8 @@ def survey_in_slices(
     if calibration is not None and len(calibration.losses) != problems.num_problems:
         raise ValueError(f"calibration: of {len(calibration.losses)} heads, there are {problems.num_problems}")
     limit = limit or max_elements(problems.keys.device)
-    power = POWERS[method] if power is None else power
+    measured = None if calibration is None else calibration.power
+    power = power or measured or POWERS[method]
     ranking = yield from within(fast_matmul, rank_in_slices(problems, limit, score, power, answered))
     if budget == "uniform":
         return Survey(ranking, [], None)

@@ -104,13 +104,13 @@ def test_fits_to_the_prompts_queries_are_judged_by_those_that_follow(directory):
     )
     judges = what_follows(recording, positions, 0, SPAN, SINKS)
     plan = PagePlan(8, SPAN // 8, 0, SINKS)
-    losses = judged_by(problems, judges, plan, EFFORTS["fast"])
+    losses = judged_by(problems, judges, plan, EFFORTS["fast"], 2)
     assert losses.shape == (LAYERS * KV_HEADS, len(grid_of(plan, FRACTIONS)))
     assert (losses[:, -1] == 0).all() and (losses[:, :-1] > 0).all()
 
     # Judges that see nothing of the span but its share of nothing lose nothing, whatever is kept.
     elsewhere = replace(judges, retained_lse=judges.retained_lse + 1e4)
-    assert np.abs(judged_by(problems, elsewhere, plan, EFFORTS["fast"])).max() < 1e-6
+    assert np.abs(judged_by(problems, elsewhere, plan, EFFORTS["fast"], 2)).max() < 1e-6
 
 
 def test_the_command_writes_the_mean_of_the_contexts_where_servers_look(directory, tmp_path):
@@ -129,9 +129,15 @@ def test_the_command_writes_the_mean_of_the_contexts_where_servers_look(director
     model = EvaluationModel.load(directory, "cpu")
     # Three contexts fill the text, whatever the seed.
     contexts = [words[i * (length + 1) :][:length] for i in range(3)]
-    first, second = ([curves(model, tokens, "balanced", weight) for tokens in contexts] for weight in (0, 1))
+    both = {
+        power: [[curves(model, tokens, "balanced", weight, 0, power) for tokens in contexts] for weight in (0, 1)]
+        for power in (1, 2)
+    }
+    # By the ranking with which what really follows loses less.
+    assert file.whole.power == file.power == min(both, key=lambda power: sum(one[2] for one in both[power][0]))
+    first, second = both[file.power]
     assert file.fractions == first[0][0]
-    expected = np.mean([losses for _, losses in first + second], axis=0)
+    expected = np.mean([losses for _, losses, _ in first + second], axis=0)
     for kind, losses in ((file.whole.losses, expected[0]), (file.whole.followed, expected[1])):
         np.testing.assert_allclose(kind, losses, rtol=1e-4)
         assert (kind[:, -1] == 0).all()

@@ -163,8 +163,9 @@ def test_queries_move_with_the_rotary_embedding_of_the_layers_that_are_compresse
 
 
 def test_a_calibration_has_curves_of_the_layers_that_are_compressed(tokens):
-    _, losses = curves(EvaluationModel(gemma()), [*tokens, *tokens[:1:-1], *tokens, *tokens[::2]], "fast", 0.25)
-    assert losses.shape[:2] == (2, 4) and (losses >= 0).all() and losses.max() > 0
+    text = [*tokens, *tokens[:1:-1], *tokens, *tokens[::2]]
+    _, losses, follows = curves(EvaluationModel(gemma()), text, "fast", 0.25, 0, 2)
+    assert losses.shape[:2] == (2, 4) and (losses >= 0).all() and losses.max() > 0 and follows > 0
 
 
 def test_layers_without_positions_are_told_from_those_with():

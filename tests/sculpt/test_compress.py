@@ -250,6 +250,12 @@ def test_a_calibration_takes_the_place_of_the_pilot(case, results, monkeypatch):
     piloted = results["sculpt", "adaptive"]
     assert own.pages == piloted.pages
     assert all(map(torch.equal, own.keys + own.values, piloted.keys + piloted.values))
+    # And says what entries are ranked by, to every part of a model.
+    for power in (1, 2):
+        says = dataclasses.replace(measured, power=power)
+        ranked = survey(case.problems, PLAN, "sculpt", "adaptive", EFFORT, calibration=says).ranking.order
+        wanted = survey(case.problems, PLAN, "sculpt", "uniform", EFFORT, power=power).ranking.order
+        assert torch.equal(ranked, wanted) and says.part(slice(0, 1)).power == power
     turned = dataclasses.replace(measured, losses=measured.losses[::-1].copy())
     other = compress(case.problems, PLAN, "sculpt", "adaptive", EFFORT, calibration=turned)
     assert other.pages == own.pages[::-1] != own.pages
