@@ -202,14 +202,10 @@ class CompressionConfig(BaseModel):
         """The fraction of the entries of a context of `num_tokens` that is kept, at most 1."""
         return min(1.0, self.keep_tokens / num_tokens) if self.keep_tokens else self.keep_ratio
 
-    def kept_behind(self, first: int, end: int, num_prompt: int) -> float:
-        """The fraction that is kept of the tokens [first, end) behind other segments, of a request that asked with
-        `num_prompt` tokens.
-        """
-        if not self.decode_keep_ratio or self.keep_tokens or end <= max(first, num_prompt):
-            return self.kept(end + self.window)
-        written = (end - max(first, num_prompt)) / (end - first)
-        return self.keep_ratio + (self.decode_keep_ratio - self.keep_ratio) * written
+    @property
+    def kept_of_answers(self) -> float | None:
+        """The fraction that is kept of what is written; None where it is kept as prompts are."""
+        return None if self.keep_tokens else self.decode_keep_ratio or None
 
     @property
     def at_most(self) -> CompressionConfig:

@@ -33,15 +33,14 @@ class BatchedLBFGS:
         self._y = x.new_zeros(batch, history, size)
         self._rho = x.new_zeros(batch, history)  # 1 / s·y, 0 for an empty slot
         self._curvature = x.new_ones(batch)  # s·y / y·y of the newest pair
-        self._count = torch.zeros(batch, dtype=torch.long, device=x.device)
+        self._fresh = torch.ones(batch, dtype=torch.bool, device=x.device)  # without a pair so far
         self._length = x.new_ones(batch)  # step length of the next trial
         self._tried = 0  # steps
         self._set_first_length()
 
     def _set_first_length(self) -> None:
-        fresh = self._count == 0
         first = (1.0 / self.grad.abs().sum(1).clamp_min(torch.finfo(self.grad.dtype).tiny)).clamp_max(1.0)
-        self._length = torch.where(fresh, first, self._length)
+        self._length = torch.where(self._fresh, first, self._length)
 
     def direction(self) -> Tensor:
         """The quasi-Newton descent direction (B, N); steepest descent where it would not descend."""
@@ -78,7 +77,7 @@ class BatchedLBFGS:
             kept = keep.view(-1, *[1] * (newest.dim() - 1))
             pairs[:, slot] = torch.where(kept, newest, 0.0)
         self._curvature = torch.where(keep, sy / yy, self._curvature)
-        self._count += keep
+        self._fresh &= ~keep
         self._tried += 1
         self.x = torch.where(accepted[:, None], trial, self.x)
         self.grad = torch.where(accepted[:, None], grad, self.grad)
@@ -94,5 +93,5 @@ class BatchedLBFGS:
 
     def keep(self, index: Tensor) -> None:
         """Go on with the problems in `index` only."""
-        for name in ("x", "loss", "grad", "_s", "_y", "_rho", "_curvature", "_count", "_length"):
+        for name in ("x", "loss", "grad", "_s", "_y", "_rho", "_curvature", "_fresh", "_length"):
             setattr(self, name, getattr(self, name)[index])

@@ -130,8 +130,8 @@ class Segments:
             return None
         lora = request.lora_request
         kept: Any = config.keep_tokens or config.keep_ratio  # an integer or a float, which JSON tells apart
-        if config.decode_keep_ratio and not config.keep_tokens:
-            kept = [config.keep_ratio, config.decode_keep_ratio]
+        if config.kept_of_answers is not None:
+            kept = [config.keep_ratio, config.kept_of_answers]
         parts = [
             *(*self._of_server, config.method, kept, config.budget, config.sink, config.window),
             None if lora is None else self._adapter(lora),

@@ -117,13 +117,15 @@ def next_span(
     What is left behind a chain stays exact until it has `min_tokens`, or a segment's length where that is less.
     """
     kept = config.kept(num_tokens)
-    if config.decode_keep_ratio and not config.keep_tokens:
-        end = num_tokens - config.window
-        kept = config.kept_behind(chain_blocks * block_size, end, num_tokens if num_prompt is None else num_prompt)
+    if (of_answers := config.kept_of_answers) is not None:
+        first, end = chain_blocks * block_size, num_tokens - config.window
+        written = 0 if num_prompt is None else max(0, end - max(first, num_prompt))
+        if written:
+            kept += (of_answers - kept) * written / (end - first)
         # What is written has its own fraction, whatever is in front of it; and what answers keep beyond a prompt's
         # fraction is not taken from prompts that follow them.
         own = blocks_kept(kept, chain_blocks) if chain_blocks else 0
-        chain_packed = own if kept != config.keep_ratio else min(chain_packed, own)
+        chain_packed = own if written else min(chain_packed, own)
     piece = chain.next_piece(
         num_tokens,
         config.window,
