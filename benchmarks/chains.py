@@ -51,30 +51,27 @@ class Setup(NamedTuple):
     model: EvaluationModel
     method: Method
     effort: Effort
-    keep_ratio: float
-    segment: int
+    config: CompressionConfig
 
     def chain(self, tokens: Sequence[int]) -> Chain:
         """A chain of nothing yet."""
         return Chain(self.model, tokens, self.effort, BLOCK_SIZE, WINDOW, SINKS)
 
 
-def answered(
-    setup: Setup, tokens: Sequence[int], prompt: int, config: CompressionConfig
-) -> Iterator[tuple[int, TokenScores]]:
+def answered(setup: Setup, tokens: Sequence[int], prompt: int) -> Iterator[tuple[int, TokenScores]]:
     """Score the tokens behind a prompt of `prompt` of them, a stretch between two segments at a time, and say how many
     segments there were behind the prompt's.
     """
-    chain, model = setup.chain(tokens), setup.model
+    chain, model, config = setup.chain(tokens), setup.model, setup.config
     blocks = packed = made = 0
-    for piece in pieces(prompt, WINDOW, BLOCK_SIZE, setup.keep_ratio, setup.segment):
+    for piece in pieces(prompt, WINDOW, BLOCK_SIZE, config.keep_ratio, config.segment):
         chain.add(piece, setup.method, "adaptive")
         blocks, packed = piece.end, packed + piece.packed_blocks
     exact = model.record(tokens, torch.tensor([0]))
     at, last = prompt, len(tokens) - 1  # nothing says what follows the last token
     while at < last:
         # The tail that the engine waits for: see spans.next_span.
-        end = min(max(at + 1, blocks * BLOCK_SIZE + max(config.decode, min(MIN_TOKENS, setup.segment)) + WINDOW), last)
+        end = min(max(at + 1, blocks * BLOCK_SIZE + max(config.decode, min(MIN_TOKENS, config.segment)) + WINDOW), last)
         chain.compute(at)
         full = RaggedCache(list(exact.keys[:, :at]), list(exact.values[:, :at]), model.storage)
         logits, exact_logits = (model.continue_from(cache, tokens[at:end], at) for cache in (chain.cache, full))
@@ -93,7 +90,7 @@ def read_from_afar(
     # All but the window, which is the beginning of the other text if there is one.
     tokens = [*context, *other]
     blocks = (len(tokens) - WINDOW if not other else len(context)) // BLOCK_SIZE
-    piece = Piece(0, blocks, blocks_kept(setup.keep_ratio, blocks), followed=bool(other))
+    piece = Piece(0, blocks, blocks_kept(setup.config.keep_ratio, blocks), followed=bool(other))
     made = setup.chain(tokens).make([piece], setup.method, "adaptive")
     exact = setup.model.record(tokens, torch.tensor([0]))
     full = RaggedCache(list(exact.keys), list(exact.values), setup.model.storage)
@@ -170,10 +167,10 @@ def main(
     evaluated = EvaluationModel.load(directory, "cpu")
     file = calibration_of(directory, "auto")
     calibration = None if file is None else file.whole
-    setup = Setup(evaluated, surveyed("sculpt", calibration=calibration), EFFORTS[effort], keep_ratio, segment)
     config = CompressionConfig(
         method="sculpt", keep_ratio=keep_ratio, segment=segment, decode=decode, decode_keep_ratio=decode_keep_ratio
     )
+    setup = Setup(evaluated, surveyed("sculpt", calibration=calibration), EFFORTS[effort], config)
     of_text, of_other = (
         tokenizer(read_text(t), add_special_tokens=False, verbose=False).input_ids for t in (text, other)
     )
@@ -191,7 +188,7 @@ def main(
         if "answers" in chosen:
             by_segments = defaultdict[int, list[TokenScores]](list)
             for passage in track(passages(of_text, prompt, answer, contexts, 0, prefix), "answers", console=console):
-                for made, scores in answered(setup, [*passage.context, *passage.continuation], prompt, config):
+                for made, scores in answered(setup, [*passage.context, *passage.continuation], prompt):
                     by_segments[made].append(scores)
             found["answers"] = {made: told(scores) for made, scores in by_segments.items()}
             result |= {"answer": answer, "decode": decode, "decode_keep_ratio": decode_keep_ratio}
