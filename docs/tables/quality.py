@@ -111,11 +111,11 @@ def segments() -> str:
     """KL of long contexts: sculpt in segments, and peers that take them at once."""
     names = [("Attention Matching, at once", MATCHING), ("Expected Attention, at once", EXPECTED)]
     body = [[name, *map(_mean_and_p99, rows)] for name, what in names if any(rows := _long(what, 0))]
-    sizes = sorted({row["settings"]["segment"] for row in rows_of(LONG) if row["settings"]["segment"]})
-    for size in sizes:
+    for size in sorted({row["settings"]["segment"] for row in rows_of(LONG)}):
+        cut = f"segments of {size:,}" if size else "at once"
         for name, what in (("`balanced`", SCULPT), ("`fast`", SCULPT._replace(effort="fast"))):
             if any(rows := _long(what, size)):
-                body.append([f"**sculpt**, {name}, segments of {size:,}", *map(_mean_and_p99, rows)])
+                body.append([f"**sculpt**, {name}, {cut}", *map(_mean_and_p99, rows)])
     return table(["SmolLM2-135M, 7,900 tokens, keep 0.3", "*Moby-Dick*", "Python's documentation"], body)
 
 

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from kvsculpt_vllm.calibration_file import CalibrationFile
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.evaluation.attention import Recorder
+from kvsculpt_vllm.evaluation.importance import answers_moved
 from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer
 from kvsculpt_vllm.evaluation.progress import progress_bar
 from kvsculpt_vllm.evaluation.texts import passages, read_text
@@ -64,7 +65,8 @@ def calibrate(
     once in a segment that the text goes on right behind, and once in one that others follow.
 
     Each of the `num_contexts` contexts of each text is fitted to the queries that a prompt has, and judged by two
-    readers, see `curves`: by what really follows in the text, and by a second reading of the context.
+    readers, see `curves`: by what really follows in the text, and by a second reading of the context. What a layer
+    loses counts by how much the answers mind it (`layer_weights`).
 
     Args:
         context: tokens of each context; three times as many that follow it in the text are read, too.
@@ -94,12 +96,26 @@ def calibrate(
     lost = dict.fromkeys(found, 0.0)
     with progress_bar(console) as progress:
         for tokens in progress.track(chosen, description="contexts read"):
-            for power, of_contexts in found.items():
-                fractions, losses, follows = curves(evaluated, tokens, effort, second_weight, len(prefix), power)
-                of_contexts.append(losses)
+            fractions, by_power = curves(evaluated, tokens, effort, second_weight, len(prefix))
+            for power, (losses, follows) in by_power.items():
+                found[power].append(losses)
                 lost[power] += follows
-    best = min(lost, key=lambda power: lost[power])
+        best = min(lost, key=lambda power: lost[power])
+        following = min(FOLLOWING, context)
+        moved = [
+            answers_moved(
+                evaluated,
+                tokens[: context + following + 1],
+                following,
+                EFFORTS[effort],
+                BLOCK_SIZE,
+                COMPARED_AT,
+                best,
+            )
+            for tokens in progress.track(chosen, description="layers compared")
+        ]
     mean = np.mean(found[best], axis=0).reshape(2, evaluated.num_layers, -1, len(fractions))
+    mean *= layer_weights(mean[0], fractions, np.mean(moved, axis=0))[:, None, None]
     last, followed = (
         tuple(tuple(tuple(float(f"{loss:.6g}") for loss in head) for head in layer) for layer in kind) for kind in mean
     )
@@ -118,12 +134,12 @@ def calibrate(
 
 
 def curves(
-    model: EvaluationModel, tokens: Sequence[int], effort: str, second_weight: float, prefix: int, power: RankedBy
-) -> tuple[tuple[float, ...], np.ndarray, float]:
+    model: EvaluationModel, tokens: Sequence[int], effort: str, second_weight: float, prefix: int
+) -> tuple[tuple[float, ...], dict[RankedBy, tuple[np.ndarray, float]]]:
     """Measure what each head (2, L·H, G) loses at fractions (G,) of the span of a context, the first quarter of
-    `tokens`: in a segment that is the last one, and in one that others follow. Entries are ranked by the attention that
-    they receive to the `power`. Returns fractions and losses, and what all heads together lose of what really follows
-    the last segment at the fraction `COMPARED_AT`.
+    `tokens`: in a segment that is the last one, and in one that others follow. Returns the fractions, and for each
+    power of the attention that entries may be ranked by the losses, and what all heads together lose of what really
+    follows the last segment at the fraction `COMPARED_AT`.
 
     A loss is the weighted mean of the head's `shares` in two readings: `second_weight` for the second one, the rest of
     1 for what really follows. Fits are those that a prompt gets, to its own queries.
@@ -143,32 +159,33 @@ def curves(
     blocks, _ = span_sizes(length, CompressionConfig().window, BLOCK_SIZE, 1.0)
     span, plan = blocks * BLOCK_SIZE, PagePlan(BLOCK_SIZE, blocks, 0, sinks)  # a survey does not need the total
     end, count = span + CompressionConfig().window, amount.positions_for(model.position_bytes)
+    read = tokens[:length]
+    again = second_reading(model, read, read[prefix:], count, span, sinks)
     recording = model.record(tokens, torch.arange(len(tokens)))
     number = min(FOLLOWING, length)
-    losses = [
-        judged_by(
-            *_fitted_and_judging(model, recording, 0, span, end + torch.arange(number), count), plan, amount, power
-        )
-    ]
+    lost: dict[RankedBy, list[np.ndarray]] = {1: [], 2: []}
+
+    def judge(first: int, positions: Tensor, followed: bool = False) -> None:
+        problems, judges = _fitted_and_judging(model, recording, first, span, positions, count, followed)
+        own = replace(plan, sinks=0 if first else sinks)
+        for power, losses in lost.items():
+            losses.append(judged_by(problems, judges, own, amount, power))
+
+    judge(0, end + torch.arange(number))
     for first in (0, length):
         far = torch.linspace(first + end + length, len(tokens) - 1, number, dtype=torch.float64).round().long()
-        asked = _fitted_and_judging(model, recording, first, span, far, count, followed=True)
-        losses.append(judged_by(*asked, replace(plan, sinks=0 if first else sinks), amount, power))
-    read = tokens[:length]
-    found = survey(
-        second_reading(model, read, read[prefix:], count, span, sinks),
-        plan,
-        "sculpt",
-        "adaptive",
-        amount,
-        power=power,
-        fractions=FRACTIONS,
-    )
-    assert found.curves is not None  # budgets are adaptive
-    fractions = tuple(count / plan.span_pages for count in found.grid)
-    near, *far_ones, again = (shares(some, fractions) for some in (*losses, found.curves))
-    both = np.stack([(1 - second_weight) * follows + second_weight * again for follows in (near, np.mean(far_ones, 0))])
-    return fractions, both, float(np.interp(COMPARED_AT, fractions, losses[0].sum(0)))
+        judge(first, far, followed=True)
+    found: dict[RankedBy, tuple[np.ndarray, float]] = {}
+    fractions: tuple[float, ...] = ()
+    for power, losses in lost.items():
+        asked = survey(again, plan, "sculpt", "adaptive", amount, power=power, fractions=FRACTIONS)
+        assert asked.curves is not None  # budgets are adaptive
+        fractions = tuple(pages / plan.span_pages for pages in asked.grid)
+        near, *far_ones, copied = (shares(some, fractions) for some in (*losses, asked.curves))
+        kinds = (near, np.mean(far_ones, 0))
+        both = np.stack([(1 - second_weight) * follows + second_weight * copied for follows in kinds])
+        found[power] = both, float(np.interp(COMPARED_AT, fractions, losses[0].sum(0)))
+    return fractions, found
 
 
 def _fitted_and_judging(
@@ -268,6 +285,20 @@ def shares(losses: np.ndarray, fractions: Sequence[float]) -> np.ndarray:
     if not whole > 0:
         raise ValueError(f"no head loses anything with {COMPARED_AT} of its pages, so that there is nothing to compare")
     return losses / whole
+
+
+def layer_weights(losses: np.ndarray, fractions: Sequence[float], moved: np.ndarray) -> np.ndarray:
+    """Weigh the layers (L,) by how much the answers lose by each of them alone, `moved` (L,), for what its heads lose
+    together at the fraction `COMPARED_AT`, by `losses` (L, H, G) at `fractions` (G,): by the root of that ratio.
+    Altogether the layers lose as much as before.
+
+    Without weights budgets go to layers whose errors are large and whose answers hardly mind: behind an error near a
+    model's end there are few layers that could make more of it. The ratio itself is no better than no weights on one
+    text of two (benchmarks/LOG.md): it is measured where all other layers are exact.
+    """
+    lost = np.array([[np.interp(COMPARED_AT, fractions, head) for head in layer] for layer in losses]).sum(1)
+    weights = np.sqrt(np.divide(moved, lost, out=np.zeros_like(lost), where=lost > 0))  # 0: it loses nothing to weigh
+    return weights * (lost.sum() / (weights * lost).sum())
 
 
 def second_reading(

@@ -14,15 +14,18 @@ from typer.testing import CliRunner
 from kvsculpt_vllm.calibration_file import FILE, read
 from kvsculpt_vllm.cli import app
 from kvsculpt_vllm.evaluation.calibrate import (
+    BLOCK_SIZE,
     COMPARED_AT,
     FRACTIONS,
     LENGTHS,
     curves,
     judged_by,
+    layer_weights,
     second_reading,
     shares,
     what_follows,
 )
+from kvsculpt_vllm.evaluation.importance import answers_moved
 from kvsculpt_vllm.evaluation.model import EvaluationModel
 from kvsculpt_vllm.sculpt.budgets import PagePlan, grid_of
 from kvsculpt_vllm.sculpt.effort import EFFORTS
@@ -129,15 +132,22 @@ def test_the_command_writes_the_mean_of_the_contexts_where_servers_look(director
     model = EvaluationModel.load(directory, "cpu")
     # Three contexts fill the text, whatever the seed.
     contexts = [words[i * (length + 1) :][:length] for i in range(3)]
-    both = {
-        power: [[curves(model, tokens, "balanced", weight, 0, power) for tokens in contexts] for weight in (0, 1)]
-        for power in (1, 2)
-    }
+    found = [[curves(model, tokens, "balanced", weight, 0) for tokens in contexts] for weight in (0, 1)]
+    lost = {power: sum(by_power[power][1] for _, by_power in found[0]) for power in (1, 2)}
     # By the ranking with which what really follows loses less.
-    assert file.whole.power == file.power == min(both, key=lambda power: sum(one[2] for one in both[power][0]))
-    first, second = both[file.power]
-    assert file.fractions == first[0][0]
-    expected = np.mean([losses for _, losses, _ in first + second], axis=0)
+    assert file.whole.power == file.power == min(lost, key=lost.__getitem__) and lost[1] != lost[2]
+    assert file.fractions == found[0][0][0]
+    expected = np.mean([by_power[file.power][0] for reading in found for _, by_power in reading], axis=0)
+    moved = [
+        answers_moved(
+            model, tokens[: 2 * CONTEXT + 1], CONTEXT, EFFORTS["balanced"], BLOCK_SIZE, COMPARED_AT, file.power
+        )
+        for tokens in contexts
+    ]
+    by_layer = expected[0].reshape(LAYERS, KV_HEADS, -1)
+    weights = layer_weights(by_layer, file.fractions, np.mean(moved, axis=0))
+    assert (weights > 0).all() and weights[0] != weights[1]
+    expected = expected * weights.repeat(KV_HEADS)[:, None]
     for kind, losses in ((file.whole.losses, expected[0]), (file.whole.followed, expected[1])):
         np.testing.assert_allclose(kind, losses, rtol=1e-4)
         assert (kind[:, -1] == 0).all()
@@ -151,6 +161,30 @@ def test_readings_count_the_same_however_much_is_lost_in_them():
     np.testing.assert_allclose(shares(7 * losses, fractions), shares(losses, fractions))
     with pytest.raises(ValueError, match=r"no head loses anything with 0\.15 of its pages"):
         shares(0 * losses, fractions)
+
+
+def test_a_layer_counts_by_how_much_the_answers_mind_what_it_loses():
+    """By the root: what is minded a quarter as much counts half as much. What loses nothing has no part in it."""
+    fractions, fall = (COMPARED_AT / 2, COMPARED_AT, 1.0), np.array([2.0, 1.0, 0.0])
+    losses = np.array([[3 * fall, 5 * fall], [4 * fall, 4 * fall], [0 * fall, 0 * fall]])
+    weights = layer_weights(losses, fractions, np.array([0.4, 0.1, 0.0]))
+    np.testing.assert_allclose(weights[:2], [4 / 3, 2 / 3])
+    assert (weights[:, None] * losses[..., 1]).sum() == pytest.approx(losses[..., 1].sum())
+
+
+def test_answers_move_only_by_layers_that_they_depend_on(directory):
+    tokens = torch.randint(WORDS, (CONTEXT + 40,), generator=torch.Generator().manual_seed(5)).tolist()
+    plain = LlamaForCausalLM.from_pretrained(directory)
+
+    def moved():
+        return answers_moved(EvaluationModel(plain), tokens, 39, EFFORTS["fast"], 16, 0.3, 2)
+
+    both = moved()
+    assert both.shape == (LAYERS,) and (both > 0).all()
+    with torch.no_grad():
+        plain.model.layers[0].self_attn.o_proj.weight.zero_()
+    first, second = moved()
+    assert first == 0 and second > 0 and second != both[1]
 
 
 @pytest.mark.parametrize(
