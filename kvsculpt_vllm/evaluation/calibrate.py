@@ -16,13 +16,14 @@ from transformers.utils import logging as transformers_logging
 
 from kvsculpt_vllm.calibration_file import CalibrationFile
 from kvsculpt_vllm.config import CompressionConfig
+from kvsculpt_vllm.evaluation.answers import Answers
 from kvsculpt_vllm.evaluation.attention import Recorder
-from kvsculpt_vllm.evaluation.importance import answers_moved
 from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer
 from kvsculpt_vllm.evaluation.progress import progress_bar
 from kvsculpt_vllm.evaluation.texts import passages, read_text
 from kvsculpt_vllm.sculpt.budgets import PagePlan, grid_of, span_sizes
 from kvsculpt_vllm.sculpt.effort import EFFORTS, Effort
+from kvsculpt_vllm.sculpt.loss_curves import LossCurves
 from kvsculpt_vllm.sculpt.matmul import fast_matmul
 from kvsculpt_vllm.sculpt.memory import max_elements
 from kvsculpt_vllm.sculpt.problem import Earlier, Problems
@@ -66,7 +67,8 @@ def calibrate(
 
     Each of the `num_contexts` contexts of each text is fitted to the queries that a prompt has, and judged by two
     readers, see `curves`: by what really follows in the text, and by a second reading of the context. What a layer
-    loses counts by how much the answers mind it (`layer_weights`).
+    loses counts by how much the answers mind it (`layer_weights`). Entries are ranked by the attention that they
+    receive, to the power with which the answers lose less.
 
     Args:
         context: tokens of each context; three times as many that follow it in the text are read, too.
@@ -94,35 +96,35 @@ def calibrate(
     fractions: tuple[float, ...] = ()
     found: dict[RankedBy, list[np.ndarray]] = {1: [], 2: []}
     lost = dict.fromkeys(found, 0.0)
+    following = min(FOLLOWING, context)
+
+    def answers(tokens: Sequence[int]) -> Answers:
+        return Answers(evaluated, tokens[: context + following + 1], following, EFFORTS[effort], BLOCK_SIZE)
+
     with progress_bar(console) as progress:
         for tokens in progress.track(chosen, description="contexts read"):
             fractions, by_power = curves(evaluated, tokens, effort, second_weight, len(prefix))
-            for power, (losses, follows) in by_power.items():
+            for power, losses in by_power.items():
                 found[power].append(losses)
-                lost[power] += follows
+        mean = {power: np.mean(losses, axis=0) for power, losses in found.items()}
+        for tokens in progress.track(chosen, description="rankings compared"):
+            of_context = answers(tokens)
+            for power, (losses, _) in mean.items():
+                lost[power] += of_context.lost(COMPARED_AT, LossCurves(fractions, losses, power=power))
         best = min(lost, key=lambda power: lost[power])
-        following = min(FOLLOWING, context)
-        moved = [
-            answers_moved(
-                evaluated,
-                tokens[: context + following + 1],
-                following,
-                EFFORTS[effort],
-                BLOCK_SIZE,
-                COMPARED_AT,
-                best,
-            )
+        by_layer = [
+            answers(tokens).lost_by_layer(COMPARED_AT, best)
             for tokens in progress.track(chosen, description="layers compared")
         ]
-    mean = np.mean(found[best], axis=0).reshape(2, evaluated.num_layers, -1, len(fractions))
-    mean *= layer_weights(mean[0], fractions, np.mean(moved, axis=0))[:, None, None]
+    kinds = mean[best].reshape(2, evaluated.num_layers, -1, len(fractions))
+    kinds *= layer_weights(kinds[0], fractions, np.mean(by_layer, axis=0))[:, None, None]
     last, followed = (
-        tuple(tuple(tuple(float(f"{loss:.6g}") for loss in head) for head in layer) for layer in kind) for kind in mean
+        tuple(tuple(tuple(float(f"{loss:.6g}") for loss in head) for head in layer) for layer in kind) for kind in kinds
     )
     return CalibrationFile(
         model=directory.name,
-        num_layers=mean.shape[1],
-        num_kv_heads=mean.shape[2],
+        num_layers=kinds.shape[1],
+        num_kv_heads=kinds.shape[2],
         context=context,
         texts=counts,
         second_weight=second_weight,
@@ -135,11 +137,10 @@ def calibrate(
 
 def curves(
     model: EvaluationModel, tokens: Sequence[int], effort: str, second_weight: float, prefix: int
-) -> tuple[tuple[float, ...], dict[RankedBy, tuple[np.ndarray, float]]]:
+) -> tuple[tuple[float, ...], dict[RankedBy, np.ndarray]]:
     """Measure what each head (2, L·H, G) loses at fractions (G,) of the span of a context, the first quarter of
-    `tokens`: in a segment that is the last one, and in one that others follow. Returns the fractions, and for each
-    power of the attention that entries may be ranked by the losses, and what all heads together lose of what really
-    follows the last segment at the fraction `COMPARED_AT`.
+    `tokens`: in a segment that is the last one, and in one that others follow. Returns the fractions, and the losses
+    for each power of the attention that entries may be ranked by.
 
     A loss is the weighted mean of the head's `shares` in two readings: `second_weight` for the second one, the rest of
     1 for what really follows. Fits are those that a prompt gets, to its own queries.
@@ -175,7 +176,7 @@ def curves(
     for first in (0, length):
         far = torch.linspace(first + end + length, len(tokens) - 1, number, dtype=torch.float64).round().long()
         judge(first, far, followed=True)
-    found: dict[RankedBy, tuple[np.ndarray, float]] = {}
+    found: dict[RankedBy, np.ndarray] = {}
     fractions: tuple[float, ...] = ()
     for power, losses in lost.items():
         asked = survey(again, plan, "sculpt", "adaptive", amount, power=power, fractions=FRACTIONS)
@@ -183,8 +184,7 @@ def curves(
         fractions = tuple(pages / plan.span_pages for pages in asked.grid)
         near, *far_ones, copied = (shares(some, fractions) for some in (*losses, asked.curves))
         kinds = (near, np.mean(far_ones, 0))
-        both = np.stack([(1 - second_weight) * follows + second_weight * copied for follows in kinds])
-        found[power] = both, float(np.interp(COMPARED_AT, fractions, losses[0].sum(0)))
+        found[power] = np.stack([(1 - second_weight) * follows + second_weight * copied for follows in kinds])
     return fractions, found
 
 
@@ -287,8 +287,8 @@ def shares(losses: np.ndarray, fractions: Sequence[float]) -> np.ndarray:
     return losses / whole
 
 
-def layer_weights(losses: np.ndarray, fractions: Sequence[float], moved: np.ndarray) -> np.ndarray:
-    """Weigh the layers (L,) by how much the answers lose by each of them alone, `moved` (L,), for what its heads lose
+def layer_weights(losses: np.ndarray, fractions: Sequence[float], alone: np.ndarray) -> np.ndarray:
+    """Weigh the layers (L,) by how much the answers lose by each of them alone, `alone` (L,), for what its heads lose
     together at the fraction `COMPARED_AT`, by `losses` (L, H, G) at `fractions` (G,): by the root of that ratio.
     Altogether the layers lose as much as before.
 
@@ -297,7 +297,7 @@ def layer_weights(losses: np.ndarray, fractions: Sequence[float], moved: np.ndar
     text of two (benchmarks/LOG.md): it is measured where all other layers are exact.
     """
     lost = np.array([[np.interp(COMPARED_AT, fractions, head) for head in layer] for layer in losses]).sum(1)
-    weights = np.sqrt(np.divide(moved, lost, out=np.zeros_like(lost), where=lost > 0))  # 0: it loses nothing to weigh
+    weights = np.sqrt(np.divide(alone, lost, out=np.zeros_like(lost), where=lost > 0))  # 0: it loses nothing to weigh
     return weights * (lost.sum() / (weights * lost).sum())
 
 

@@ -7,12 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from kvsculpt_vllm.calibration_file import FILE, read
 from kvsculpt_vllm.cli import app
+from kvsculpt_vllm.evaluation.answers import Answers
 from kvsculpt_vllm.evaluation.calibrate import (
     BLOCK_SIZE,
     COMPARED_AT,
@@ -25,10 +27,12 @@ from kvsculpt_vllm.evaluation.calibrate import (
     shares,
     what_follows,
 )
-from kvsculpt_vllm.evaluation.importance import answers_moved
+from kvsculpt_vllm.evaluation.harness import Context
+from kvsculpt_vllm.evaluation.methods.base import surveyed
 from kvsculpt_vllm.evaluation.model import EvaluationModel
 from kvsculpt_vllm.sculpt.budgets import PagePlan, grid_of
 from kvsculpt_vllm.sculpt.effort import EFFORTS
+from kvsculpt_vllm.sculpt.loss_curves import LossCurves
 from kvsculpt_vllm.sculpt.queries import build_problems
 from kvsculpt_vllm.sculpt.selection import teach
 
@@ -133,21 +137,24 @@ def test_the_command_writes_the_mean_of_the_contexts_where_servers_look(director
     # Three contexts fill the text, whatever the seed.
     contexts = [words[i * (length + 1) :][:length] for i in range(3)]
     found = [[curves(model, tokens, "balanced", weight, 0) for tokens in contexts] for weight in (0, 1)]
-    lost = {power: sum(by_power[power][1] for _, by_power in found[0]) for power in (1, 2)}
-    # By the ranking with which what really follows loses less.
-    assert file.whole.power == file.power == min(lost, key=lost.__getitem__) and lost[1] != lost[2]
-    assert file.fractions == found[0][0][0]
-    expected = np.mean([by_power[file.power][0] for reading in found for _, by_power in reading], axis=0)
-    moved = [
-        answers_moved(
-            model, tokens[: 2 * CONTEXT + 1], CONTEXT, EFFORTS["balanced"], BLOCK_SIZE, COMPARED_AT, file.power
-        )
-        for tokens in contexts
+    fractions = found[0][0][0]
+    answers = [
+        Answers(model, tokens[: 2 * CONTEXT + 1], CONTEXT, EFFORTS["balanced"], BLOCK_SIZE) for tokens in contexts
     ]
-    by_layer = expected[0].reshape(LAYERS, KV_HEADS, -1)
-    weights = layer_weights(by_layer, file.fractions, np.mean(moved, axis=0))
+    means = {
+        power: np.mean([by_power[power] for reading in found for _, by_power in reading], axis=0) for power in (1, 2)
+    }
+    lost = {
+        power: sum(one.lost(COMPARED_AT, LossCurves(fractions, mean[0], power=power)) for one in answers)
+        for power, mean in means.items()
+    }
+    # By the ranking with which the answers lose less.
+    assert file.whole.power == file.power == min(lost, key=lost.__getitem__) and lost[1] != lost[2]
+    assert file.fractions == fractions
+    alone = np.mean([one.lost_by_layer(COMPARED_AT, file.power) for one in answers], axis=0)
+    weights = layer_weights(means[file.power][0].reshape(LAYERS, KV_HEADS, -1), fractions, alone)
     assert (weights > 0).all() and weights[0] != weights[1]
-    expected = expected * weights.repeat(KV_HEADS)[:, None]
+    expected = means[file.power] * weights.repeat(KV_HEADS)[:, None]
     for kind, losses in ((file.whole.losses, expected[0]), (file.whole.followed, expected[1])):
         np.testing.assert_allclose(kind, losses, rtol=1e-4)
         assert (kind[:, -1] == 0).all()
@@ -172,19 +179,33 @@ def test_a_layer_counts_by_how_much_the_answers_mind_what_it_loses():
     assert (weights[:, None] * losses[..., 1]).sum() == pytest.approx(losses[..., 1].sum())
 
 
-def test_answers_move_only_by_layers_that_they_depend_on(directory):
+def test_answers_lose_nothing_by_a_layer_that_they_do_not_depend_on(directory):
     tokens = torch.randint(WORDS, (CONTEXT + 40,), generator=torch.Generator().manual_seed(5)).tolist()
     plain = LlamaForCausalLM.from_pretrained(directory)
 
-    def moved():
-        return answers_moved(EvaluationModel(plain), tokens, 39, EFFORTS["fast"], 16, 0.3, 2)
+    def lost():
+        return Answers(EvaluationModel(plain), tokens, 39, EFFORTS["fast"], 16).lost_by_layer(0.3, 2)
 
-    both = moved()
+    both = lost()
     assert both.shape == (LAYERS,) and (both > 0).all()
     with torch.no_grad():
         plain.model.layers[0].self_attn.o_proj.weight.zero_()
-    first, second = moved()
+    first, second = lost()
     assert first == 0 and second > 0 and second != both[1]
+
+
+def test_answers_lose_what_the_evaluation_finds(directory):
+    """By the curves of a calibration, as `kvsculpt eval` compresses by them; nothing where everything is kept."""
+    tokens = torch.randint(WORDS, (CONTEXT + 40,), generator=torch.Generator().manual_seed(6)).tolist()
+    model, effort = EvaluationModel.load(directory, "cpu"), EFFORTS["fast"]
+    curves = LossCurves((0.1, 0.4, 1.0), np.outer([1.0, 8.0, 2.0, 4.0], [1.0, 0.3, 0.0]), power=1)
+    answers = Answers(model, tokens, 39, effort, 16)
+    context = Context(model, tokens[:CONTEXT], 39, effort, 16, 64, 4)
+    attempt = next(context.compress(surveyed("sculpt", calibration=curves), "adaptive", [0.4]))
+    logits = [model.continue_from(cache, tokens[CONTEXT:-1], CONTEXT) for cache in (context.full_cache, attempt.cache)]
+    expected = F.kl_div(logits[1].log_softmax(-1), logits[0].log_softmax(-1), log_target=True, reduction="none")
+    assert answers.lost(0.4, curves) == pytest.approx(float(expected.sum(-1).mean()), rel=1e-3)
+    assert answers.lost(1.0, curves) == 0
 
 
 @pytest.mark.parametrize(
