@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, cast
 
 import typer
 from typer.core import TyperCommand
@@ -216,6 +216,15 @@ def calibrate(
             "More of it keeps more of what copies.",
         ),
     ] = 0.25,
+    ranking: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=2,
+            help="Rank entries by the attention they accumulate (1) or by its root mean square (2). By default that "
+            "with which the answers on these texts lose less.",
+        ),
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     out: Annotated[
@@ -247,7 +256,16 @@ def calibrate(
         if path.is_dir() or not os.access(path.parent, os.W_OK):  # before and not after minutes of work
             raise ValueError(f"--out: {path} cannot be written, allowed: a file in a writable directory")
         measured = measure(
-            directory, text, context, num_contexts, effort, second_reading, seed, device, Console(stderr=True)
+            directory,
+            text,
+            context,
+            num_contexts,
+            effort,
+            second_reading,
+            seed,
+            device,
+            Console(stderr=True),
+            cast(Literal[1, 2] | None, ranking),  # typer has looked
         )
         measured.write(path)
     except (ValueError, OSError, NotImplementedError, models.ModelError) as error:

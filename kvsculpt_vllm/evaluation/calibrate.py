@@ -61,6 +61,7 @@ def calibrate(
     seed: int,
     device: str,
     console: Console,
+    ranking: RankedBy | None = None,
 ) -> CalibrationFile:
     """Measure what each head of the model in `directory` loses at every budget, averaged over contexts of the texts:
     once in a segment that the text goes on right behind, and once in one that others follow.
@@ -68,13 +69,14 @@ def calibrate(
     Each of the `num_contexts` contexts of each text is fitted to the queries that a prompt has, and judged by two
     readers, see `curves`: by what really follows in the text, and by a second reading of the context. What a layer
     loses counts by how much the answers mind it (`layer_weights`). Entries are ranked by the attention that they
-    receive, to the power with which the answers lose less.
+    receive, to the power `ranking`.
 
     Args:
         context: tokens of each context; three times as many that follow it in the text are read, too.
         second_weight: from 0 to 1.
         seed: moves the contexts along the text.
         device: where torch computes: cpu, cuda.
+        ranking: the power of the attention that entries are ranked by; None means that with which answers lose less.
 
     Raises:
         ValueError, OSError, NotImplementedError: what cannot be done, in words for the user.
@@ -94,8 +96,9 @@ def calibrate(
             f"--context: got {context}, allowed: at most a quarter of the model's {evaluated.num_positions} positions"
         )
     fractions: tuple[float, ...] = ()
-    found: dict[RankedBy, list[np.ndarray]] = {1: [], 2: []}
-    lost = dict.fromkeys(found, 0.0)
+    powers: tuple[RankedBy, ...] = (1, 2) if ranking is None else (ranking,)
+    found: dict[RankedBy, list[np.ndarray]] = {power: [] for power in powers}
+    lost = dict.fromkeys(powers, 0.0)
     following = min(FOLLOWING, context)
 
     def answers(tokens: Sequence[int]) -> Answers:
@@ -103,11 +106,12 @@ def calibrate(
 
     with progress_bar(console) as progress:
         for tokens in progress.track(chosen, description="contexts read"):
-            fractions, by_power = curves(evaluated, tokens, effort, second_weight, len(prefix))
+            fractions, by_power = curves(evaluated, tokens, effort, second_weight, len(prefix), powers)
             for power, losses in by_power.items():
                 found[power].append(losses)
         mean = {power: np.mean(losses, axis=0) for power, losses in found.items()}
-        for tokens in progress.track(chosen, description="rankings compared"):
+        several = chosen if len(powers) > 1 else []
+        for tokens in progress.track(several, description="rankings compared"):
             of_context = answers(tokens)
             for power, (losses, _) in mean.items():
                 lost[power] += of_context.lost(COMPARED_AT, LossCurves(fractions, losses, power=power))
@@ -136,7 +140,12 @@ def calibrate(
 
 
 def curves(
-    model: EvaluationModel, tokens: Sequence[int], effort: str, second_weight: float, prefix: int
+    model: EvaluationModel,
+    tokens: Sequence[int],
+    effort: str,
+    second_weight: float,
+    prefix: int,
+    powers: Sequence[RankedBy] = (1, 2),
 ) -> tuple[tuple[float, ...], dict[RankedBy, np.ndarray]]:
     """Measure what each head (2, L·H, G) loses at fractions (G,) of the span of a context, the first quarter of
     `tokens`: in a segment that is the last one, and in one that others follow. Returns the fractions, and the losses
@@ -164,7 +173,7 @@ def curves(
     again = second_reading(model, read, read[prefix:], count, span, sinks)
     recording = model.record(tokens, torch.arange(len(tokens)))
     number = min(FOLLOWING, length)
-    lost: dict[RankedBy, list[np.ndarray]] = {1: [], 2: []}
+    lost: dict[RankedBy, list[np.ndarray]] = {power: [] for power in powers}
 
     def judge(first: int, positions: Tensor, followed: bool = False) -> None:
         problems, judges = _fitted_and_judging(model, recording, first, span, positions, count, followed)

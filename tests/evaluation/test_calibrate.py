@@ -162,6 +162,21 @@ def test_the_command_writes_the_mean_of_the_contexts_where_servers_look(director
     assert (file.whole.losses != file.whole.followed).any()
 
 
+def test_a_ranking_may_be_given_and_then_no_other_is_measured(directory, tmp_path):
+    words = torch.randint(WORDS, (LENGTHS * CONTEXT + 1,), generator=torch.Generator().manual_seed(7)).tolist()
+    text = tmp_path / "numbers.txt"
+    text.write_text(" ".join(map(str, words)))
+    arguments = ["calibrate", "--model", directory, "--text", text, "--context", CONTEXT, "--num-contexts", 1]
+    written = []
+    for power in (1, 2):
+        path = tmp_path / f"by-{power}.json"
+        result = CliRunner().invoke(app, list(map(str, [*arguments, "--ranking", power, "--out", path])))
+        assert result.exit_code == 0, result.output
+        written.append(read(path))
+    assert [file.power for file in written] == [1, 2]
+    assert (written[0].whole.losses != written[1].whole.losses).any()
+
+
 def test_readings_count_the_same_however_much_is_lost_in_them():
     losses, fractions = np.array([[8.0, 4.0, 0.0], [2.0, 2.0, 0.0]]), (COMPARED_AT / 2, COMPARED_AT * 2, 1.0)
     np.testing.assert_allclose(shares(losses, fractions), losses / (10 - 4 / 3))  # a third of the way from 10 to 6
@@ -214,6 +229,7 @@ def test_answers_lose_what_the_evaluation_finds(directory):
         (["--effort", "much"], "got much, allowed: fast, balanced, thorough"),
         (["--context", "300"], "--context: got 300, allowed: at most a quarter of the model's 640 positions"),
         (["--second-reading", "1.5"], "Invalid value for '--second-reading'"),
+        (["--ranking", "3"], "Invalid value for '--ranking'"),
         (["--text", "/absent"], "No such file"),
         (["--model", "/absent"], "--model: /absent is neither"),
         (["--num-contexts", "100000"], "contexts of"),
