@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from .sources import result
 
 SMOLLM, QWEN = "eval-smollm2-135m.json", "eval-qwen2.5-coder-1.5b.json"
+GEMMA = "eval-gemma-3-270m.json"
 RATIOS = (0.1, 0.3, 0.5, 0.7)
 TEXTS = ("moby-dick-1-67.txt", "pydoc")
 

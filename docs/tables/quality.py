@@ -10,6 +10,7 @@ from .markdown import table
 from .measured import (
     BASELINE,
     EXPECTED,
+    GEMMA,
     MATCHING,
     PEERS,
     PILOT,
@@ -96,12 +97,12 @@ def held_out() -> str:
     return table(["held-out error", *kept(RATIOS)], body)
 
 
-def quality_by_text(file: str, model: str) -> str:
+def quality_by_text(file: str, model: str, measured: Sequence[Measured] = (MATCHING, PILOT, SCULPT)) -> str:
     """Mean KL on each of the texts: where a method gains and where it loses."""
     names = {"moby-dick-1-67.txt": "*Moby-Dick*", "pydoc": "Python's documentation"}
     body = [
         [f"{what.label}, {names[text]}", *(f"{row_of(file, what, ratio, text)['kl_mean']:.5f}" for ratio in RATIOS)]
-        for what in (MATCHING, PILOT, SCULPT)
+        for what in measured
         for text in TEXTS
     ]
     return table([model, *kept(RATIOS)], body)
@@ -150,6 +151,8 @@ TABLES = {
     "quality-small": quality_small,
     "quality-smollm2": lambda: quality(SMOLLM, "SmolLM2-135M", MAIN),
     "quality-qwen": lambda: quality(QWEN, "Qwen2.5-Coder-1.5B", MAIN),
+    "quality-gemma": lambda: quality(GEMMA, "Gemma 3 270M", MAIN),
+    "quality-gemma-by-text": lambda: quality_by_text(GEMMA, "Gemma 3 270M", (SELECTION, MATCHING, SCULPT)),
     "quality-lead": quality_lead,
     "held-out": held_out,
     "quality-smollm2-by-text": lambda: quality_by_text(SMOLLM, "SmolLM2-135M"),
