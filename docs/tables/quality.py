@@ -104,6 +104,7 @@ def quality_by_text(file: str, model: str, measured: Sequence[Measured] = (MATCH
         [f"{what.label}, {names[text]}", *(f"{row_of(file, what, ratio, text)['kl_mean']:.5f}" for ratio in RATIOS)]
         for what in measured
         for text in TEXTS
+        if row_of(file, what, RATIOS[0], text)
     ]
     return table([model, *kept(RATIOS)], body)
 
