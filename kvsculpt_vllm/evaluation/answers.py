@@ -11,12 +11,11 @@ import torch
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.evaluation.attention import RaggedCache
 from kvsculpt_vllm.evaluation.harness import Context
+from kvsculpt_vllm.evaluation.methods.base import surveyed
 from kvsculpt_vllm.evaluation.metrics import compare
 from kvsculpt_vllm.evaluation.model import EvaluationModel
-from kvsculpt_vllm.sculpt.compress import fit
 from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.loss_curves import LossCurves
-from kvsculpt_vllm.sculpt.survey import survey
 
 
 class Answers:
@@ -39,14 +38,14 @@ class Answers:
         """
         return self._lost(self._compressed(keep_ratio, "adaptive", curves))
 
-    def lost_by_layer(self, keep_ratio: float, power: int) -> np.ndarray:
+    def lost_by_layer(self, keep_ratio: float, curves: LossCurves) -> np.ndarray:
         """Measure the same where one layer alone is compressed (L,), each of whose heads keeps the same fraction, with
-        entries ranked by attention to the `power`.
+        entries ranked as `curves` say.
 
         The losses that budgets are given out by are errors of a head's attention. How much the answers mind them
         differs a hundredfold between a model's layers (benchmarks/LOG.md), and an attention's error does not tell it.
         """
-        packed, exact = self._compressed(keep_ratio, "uniform", power=power), self._context.full_cache
+        packed, exact = self._compressed(keep_ratio, "uniform", curves), self._context.full_cache
         heads = len(exact.keys) // self._model.num_layers
         lost = []
         for first in range(0, len(exact.keys), heads):
@@ -56,13 +55,8 @@ class Answers:
             lost.append(self._lost(replace(exact, keys=keys, values=values)))
         return np.array(lost)
 
-    @torch.no_grad()
-    def _compressed(
-        self, keep_ratio: float, budget: str, curves: LossCurves | None = None, power: int | None = None
-    ) -> RaggedCache:
-        problems, plan = self._context.problems, self._context.plan(keep_ratio)
-        found = survey(problems, plan, "sculpt", budget, self._effort, power=power, calibration=curves)
-        return self._context.compressed_cache(fit(problems, plan, found, "sculpt", self._effort))
+    def _compressed(self, keep_ratio: float, budget: str, curves: LossCurves) -> RaggedCache:
+        return next(self._context.compress(surveyed("sculpt", calibration=curves), budget, [keep_ratio])).cache
 
     @torch.no_grad()
     def _lost(self, cache: RaggedCache) -> float:

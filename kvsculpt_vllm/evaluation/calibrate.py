@@ -110,14 +110,15 @@ def calibrate(
             for power, losses in by_power.items():
                 found[power].append(losses)
         mean = {power: np.mean(losses, axis=0) for power, losses in found.items()}
+        by_curves = {power: LossCurves(fractions, losses[0], power=power) for power, losses in mean.items()}
         several = chosen if len(powers) > 1 else []
         for tokens in progress.track(several, description="rankings compared"):
             of_context = answers(tokens)
-            for power, (losses, _) in mean.items():
-                lost[power] += of_context.lost(COMPARED_AT, LossCurves(fractions, losses, power=power))
+            for power, of_power in by_curves.items():
+                lost[power] += of_context.lost(COMPARED_AT, of_power)
         best = min(lost, key=lambda power: lost[power])
         by_layer = [
-            answers(tokens).lost_by_layer(COMPARED_AT, best)
+            answers(tokens).lost_by_layer(COMPARED_AT, by_curves[best])
             for tokens in progress.track(chosen, description="layers compared")
         ]
     kinds = mean[best].reshape(2, evaluated.num_layers, -1, len(fractions))

@@ -144,14 +144,12 @@ def test_the_command_writes_the_mean_of_the_contexts_where_servers_look(director
     means = {
         power: np.mean([by_power[power] for reading in found for _, by_power in reading], axis=0) for power in (1, 2)
     }
-    lost = {
-        power: sum(one.lost(COMPARED_AT, LossCurves(fractions, mean[0], power=power)) for one in answers)
-        for power, mean in means.items()
-    }
+    ranked = {power: LossCurves(fractions, mean[0], power=power) for power, mean in means.items()}
+    lost = {power: sum(one.lost(COMPARED_AT, by) for one in answers) for power, by in ranked.items()}
     # By the ranking with which the answers lose less.
     assert file.whole.power == file.power == min(lost, key=lost.__getitem__) and lost[1] != lost[2]
     assert file.fractions == fractions
-    alone = np.mean([one.lost_by_layer(COMPARED_AT, file.power) for one in answers], axis=0)
+    alone = np.mean([one.lost_by_layer(COMPARED_AT, ranked[file.power]) for one in answers], axis=0)
     weights = layer_weights(means[file.power][0].reshape(LAYERS, KV_HEADS, -1), fractions, alone)
     assert (weights > 0).all() and weights[0] != weights[1]
     expected = means[file.power] * weights.repeat(KV_HEADS)[:, None]
@@ -197,9 +195,10 @@ def test_a_layer_counts_by_how_much_the_answers_mind_what_it_loses():
 def test_answers_lose_nothing_by_a_layer_that_they_do_not_depend_on(directory):
     tokens = torch.randint(WORDS, (CONTEXT + 40,), generator=torch.Generator().manual_seed(5)).tolist()
     plain = LlamaForCausalLM.from_pretrained(directory)
+    curves = LossCurves((1.0,), np.zeros((LAYERS * KV_HEADS, 1)), power=2)
 
     def lost():
-        return Answers(EvaluationModel(plain), tokens, 39, EFFORTS["fast"], 16).lost_by_layer(0.3, 2)
+        return Answers(EvaluationModel(plain), tokens, 39, EFFORTS["fast"], 16).lost_by_layer(0.3, curves)
 
     both = lost()
     assert both.shape == (LAYERS,) and (both > 0).all()
