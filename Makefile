@@ -10,6 +10,7 @@ BESIDE := tests/serving tests/engine/scheduler tests/engine/test_zoo.py tests/en
   tests/engine/worker/test_gpu_path.py
 ON_NEXT := tests/engine tests/test_plugin.py tests/test_doctor.py
 ENGINES_ON_NEXT := tests/engine/test_engine.py::test_a_prompt_longer_than_the_memory_is_served_and_gives_the_tokens_of_stock_vllm \
+  "tests/engine/test_windows.py::test_every_entry_in_shuffled_packed_pages_gives_the_tokens_of_stock_vllm[V2]" \
   tests/serving/test_http.py::test_a_chat_request_is_sculpted_and_answers_from_the_document
 MODEL_NAME := smollm2-135m
 

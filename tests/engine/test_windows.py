@@ -63,14 +63,16 @@ def test_chains_that_are_found_adopted_or_grow_give_the_tokens_of_stock_vllm(run
     check_chains(ours)
 
 
-@pytest.mark.parametrize("v2", [False, True], ids=["V1", "V2"])
+@pytest.mark.parametrize("v2", [False, True], ids=["V1, two ranks", "V2"])
 def test_every_entry_in_shuffled_packed_pages_gives_the_tokens_of_stock_vllm(run_engine, windowed_path, v2):
-    """In chunks smaller than a segment, and what the blocks held before is spoilt: windows take some of them."""
+    """In chunks smaller than a segment, and what the blocks held before is spoilt: windows take some of them. With
+    tensor parallelism each rank has one of the two heads.
+    """
     batches = [[request(0, 600, 5), request(5000, 64, 5)]] if v2 else [[request(0, 1200), request(2000, 900)]]
     engine = {**ENGINE, "model": str(windowed_path), "enable_prefix_caching": False, "max_num_batched_tokens": 200}
     stock = run_engine(engine=engine, batches=batches)
     ours = run_engine(
-        engine={**engine, "additional_config": CHAINS},
+        engine={**engine, "additional_config": CHAINS, "tensor_parallel_size": 1 if v2 else 2},
         batches=batches,
         identity=True,
         poison=True,
