@@ -300,14 +300,26 @@ def shares(losses: np.ndarray, fractions: Sequence[float]) -> np.ndarray:
 def layer_weights(losses: np.ndarray, fractions: Sequence[float], alone: np.ndarray) -> np.ndarray:
     """Weigh the layers (L,) by how much the answers lose by each of them alone, `alone` (L,), for what its heads lose
     together at the fraction `COMPARED_AT`, by `losses` (L, H, G) at `fractions` (G,): by the root of that ratio.
-    Altogether the layers lose as much as before.
+    Altogether the layers lose as much as before. A layer that loses nothing there, though it may with fewer pages,
+    weighs as much as the others do on the geometric mean; one whose errors the answers do not mind at all, as little as
+    the least of them.
 
     Without weights budgets go to layers whose errors are large and whose answers hardly mind: behind an error near a
     model's end there are few layers that could make more of it. The ratio itself is no better than no weights on one
     text of two (benchmarks/LOG.md): it is measured where all other layers are exact.
+
+    Raises:
+        ValueError: no layer's errors change the answers.
     """
     lost = np.array([[np.interp(COMPARED_AT, fractions, head) for head in layer] for layer in losses]).sum(1)
-    weights = np.sqrt(np.divide(alone, lost, out=np.zeros_like(lost), where=lost > 0))  # 0: it loses nothing to weigh
+    minded = (lost > 0) & (alone > 0)
+    if not minded.any():
+        raise ValueError(
+            f"no layer alone changes the answers with {COMPARED_AT} of its pages: there is nothing to weigh"
+        )
+    known = np.sqrt(alone[minded] / lost[minded])
+    weights = np.where(lost > 0, known.min(), np.exp(np.log(known).mean()))
+    weights[minded] = known
     return weights * (lost.sum() / (weights * lost).sum())
 
 

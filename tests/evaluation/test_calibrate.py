@@ -175,6 +175,18 @@ def test_a_ranking_may_be_given_and_then_no_other_is_measured(directory, tmp_pat
     assert (written[0].whole.losses != written[1].whole.losses).any()
 
 
+def test_layers_weigh_by_the_root_of_what_answers_mind_and_those_that_tell_nothing_by_what_the_others_do():
+    at_15 = np.array([4.0, 1.0, 0.0, 2.0])  # what the layers' heads lose together where they are compared
+    losses, fractions = at_15[:, None, None] * np.array([[[2.0, 1.0, 0.0], [2.0, 0.0, 0.0]]]), (0.1, COMPARED_AT, 1.0)
+    alone = np.array([1.0, 4.0, 0.0, 0.0])  # roots of the ratios: 0.5, 2, none, 0
+    expected = np.array([0.5, 2.0, 1.0, 0.5])
+    weights = layer_weights(losses, fractions, alone)
+    np.testing.assert_allclose(weights, expected * 7 / (expected * at_15).sum())
+    np.testing.assert_allclose((weights * at_15).sum(), 7)
+    with pytest.raises(ValueError, match="nothing to weigh"):
+        layer_weights(losses, fractions, np.zeros(4))
+
+
 def test_readings_count_the_same_however_much_is_lost_in_them():
     losses, fractions = np.array([[8.0, 4.0, 0.0], [2.0, 2.0, 0.0]]), (COMPARED_AT / 2, COMPARED_AT * 2, 1.0)
     np.testing.assert_allclose(shares(losses, fractions), losses / (10 - 4 / 3))  # a third of the way from 10 to 6
