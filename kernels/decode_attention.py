@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvsculpt_vllm.kernels.attention_plan import ITEM, Plan, Prefixes
+from kvsculpt_vllm.kernels.attention_plan import ITEM, BatchRows, Plan, Prefixes
 from kvsculpt_vllm.kernels.pages import Pages
 from kvsculpt_vllm.kernels.soft_cap import cap_tile
 
@@ -25,28 +25,80 @@ ROWS = 16
 LOG2_E = 1.4426950408889634
 
 
-def decode_attention(
-    query: Tensor,  # (T, heads, D)
-    out: Tensor,  # (T, heads, D), written for rows with one token, and 0 for tokens behind the last row's
+class Launch(NamedTuple):
+    """Arguments that the kernels of decoding and of prefill both take, in their order."""
+
+    cache: tuple[Tensor | int, ...]  # the pages, the directory, and the chains of the plan
+    rows: tuple[Tensor | int | float | None, ...]
+    constants: dict[str, Any]
+
+
+def launch_of(
+    query: Tensor,
     pages: Pages,
     prefixes: Prefixes,
     plan: Plan,
-    block_table: Tensor,
-    query_start_loc: Tensor,
-    seq_lens: Tensor,
+    rows: BatchRows,
     layer: int,
     num_kv_heads: int,
     scale: float,
     sink_logits: Tensor | None,
     soft_cap: float,
+) -> Launch:
+    """Put together what both kernels take of the arguments of `paged_attention`, which checks them."""
+    _, heads, head_size = query.shape
+    return Launch(
+        (
+            pages.buffer,
+            pages.buffer.stride(0),
+            pages.cell_pages,
+            pages.block_stride,
+            pages.entry_stride,
+            pages.value_offset,
+            prefixes.starts,
+            prefixes.lengths,
+            prefixes.span_blocks,
+            plan.chains,
+            plan.chains.stride(0),
+            plan.segments,
+        ),
+        (
+            rows.block_table,
+            rows.block_table.stride(0),
+            rows.query_start_loc,
+            rows.seq_lens,
+            layer,
+            sink_logits,
+            scale * LOG2_E,  # logits are to the base 2
+        ),
+        {
+            "cap": soft_cap * LOG2_E or None,
+            "log2_e": LOG2_E,
+            "num_layers": prefixes.starts.shape[1],
+            "num_kv_heads": num_kv_heads,
+            "group": heads // num_kv_heads,
+            "head_size": head_size,
+            "block_size": pages.block_size,
+            # Triton's interpreter would multiply bfloat16's bit patterns.
+            "widen": query.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
+        },
+    )
+
+
+def decode_attention(
+    query: Tensor,  # (T, heads, D)
+    out: Tensor,  # (T, heads, D), written for rows with one token, and 0 for tokens behind the last row's
+    launch: Launch,
+    plan: Plan,
+    rows: BatchRows,
+    layer: int,
 ) -> None:
-    """Attend from the tokens of rows that have one; see `paged_attention`, which checks the arguments."""
-    tokens, heads, head_size = query.shape
-    group, block_d = heads // num_kv_heads, max(16, triton.next_power_of_2(head_size))
+    """Attend from the tokens of rows that have one; see `paged_attention`."""
+    tokens, _, head_size = query.shape
+    group, num_kv_heads = launch.constants["group"], launch.constants["num_kv_heads"]
+    block_d = max(16, triton.next_power_of_2(head_size))
     parts = query.new_empty(2 * plan.most, group, head_size, dtype=torch.float32)
     lse = query.new_empty(2 * plan.most, group, dtype=torch.float32)
-    rows = block_table, query_start_loc, seq_lens
-    launch = launch_of(query, pages, prefixes, plan, *rows, layer, num_kv_heads, scale, sink_logits, soft_cap)
     _attend[(plan.items.shape[1],)](
         query,
         query.stride(0),
@@ -76,8 +128,8 @@ def decode_attention(
         plan.counts,
         plan.merges,
         plan.merges.shape[1],
-        query_start_loc,
-        len(seq_lens),
+        rows.query_start_loc,
+        len(rows.seq_lens),
         layer,
         tokens,
         num_kv_heads=num_kv_heads,
@@ -86,61 +138,6 @@ def decode_attention(
         item=ITEM,
         block_parts=16,
         block_d=block_d,
-    )
-
-
-class Launch(NamedTuple):
-    """Arguments that the kernels of decoding and of prefill both take, in their order."""
-
-    cache: tuple[Tensor | int, ...]  # the pages, the directory, and the chains of the plan
-    rows: tuple[Tensor | int | float | None, ...]
-    constants: dict[str, Any]
-
-
-def launch_of(
-    query: Tensor,
-    pages: Pages,
-    prefixes: Prefixes,
-    plan: Plan,
-    block_table: Tensor,
-    query_start_loc: Tensor,
-    seq_lens: Tensor,
-    layer: int,
-    num_kv_heads: int,
-    scale: float,
-    sink_logits: Tensor | None,
-    soft_cap: float,
-) -> Launch:
-    """Put together what both kernels take of the arguments of `decode_attention`."""
-    _, heads, head_size = query.shape
-    return Launch(
-        (
-            pages.buffer,
-            pages.buffer.stride(0),
-            pages.cell_pages,
-            pages.block_stride,
-            pages.entry_stride,
-            pages.value_offset,
-            prefixes.starts,
-            prefixes.lengths,
-            prefixes.span_blocks,
-            plan.chains,
-            plan.chains.stride(0),
-            plan.segments,
-        ),
-        # Logits are to the base 2.
-        (block_table, block_table.stride(0), query_start_loc, seq_lens, layer, sink_logits, scale * LOG2_E),
-        {
-            "cap": soft_cap * LOG2_E or None,
-            "log2_e": LOG2_E,
-            "num_layers": prefixes.starts.shape[1],
-            "num_kv_heads": num_kv_heads,
-            "group": heads // num_kv_heads,
-            "head_size": head_size,
-            "block_size": pages.block_size,
-            # Triton's interpreter would multiply bfloat16's bit patterns.
-            "widen": query.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
-        },
     )
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from kvsculpt_vllm.kernels.attention_plan import BatchRows, Plan, Prefixes
 from kvsculpt_vllm.kernels.checks import check_head_size, check_tensors
-from kvsculpt_vllm.kernels.decode_attention import decode_attention
+from kvsculpt_vllm.kernels.decode_attention import decode_attention, launch_of
 from kvsculpt_vllm.kernels.pages import Pages
 from kvsculpt_vllm.kernels.prefill_attention import prefill_attention
 
@@ -128,11 +128,10 @@ def paged_attention(
         sink_logits = sink_logits.contiguous()
     if not 0.0 <= soft_cap < math.inf:
         raise ValueError(f"soft_cap: {soft_cap} given, at least 0 is needed")
-    logits = scale, sink_logits, soft_cap
-    tensors = rows.block_table, rows.query_start_loc, rows.seq_lens
+    launch = launch_of(query, pages, prefixes, plan, rows, layer, num_kv_heads, scale, sink_logits, soft_cap)
     if rows.tiles is not None:
-        prefill_attention(query, out, pages, prefixes, plan, rows.tiles, *tensors, layer, num_kv_heads, *logits)
+        prefill_attention(query, out, launch, rows.tiles)
     if rows.decode:
-        decode_attention(query, out, pages, prefixes, plan, *tensors, layer, num_kv_heads, *logits)
+        decode_attention(query, out, launch, plan, rows, layer)
     elif rows.num_tokens < len(out):
         out[rows.num_tokens :].zero_()

@@ -11,30 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvsculpt_vllm.kernels.attention_plan import Plan, Prefixes, prefill_tile
-from kvsculpt_vllm.kernels.decode_attention import ROWS, launch_of, logits_of, places, sink_of
-from kvsculpt_vllm.kernels.pages import Pages
+from kvsculpt_vllm.kernels.attention_plan import prefill_tile
+from kvsculpt_vllm.kernels.decode_attention import ROWS, Launch, logits_of, places, sink_of
 
 
 def prefill_attention(
     query: Tensor,  # (T, heads, D)
     out: Tensor,  # (T, heads, D), written for the tiles' tokens
-    pages: Pages,
-    prefixes: Prefixes,
-    plan: Plan,
+    launch: Launch,
     tiles: Tensor,  # (n, 2) int32, see `prefill_tiles`
-    block_table: Tensor,
-    query_start_loc: Tensor,
-    seq_lens: Tensor,
-    layer: int,
-    num_kv_heads: int,
-    scale: float,
-    sink_logits: Tensor | None,
-    soft_cap: float,
 ) -> None:
-    """Attend from the tokens of rows that have several; see `paged_attention`, which checks the arguments."""
-    rows = block_table, query_start_loc, seq_lens
-    launch = launch_of(query, pages, prefixes, plan, *rows, layer, num_kv_heads, scale, sink_logits, soft_cap)
+    """Attend from the tokens of rows that have several; see `paged_attention`."""
+    group, num_kv_heads = launch.constants["group"], launch.constants["num_kv_heads"]
     _attend[(len(tiles), num_kv_heads)](
         query,
         query.stride(0),
@@ -46,7 +34,7 @@ def prefill_attention(
         tiles,
         *launch.rows,
         **launch.constants,
-        **tiling(query.shape[1] // num_kv_heads, query.shape[2], query.dtype),
+        **tiling(group, query.shape[2], query.dtype),
     )
 
 
