@@ -1,10 +1,12 @@
 """What a chain loses as it grows, and as it is read from afar: `python benchmarks/chains.py --help`.
 
-Two questions that one context and what follows it do not answer. Part `answers`: a text goes on behind a prompt as a
+Questions that one context and what follows it do not answer. Part `answers`: a text goes on behind a prompt as a
 long answer would, and becomes a segment whenever it has grown by `--decode` tokens, as the engine has it; KL against
 the full cache by the number of segments that the answer has come to. Every token is the text's own (teacher-forced), so
 that one early difference does not decide all that follows. Part `afar`: a segment, then tokens of another text, which
-stay exact, then what really follows the segment; KL by how many tokens lie between.
+stay exact, then what really follows the segment; KL by how many tokens lie between. Part `work`: the right answer to a
+task that goes on for as long (`long_work.py`): the share of its tokens, of those that the prompt tells, that the model
+finds the most likely, by the number of segments as well, from both caches.
 
 Prints a table of each, draws them, and ends with one JSON line.
 """
@@ -23,6 +25,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.shared.spans import next_span
@@ -36,10 +39,11 @@ from kvsculpt_vllm.evaluation.texts import passages, read_text
 from kvsculpt_vllm.sculpt.budgets import blocks_kept
 from kvsculpt_vllm.sculpt.chain import Piece, pieces
 from kvsculpt_vllm.sculpt.effort import EFFORTS, Effort
+from long_work import TASKS, Work, work
 
 BLOCK_SIZE, FOLLOWING = 32, 256
 BETWEEN = (0, 1024, 4096)
-PARTS = ("answers", "afar")
+PARTS = ("answers", "afar", "work")
 WINDOW, SINKS, MIN_TOKENS = CompressionConfig().window, CompressionConfig().sink, CompressionConfig().min_tokens
 
 console = Console(stderr=True)
@@ -58,10 +62,17 @@ class Setup(NamedTuple):
         return Chain(self.model, tokens, self.effort, BLOCK_SIZE, WINDOW, SINKS)
 
 
-def answered(setup: Setup, tokens: Sequence[int], prompt: int) -> Iterator[tuple[int, TokenScores]]:
-    """Score the tokens behind a prompt of `prompt` of them, a stretch between two segments at a time, and say how many
-    segments there were behind the prompt's.
-    """
+class Stretch(NamedTuple):
+    """What the model expects between two segments of an answer."""
+
+    made: int  # segments of the answer, so far
+    first: int  # the first token that is expected is this one
+    expected: Tensor  # logits (T, vocabulary) from the chain
+    exact: Tensor  # the same from the full cache
+
+
+def answered(setup: Setup, tokens: Sequence[int], prompt: int) -> Iterator[Stretch]:
+    """Go through the tokens behind a prompt of `prompt` of them, a stretch between two segments at a time."""
     chain, model, config = setup.chain(tokens), setup.model, setup.config
     blocks = packed = made = 0
     for piece in pieces(prompt, WINDOW, BLOCK_SIZE, config.keep_ratio, config.segment):
@@ -75,12 +86,29 @@ def answered(setup: Setup, tokens: Sequence[int], prompt: int) -> Iterator[tuple
         chain.compute(at)
         full = RaggedCache(list(exact.keys[:, :at]), list(exact.values[:, :at]), model.storage)
         logits, exact_logits = (model.continue_from(cache, tokens[at:end], at) for cache in (chain.cache, full))
-        yield made, compare(exact_logits, logits, tokens[at + 1 : end + 1])
+        yield Stretch(made, at + 1, logits, exact_logits)
         at = end
         span = next_span(config, end, BLOCK_SIZE, blocks, packed, prompt)
         if at < last and span is not None:
             chain.add(Piece(span.first, span.blocks, span.packed_blocks, span.followed), setup.method, "adaptive")
             blocks, packed, made = span.end, packed + span.packed_blocks, made + 1
+
+
+def scored(setup: Setup, tokens: Sequence[int], prompt: int) -> Iterator[tuple[int, TokenScores]]:
+    """Score the stretches of an answer, and say how many segments there were."""
+    for made, first, expected, exact in answered(setup, tokens, prompt):
+        yield made, compare(exact, expected, tokens[first : first + len(expected)])
+
+
+def right(setup: Setup, task: Work) -> Iterator[tuple[int, np.ndarray]]:
+    """Say of the tokens of an answer that count (n, 2) bool, of one stretch after the other, whether they are found the
+    most likely ones: by the chain, and by the full cache.
+    """
+    for made, first, expected, exact in answered(setup, task.tokens, task.prompt):
+        here = slice(first, first + len(expected))
+        wanted = torch.tensor(task.tokens[here])
+        found = torch.stack([logits.argmax(-1) == wanted for logits in (expected, exact)], dim=1)
+        yield made, found.numpy()[task.scored[here]]
 
 
 def read_from_afar(
@@ -121,6 +149,27 @@ def shown(title: str, first: str, rows: dict[int, dict[str, Any]]) -> None:
     Console(width=110).print(table)
 
 
+def accuracy(parts: Sequence[np.ndarray]) -> dict[str, Any]:
+    """The numbers of one line of the part `work`."""
+    every = np.concatenate(parts)
+    ours, full = every.mean(0).tolist()
+    return {
+        "tokens": len(every),
+        "right": ours,
+        "right_full": full,
+        "differ": float((every[:, 0] != every[:, 1]).mean()),
+    }
+
+
+def shown_work(title: str, rows: dict[int, dict[str, Any]]) -> None:
+    """Print the lines of a task."""
+    table = Table("segments of the answer", "tokens", "right", "full cache", "one of them alone", title=title)
+    for made, row in rows.items():
+        shares = (f"{row[name]:.3f}" for name in ("right", "right_full", "differ"))
+        table.add_row(str(made), f"{row['tokens']:,}", *shares)
+    Console(width=110).print(table)
+
+
 def draw(parts: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
     """Draw KL, mean and median, of each part."""
     import matplotlib
@@ -154,7 +203,7 @@ def main(
     keep_ratio: Annotated[float, typer.Option(help="Fraction of the entries that is kept.")] = 0.3,
     effort: Annotated[str, typer.Option(help="fast, balanced or thorough.")] = "balanced",
     json_path: Annotated[Path | None, typer.Option("--json", help="A file for the JSON line, too.")] = None,
-    png: Annotated[Path | None, typer.Option(help="The picture.")] = None,
+    png: Annotated[Path | None, typer.Option(help="The picture of answers and afar.")] = None,
 ) -> None:
     """Measure chains that grow while an answer is written, and segments that are read from afar."""
     chosen = parts.split(",")
@@ -171,9 +220,11 @@ def main(
         method="sculpt", keep_ratio=keep_ratio, segment=segment, decode=decode, decode_keep_ratio=decode_keep_ratio
     )
     setup = Setup(evaluated, surveyed("sculpt", calibration=calibration), EFFORTS[effort], config)
-    of_text, of_other = (
-        tokenizer(read_text(t), add_special_tokens=False, verbose=False).input_ids for t in (text, other)
-    )
+
+    def tokenise(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    of_text, of_other = (tokenise(read_text(t)) for t in (text, other))
     result: dict[str, Any] = {
         "model": directory.name,
         "text": Path(text).name,
@@ -188,7 +239,7 @@ def main(
         if "answers" in chosen:
             by_segments = defaultdict[int, list[TokenScores]](list)
             for passage in track(passages(of_text, prompt, answer, contexts, 0, prefix), "answers", console=console):
-                for made, scores in answered(setup, [*passage.context, *passage.continuation], prompt):
+                for made, scores in scored(setup, [*passage.context, *passage.continuation], prompt):
                     by_segments[made].append(scores)
             found["answers"] = {made: told(scores) for made, scores in by_segments.items()}
             result |= {"answer": answer, "decode": decode, "decode_keep_ratio": decode_keep_ratio}
@@ -201,8 +252,18 @@ def main(
                     by_distance[distance].append(scores)
             found["afar"] = {distance: told(scores) for distance, scores in by_distance.items()}
             shown(f"a segment of {prompt:,} tokens, read from afar", "other tokens between", found["afar"])
+        if "work" in chosen:
+            result |= {"answer": answer, "decode": decode, "decode_keep_ratio": decode_keep_ratio}
+            result["work"] = {}
+            for name in TASKS:
+                by_made = defaultdict[int, list[np.ndarray]](list)
+                for seed in track(range(contexts), name, console=console):
+                    for made, found_right in right(setup, work(name, tokenise, prompt, answer, seed, prefix)):
+                        by_made[made].append(found_right)
+                result["work"][name] = {made: accuracy(parts) for made, parts in by_made.items()}
+                shown_work(name, result["work"][name])
     result |= found
-    if png is not None:
+    if png is not None and found:
         draw(found, png)
     if json_path is not None:
         json_path.write_text(json.dumps(result, indent=1) + "\n")

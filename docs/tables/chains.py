@@ -1,4 +1,4 @@
-"""What a chain loses as it grows, and as it is read from afar, by the results of `benchmarks/chains.py`."""
+"""What a chain loses as it grows or is read from afar, and what it gets right, by results of `benchmarks/chains.py`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,25 @@ def chains(part: str, first: str) -> str:
     return table([first, *headings], body) if body else "Not measured yet."
 
 
+def work() -> str:
+    """The share of a task's tokens that are found, by how many segments the answer has come to, for each fraction of an
+    answer that is kept.
+    """
+    every = [result(f"chains/{path.name}") for path in sorted((RESULTS / "chains").glob("*.json"))]
+    results = [found for found in every if "work" in found]
+    kept = [found["decode_keep_ratio"] or found["keep_ratio"] for found in results]
+    body = [
+        [task, made, *(f"{row['right']:.2f}, {row['right_full']:.2f}" for row in rows)]
+        for task in (results[0]["work"] if results else ())
+        for made in results[0]["work"][task]
+        if len(rows := [found["work"][task][made] for found in results if made in found["work"][task]]) == len(results)
+    ]
+    headings = [f"answer kept at {ratio:g}; full cache" for ratio in kept]
+    return table(["task", "segments of the answer", *headings], body) if body else "Not measured yet."
+
+
 TABLES = {
+    "chains-work": work,
     "chains-answers": lambda: chains("answers", "segments of the answer"),
     "chains-afar": lambda: chains("afar", "other tokens between"),
 }

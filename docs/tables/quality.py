@@ -28,7 +28,8 @@ from .measured import (
     rows_of,
 )
 
-LONG = "quality-segments-smollm2-135m.json"
+LONG, LONG_GEMMA = "quality-segments-smollm2-135m.json", "quality-segments-gemma-3-270m.json"
+AT_ONCE = [("Attention Matching, at once", MATCHING, 0), ("Expected Attention, at once", EXPECTED, 0)]
 TASKS = ("niah", "multikey", "tracking")
 MAIN = (
     SELECTION,
@@ -109,21 +110,20 @@ def quality_by_text(file: str, model: str, measured: Sequence[Measured] = (MATCH
     return table([model, *kept(RATIOS)], body)
 
 
-def segments() -> str:
-    """KL of long contexts: sculpt in segments, and peers that take them at once."""
-    names = [("Attention Matching, at once", MATCHING), ("Expected Attention, at once", EXPECTED)]
-    body = [[name, *map(_mean_and_p99, rows)] for name, what in names if any(rows := _long(what, 0))]
-    for size in sorted({row["settings"]["segment"] for row in rows_of(LONG)}):
+def segments(file: str, model: str, peers: Sequence[tuple[str, Measured, int]]) -> str:
+    """KL of long contexts: sculpt in segments, and others, each with the length of its segments, 0 for at once."""
+    body = [[name, *map(_mean_and_p99, rows)] for name, what, size in peers if any(rows := _long(file, what, size))]
+    for size in sorted({row["settings"]["segment"] for row in rows_of(file)}):
         cut = f"segments of {size:,}" if size else "at once"
         for name, what in (("`balanced`", SCULPT), ("`fast`", SCULPT._replace(effort="fast"))):
-            if any(rows := _long(what, size)):
+            if any(rows := _long(file, what, size)):
                 body.append([f"**sculpt**, {name}, {cut}", *map(_mean_and_p99, rows)])
-    return table(["SmolLM2-135M, 7,900 tokens, keep 0.3", "*Moby-Dick*", "Python's documentation"], body)
+    return table([f"{model}, 7,900 tokens, keep 0.3", "*Moby-Dick*", "Python's documentation"], body)
 
 
-def _long(what: Measured, segment: int) -> list[dict[str, Any] | None]:
+def _long(file: str, what: Measured, segment: int) -> list[dict[str, Any] | None]:
     """The rows of both texts."""
-    return [row_of(LONG, what, 0.3, text, segment=segment) for text in TEXTS]
+    return [row_of(file, what, 0.3, text, segment=segment) for text in TEXTS]
 
 
 def _mean_and_p99(row: dict[str, Any] | None) -> str:
@@ -160,6 +160,15 @@ TABLES = {
     "quality-qwen-by-text": lambda: quality_by_text(QWEN, "Qwen2.5-Coder-1.5B"),
     "uniform-smollm2": lambda: quality(SMOLLM, "SmolLM2-135M", UNIFORM),
     "uniform-qwen": lambda: quality(QWEN, "Qwen2.5-Coder-1.5B", UNIFORM),
-    "segments": segments,
+    "segments": lambda: segments(LONG, "SmolLM2-135M", AT_ONCE),
+    "segments-gemma": lambda: segments(
+        LONG_GEMMA,
+        "Gemma 3 270M",
+        [
+            ("selection, adaptive, segments of 2,048", Measured("", "select", "adaptive"), 2048),
+            ("SnapKV, at once", Measured("", "snapkv", "adaptive"), 0),
+            *AT_ONCE,
+        ],
+    ),
     "retrieval": retrieval,
 }
