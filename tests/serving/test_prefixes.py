@@ -6,8 +6,10 @@ import urllib.error
 import urllib.request
 
 import pytest
+import torch
 
 from kvsculpt_vllm.demo import document
+from kvsculpt_vllm.models import fast_dtype
 from servers import KEY, PIN_BLOCKS
 
 pytestmark = pytest.mark.engine
@@ -54,7 +56,8 @@ def test_a_prefix_is_sculpted_without_an_answer_and_found_by_later_requests(call
     assert prefix["tokens"] == prefix["tokens_in_memory"] == made["tokens_sculpted"]
     assert kept["pinned_blocks"] == prefix["blocks"] == made["entries_held"] // 32
     assert kept["most_pinned_blocks"] == PIN_BLOCKS
-    assert prefix["bytes"] == prefix["blocks"] * 32 * 2 * 3 * 64 * 30 * 2  # 3 KV heads of 64, 30 layers, 16 bits
+    element = getattr(torch, fast_dtype()).itemsize  # as the server was told, by what this processor has
+    assert prefix["bytes"] == prefix["blocks"] * 32 * 2 * 3 * 64 * 30 * element  # 3 KV heads of 64, 30 layers
 
     # The same again is there already; a second pin does not fit, and says what is in its way.
     status, again = call("POST", "", {"messages": messages, "name": "again", "cache_salt": "p"})
