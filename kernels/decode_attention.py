@@ -49,12 +49,7 @@ def launch_of(
     _, heads, head_size = query.shape
     return Launch(
         (
-            pages.buffer,
-            pages.buffer.stride(0),
-            pages.cell_pages,
-            pages.block_stride,
-            pages.entry_stride,
-            pages.value_offset,
+            *pages.arguments,
             prefixes.starts,
             prefixes.lengths,
             prefixes.span_blocks,

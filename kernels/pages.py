@@ -31,6 +31,12 @@ class Pages(NamedTuple):
     entry_stride: int  # elements between the keys of two entries, and between their values
     value_offset: int  # elements between an entry's key and its value
 
+    @property
+    def arguments(self) -> tuple[Tensor | int, ...]:
+        """What kernels take of it that find a block's pages by themselves, in their order."""
+        strides = self.block_stride, self.entry_stride, self.value_offset
+        return self.buffer, self.buffer.stride(0), self.cell_pages, *strides
+
 
 def gather_twin(pages: Pages, index: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
     """See `gather`."""
@@ -114,12 +120,7 @@ def store(
     block_h, block_d = triton.next_power_of_2(num_heads), triton.next_power_of_2(head_size)
     block_t = max(1, TILE // (block_h * block_d))
     _store[(triton.cdiv(len(slots), block_t),)](
-        pages.buffer,
-        pages.buffer.stride(0),
-        pages.cell_pages,
-        pages.block_stride,
-        pages.entry_stride,
-        pages.value_offset,
+        *pages.arguments,
         slots,
         *(keys, keys.stride(0), keys.stride(1)),
         *(values, values.stride(0), values.stride(1)),

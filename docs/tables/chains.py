@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .markdown import table
 from .sources import RESULTS, result
+
+
+def with_part(part: str) -> list[dict[str, Any]]:
+    """The results that have one of the benchmark's parts."""
+    every = [result(f"chains/{path.name}") for path in sorted((RESULTS / "chains").glob("*.json"))]
+    return [found for found in every if part in found]
 
 
 def chains(part: str, first: str) -> str:
     """KL, mean and 99th percentile, of each text, and each fraction of an answer that is kept. `part` is one
     of the benchmark's, `first` the first column's name.
     """
-    every = [result(f"chains/{path.name}") for path in sorted((RESULTS / "chains").glob("*.json"))]
-    results = [found for found in every if part in found]
+    results = with_part(part)
     kept = [found.get("decode_keep_ratio") or found["keep_ratio"] for found in results]
     told = [f", keep {ratio:g}" if len(set(kept)) > 1 else "" for ratio in kept]
     lines = list(dict.fromkeys(key for found in results for key in found[part]))
@@ -28,8 +35,7 @@ def work() -> str:
     """The share of a task's tokens that are found, by how many segments the answer has come to, for each fraction of an
     answer that is kept.
     """
-    every = [result(f"chains/{path.name}") for path in sorted((RESULTS / "chains").glob("*.json"))]
-    results = [found for found in every if "work" in found]
+    results = with_part("work")
     kept = [found["decode_keep_ratio"] or found["keep_ratio"] for found in results]
     body = [
         [task, made, *(f"{row['right']:.2f}, {row['right_full']:.2f}" for row in rows)]
