@@ -234,6 +234,8 @@ def main(
         "effort": effort,
         "calibrated": calibration is not None,
     }
+    if {"answers", "work"} & set(chosen):
+        result |= {"answer": answer, "decode": decode, "decode_keep_ratio": decode_keep_ratio}
     found: dict[str, dict[int, dict[str, Any]]] = {}
     with torch.no_grad():
         if "answers" in chosen:
@@ -242,7 +244,6 @@ def main(
                 for made, scores in scored(setup, [*passage.context, *passage.continuation], prompt):
                     by_segments[made].append(scores)
             found["answers"] = {made: told(scores) for made, scores in by_segments.items()}
-            result |= {"answer": answer, "decode": decode, "decode_keep_ratio": decode_keep_ratio}
             shown(f"an answer of {answer:,} tokens behind {prompt:,}", "segments of the answer", found["answers"])
         if "afar" in chosen:
             by_distance = defaultdict[int, list[TokenScores]](list)
@@ -253,7 +254,6 @@ def main(
             found["afar"] = {distance: told(scores) for distance, scores in by_distance.items()}
             shown(f"a segment of {prompt:,} tokens, read from afar", "other tokens between", found["afar"])
         if "work" in chosen:
-            result |= {"answer": answer, "decode": decode, "decode_keep_ratio": decode_keep_ratio}
             result["work"] = {}
             for name in TASKS:
                 by_made = defaultdict[int, list[np.ndarray]](list)
