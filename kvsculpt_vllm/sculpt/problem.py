@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvsculpt_vllm.sculpt.attention import attend, merge, with_sink
+from kvsculpt_vllm.sculpt.attention import attend, attend_all, merge, with_sink
 from kvsculpt_vllm.sculpt.memory import max_elements
 from kvsculpt_vllm.sculpt.transfer import on_device
 
@@ -184,5 +184,5 @@ def _merge_head(
         step = max(1, limit // max(1, some_keys.shape[1]))
         for begin in range(0, len(out), step):
             rows = slice(begin, begin + step)
-            more_out, more_lse = attend(queries[None, rows], some_keys, some_values, scale, soft_cap=soft_cap)
+            more_out, more_lse = attend_all(queries[None, rows], some_keys, some_values, scale, soft_cap)
             out[rows], lse[rows] = merge(out[rows], lse[rows], more_out[0], more_lse[0])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvsculpt_vllm.sculpt import problem
-from kvsculpt_vllm.sculpt.attention import attend, merge
+from kvsculpt_vllm.sculpt.attention import attend, attend_all, merge
 from kvsculpt_vllm.sculpt.objective import Target
 from kvsculpt_vllm.sculpt.problem import retained_attention
 
@@ -106,6 +106,27 @@ def test_attention_over_two_sets_joins_to_one_softmax(make_case):
     torch.testing.assert_close(out, torch.softmax(logits, -1) @ values, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(lse, torch.logsumexp(logits, -1), rtol=1e-13, atol=1e-13)
     assert (parts[0][0][:, 5] == 0).all() and (parts[0][1][:, 5] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("soft_cap", [None, CAP])
+@pytest.mark.parametrize("shape", [(1, 1, 8), (700, 33, 96), (5, 2000, 64), (40, 0, 64)], ids=str)
+def test_attention_over_all_keys_is_a_softmax_however_it_is_computed(shape, soft_cap):
+    num_queries, num_keys, width = shape
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(2, n, width, generator=generator) for n in (num_queries, num_keys, num_keys))
+    logits = (8 * q).double() @ k.double().transpose(1, 2) * 0.2  # sharp: the largest are far from the mean
+    if soft_cap is not None:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    out, lse = attend_all(8 * q, k, v, 0.2, soft_cap)
+    torch.testing.assert_close(out.double(), torch.softmax(logits, -1) @ v.double(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(lse.double(), torch.logsumexp(logits, -1), rtol=1e-5, atol=1e-5)
+
+
+def test_a_key_that_is_no_number_is_not_hidden_by_any_of_the_ways_to_attend():
+    q, k = torch.ones(1, 40, 64), torch.ones(1, 600, 64)
+    k[0, 599, 3] = torch.nan
+    for out, lse in (attend(q, k, k, 0.1), attend_all(q, k, k, 0.1)):
+        assert out.isnan().all() and lse.isnan().all()
 
 
 @pytest.mark.parametrize("part", [1 << 20, 1])  # all queries at once, and one at a time
