@@ -111,6 +111,7 @@ class Worker:
         self.content: dict[int, list] = {}  # block -> what each slot holds
         self.rows: dict[str, list[int]] = {}
         self.prompts: dict[str, list[int]] = {}
+        self.prefixes: dict[str, list[int]] = defaultdict(list)  # as far as they have been asked for
         self.chunks: dict[str, int] = {}  # tokens of the last chunk
         self.sampled: dict[str, list[int]] = {}  # request -> first and end of the positions whose queries are kept
         self.solving: tuple[SolveCommand, int, bool] | None = None  # steps that it still takes, whether it fails
@@ -296,7 +297,15 @@ class Worker:
         """What a slot holds: a token that knows its prefix, and the segment that it was computed behind."""
         chain = self.chain_of(request_id)
         behind = chain[-1].command.attempt if chain else None
-        return ("token", hash(tuple(self.tokens(request_id, position + 1))), behind)
+        return ("token", self.prefix(request_id, position), behind)
+
+    def prefix(self, request_id: str, position: int) -> int:
+        """A number for the tokens up to a position: equal for requests that begin alike."""
+        known, prompt = self.prefixes[request_id], self.prompts[request_id]
+        while len(known) <= position:
+            token = prompt[len(known)] if len(known) < len(prompt) else GENERATED
+            known.append(hash((known[-1] if known else None, token)))
+        return known[position]
 
     def chain_of(self, request_id: str) -> list[Packed]:
         """The segments that the request's row begins with."""
@@ -315,8 +324,9 @@ class Worker:
             assert packed.tokens == self.tokens(request_id, first)
             assert all(slot == packed.content for block in packed.command.packed for slot in self.content[block])
             assert row[packed.first : packed.first + len(packed.command.packed)] == packed.command.packed
+        behind = (None, *(packed.command.attempt for packed in chain))
         for position in range(first, num_tokens):
             found = self.content[row[position // BLOCK]][position % BLOCK]
             # What was computed before a compression is exact, or behind fewer segments.
-            assert found[:-1] == self.tag(request_id, position)[:-1]
-            assert found[-1] in (None, *(packed.command.attempt for packed in chain))
+            assert found[:-1] == ("token", self.prefix(request_id, position))
+            assert found[-1] in behind
