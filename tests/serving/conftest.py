@@ -10,7 +10,7 @@ from kvsculpt_vllm.models import fast_dtype
 from kvsculpt_vllm.serving.launch import serve
 from servers import KEY, PIN_BLOCKS
 
-FLAGS = ("--max-model-len", "4096", "--kv-cache-memory-bytes", str(1 << 29), "--enforce-eager", "--block-size", "32")
+FLAGS = ("--max-model-len", "2560", "--kv-cache-memory-bytes", str(1 << 29), "--enforce-eager", "--block-size", "32")
 FLAGS += ("--dtype", fast_dtype())
 FLAGS += ("--kv-compression", "sculpt", "--kv-compression-effort", "fast", "--served-model-name", "tiny")
 FLAGS += ("--kv-compression-pin-blocks", str(PIN_BLOCKS))

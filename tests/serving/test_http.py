@@ -108,7 +108,7 @@ def test_a_request_chooses_for_itself(client, get):
         (127, None),
         (128, None),
         (129, None),
-        (4093, None),  # with what is generated, exactly max_model_len
+        (2557, None),  # with what is generated, exactly max_model_len
     ],
 )
 def test_prompts_around_min_tokens_block_borders_and_the_longest(client, get, length, outcome):

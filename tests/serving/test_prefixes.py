@@ -103,7 +103,7 @@ def test_a_prefix_is_sculpted_without_an_answer_and_found_by_later_requests(call
         ({"prompt": TEXT, "model": "another"}, "another"),
         ({"prompt": TEXT, "name": "x" * 201}, "name"),
         ({"prompt": "too short"}, "min_tokens"),
-        ({"prompt": TEXT * 4}, "4096"),
+        ({"prompt": TEXT * 4}, "2560"),
         ({"messages": [{"content": TEXT}]}, "role"),
         ({"messages": "hello"}, "messages"),
         ([], ""),

@@ -16,7 +16,7 @@ EXIT_SECONDS = 120
 
 
 @pytest.fixture(scope="module")
-def pair(model_path):
+def pair(first_layers_path):
     flags = (
         "--max-model-len",
         "2048",
@@ -30,7 +30,7 @@ def pair(model_path):
     )
     flags += ("--api-server-count", "2", "--served-model-name", "tiny", "--kv-compression", "select")
     with serve(
-        model_path, *flags, "--kv-compression-min-tokens", "96", "--kv-compression-budget", "uniform"
+        first_layers_path, *flags, "--kv-compression-min-tokens", "96", "--kv-compression-budget", "uniform"
     ) as running:
         yield running
 
