@@ -131,7 +131,7 @@ def test_the_first_start_measures_and_the_next_one_finds_the_file(first_layers_p
     path = resolved(measure, served).calibration
     file = read(Path(path))
     assert Path(path).is_relative_to(tmp_path)
-    assert (file.num_layers, file.num_kv_heads, file.context, file.texts) == (4, 3, 512, {"stdlib": 4})
+    assert (file.num_layers, file.num_kv_heads, file.context, file.texts) == (2, 3, 512, {"stdlib": 4})
     monkeypatch.setattr("subprocess.run", None)
     assert resolved(measure, served).calibration == resolved(auto, served).calibration == path
 

@@ -1,68 +1,149 @@
 """Engines for tests, each in its own process."""
 
 import json
+import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryFile
 from threading import Timer
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvsculpt_vllm.models import fast_dtype
-
-JOB = Path(__file__).with_name("engine_job.py")
-
+NURSERY = Path(__file__).with_name("nursery.py")
 
 SECONDS = 600
 MOST = 3
 """Engines that stay for other jobs: starting one takes longer than most jobs, and each holds a gigabyte."""
 
+Start = Callable[[int, int, int], int]
+"""Starts a process that reads from the first file, writes to the second and logs to the third; returns its number."""
+
 
 class Engine:
-    """A process that runs the jobs of one engine, or of a script that answers a line with a line."""
+    """A process that answers a line, a job, with a line."""
 
-    def __init__(self, script: Path = JOB, *arguments: str) -> None:
+    def __init__(self, start: Start) -> None:
         self._log = TemporaryFile("w+")  # noqa: SIM115 - as long as the process
-        self._process = subprocess.Popen(
-            [sys.executable, str(script), *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-        )
+        its_jobs, jobs = os.pipe()
+        results, its_results = os.pipe()
+        self._process = start(its_jobs, its_results, self._log.fileno())
+        os.close(its_jobs)
+        os.close(its_results)
+        self._jobs, self._results = os.fdopen(jobs, "w"), os.fdopen(results)
 
     def run(self, job: str) -> dict:
         """The job's result."""
-        timer = Timer(SECONDS, self._process.kill)
+        timer = Timer(SECONDS, self._kill)
         timer.start()
         try:
-            self._process.stdin.write(job + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
+            self._jobs.write(job + "\n")
+            self._jobs.flush()
+            line = self._results.readline()
         finally:
             timer.cancel()
         if not line:
-            self._process.wait()
             self._log.seek(0)
-            pytest.fail(f"the engine ended with {self._process.returncode}:\n{self._log.read()[-6000:]}")
+            pytest.fail(f"the engine has ended:\n{self._log.read()[-6000:]}")
         return json.loads(line)
 
     def stop(self) -> None:
         """Let it end."""
-        self._process.stdin.close()
+        timer = Timer(60, self._kill)
+        timer.start()
+        self._jobs.close()
+        assert not self._results.read()  # nobody has the file any more, so that it ended
+        timer.cancel()
+
+    def _kill(self) -> None:
+        os.kill(self._process, signal.SIGKILL)
+
+
+def script(*command: str | Path) -> Start:
+    """A process of its own for a script with its arguments."""
+
+    def start(jobs: int, results: int, log: int) -> int:
+        process = subprocess.Popen([sys.executable, *map(str, command)], stdin=jobs, stdout=results, stderr=log)
+        _SCRIPTS.append(process)
+        return process.pid
+
+    return start
+
+
+_SCRIPTS: list[subprocess.Popen] = []
+"""Else Python would warn of those that are still running."""
+
+
+class Nursery:
+    """A process of `nursery.py`, which starts engines."""
+
+    def __init__(self, kind: str) -> None:
+        self._orders, its_orders = socket.socketpair()
+        self._process = subprocess.Popen(
+            [sys.executable, str(NURSERY), kind, str(its_orders.fileno())], pass_fds=[its_orders.fileno()]
+        )
+        its_orders.close()
+
+    def start(self, jobs: int, results: int, log: int) -> int:
+        """As `Start`."""
+        socket.send_fds(self._orders, [b"!"], [jobs, results, log])
+        return int(self._orders.recv(100))
+
+    def stop(self) -> None:
+        """Start none any more."""
+        self._orders.close()
         self._process.wait(60)
 
 
 @pytest.fixture(scope="session")
-def run_engine(model_path):
-    """Run a job of `engine_job.py` with the embedded model; equal jobs run once a session."""
-    results, engines = {}, OrderedDict()
+def small_path(model_path, tmp_path_factory):
+    """A Llama of two layers with random weights that make what is attended to decide, and a real tokenizer. It knows a
+    twelfth of the tokens: a product with all of them would take longer than all else.
+    """
+    path = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4032,
+        hidden_size=192,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        initializer_range=0.15,
+    )
+    LlamaForCausalLM(config).eval().save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model_path / name, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_engine(small_path):
+    """Run a job of `engine_job.py`; equal jobs run once a session. Where a job names no model it runs a small one,
+    in float32, in which other kernels' rounding changes no token.
+    """
+    small = {"model": str(small_path), "dtype": "float32", "kv_cache_memory_bytes": 1 << 27}
+    results, engines, nurseries = {}, OrderedDict(), {}
+
+    def start(job: dict) -> Engine:
+        kind = "interpreted" if job.get("v2") or job.get("gpu_path") else "plain"
+        if kind not in nurseries:
+            nurseries[kind] = Nursery(kind)
+        return Engine(nurseries[kind].start)
 
     def run(**job):
-        defaults = {"model": str(model_path), "dtype": fast_dtype(), "block_size": 32, "max_model_len": 2048}
-        job["engine"] = defaults | job["engine"]
+        whose = {} if "model" in job["engine"] else small
+        job["engine"] = {"block_size": 32, "max_model_len": 2048} | whose | job["engine"]
         text = json.dumps(job, sort_keys=True)
         if text not in results:
             faults = any(request.get("fault") for batch in job["batches"] for request in batch)
@@ -71,7 +152,7 @@ def run_engine(model_path):
             alone = faults or special or job["engine"].get("enable_prefix_caching", True)
             key = text if alone else json.dumps(job["engine"], sort_keys=True)
             if key not in engines:
-                engines[key] = Engine()
+                engines[key] = start(job)
             results[text] = engines[key].run(text)
             engines.move_to_end(key)
             if alone:
@@ -81,5 +162,5 @@ def run_engine(model_path):
         return results[text]
 
     yield run
-    for engine in engines.values():
-        engine.stop()
+    for process in (*engines.values(), *nurseries.values()):
+        process.stop()

@@ -3,6 +3,7 @@
 import pytest
 
 from jobs import check_chains, on, request
+from kvsculpt_vllm.models import fast_dtype
 
 pytestmark = pytest.mark.engine
 
@@ -10,7 +11,7 @@ pytestmark = pytest.mark.engine
 AT_ONCE = {"max_stall_ms": 60_000}
 ON = on(**AT_ONCE)
 # Prompts become chains.
-CHAINS = on(**AT_ONCE, segment=256, decode=256, min_tokens=128)
+CHAINS = on(**AT_ONCE, segment=256, decode=128, min_tokens=128)
 
 # A long and a short prompt together, then the long one again beside another long one.
 MIXED = [[request(0, 1200), request(5000, 300)], [request(0, 1200), request(2000, 900)]]
@@ -20,9 +21,9 @@ IDENTITY_CASES = {
         "engine": {"max_num_batched_tokens": 256, "enable_prefix_caching": True},
         "batches": MIXED,
     },
-    "one chunk, no cache, old blocks poisoned": {
+    "all layers, one chunk, no cache, old blocks poisoned": {
         "engine": {"enable_prefix_caching": False},
-        "batches": MIXED,
+        "batches": [[request(0, 800, 12), request(5000, 300, 12)]],
         "poison": True,
     },
     # The late, important request leaves no block to grow into: a compressed one has to go, and comes back.
@@ -45,6 +46,11 @@ IDENTITY_CASES = {
 }
 
 
+def trained(path):
+    """An engine whose weights are not random: how much a compression loses is that of language."""
+    return {"model": str(path), "dtype": "float32"}
+
+
 def test_the_v2_model_runner_gives_the_same_tokens(run_engine):
     batches, engine = [[request(0, 600, 5), request(5000, 64, 5)]], {"enable_prefix_caching": False}
     stock = run_engine(engine=engine, batches=batches)
@@ -58,9 +64,11 @@ def test_the_v2_model_runner_gives_the_same_tokens(run_engine):
 
 
 @pytest.mark.parametrize("case", IDENTITY_CASES)
-def test_every_entry_in_shuffled_packed_pages_gives_the_tokens_of_stock_vllm(run_engine, case):
+def test_every_entry_in_shuffled_packed_pages_gives_the_tokens_of_stock_vllm(run_engine, model_path, case):
     """Whatever pages the packed prefix lies in, attention must find exactly the same entries."""
     job = {"poison": False, **IDENTITY_CASES[case]}
+    if case.startswith("all layers"):
+        job["engine"] |= {"model": str(model_path), "dtype": fast_dtype()}
     stock = run_engine(engine=job["engine"], batches=job["batches"])
     ours = run_engine(
         engine={**job["engine"], "additional_config": ON},
@@ -127,19 +135,18 @@ def test_chains_that_are_made_while_prompts_are_computed_give_the_tokens_of_stoc
     assert ours["free"][-1][-1] == ours["free_at_start"] and ours["published"] == 0
 
 
-def test_chains_that_are_found_adopted_or_grow_give_the_tokens_of_stock_vllm(run_engine, first_layers_path):
+def test_chains_that_are_found_adopted_or_grow_give_the_tokens_of_stock_vllm(run_engine):
     """Questions about one document, turns of a conversation, twins, and answers that become segments themselves."""
     batches = [
         [request(0, 1200)],
         [request(0, 1250)],  # another question
-        [request(0, 1400)],  # a later turn
-        [request(0, 700)],  # the beginning of the document: the first two segments are found
+        [request(0, 1280)],  # a later turn
+        [request(0, 660)],  # the beginning of the document: the first two segments are found
         [request(3000, 880, 40), request(3000, 900, 30), request(3000, 900, 30)],  # at once
-        [request(7000, 100, 700)],  # a long answer to a short prompt
-        [request(7000, 400, 300)],
+        [request(7000, 100, 350)],  # a long answer to a short prompt
+        [request(7000, 250, 150)],
     ]
-    engine = {"model": str(first_layers_path), "dtype": "float32"}
-    engine |= {"enable_prefix_caching": True, "max_num_batched_tokens": 512}
+    engine = {"enable_prefix_caching": True, "max_num_batched_tokens": 512}
     stock = run_engine(engine=engine, batches=batches)
     ours = run_engine(engine={**engine, "additional_config": CHAINS}, batches=batches, identity=True)
     assert ours["tokens"] == stock["tokens"]
@@ -148,19 +155,18 @@ def test_chains_that_are_found_adopted_or_grow_give_the_tokens_of_stock_vllm(run
     check_chains(ours)
 
 
-def test_a_prompt_longer_than_the_memory_is_served_and_gives_the_tokens_of_stock_vllm(run_engine, first_layers_path):
+def test_a_prompt_longer_than_the_memory_is_served_and_gives_the_tokens_of_stock_vllm(run_engine):
     """Memory for 1,152 tokens, prompts of 1,900 and 1,500 that are to share it, and an answer that goes on."""
-    batches = [[request(0, 1900, 60), request(3000, 1500, 20)], [request(0, 300, 700)]]
-    settings = on(keep_ratio=0.3, **AT_ONCE, segment=256, decode=256, min_tokens=128)
-    engine = {"model": str(first_layers_path), "dtype": "float32"}
-    engine |= {"enable_prefix_caching": True, "max_num_batched_tokens": 256}
+    batches = [[request(0, 1900, 60), request(3000, 1500, 20)], [request(0, 300, 350)]]
+    settings = on(keep_ratio=0.3, **AT_ONCE, segment=256, decode=128, min_tokens=128)
+    engine = {"enable_prefix_caching": True, "max_num_batched_tokens": 256}
     with_memory = run_engine(engine={**engine, "additional_config": settings}, batches=batches)
     little = {**engine, "additional_config": settings, "num_gpu_blocks_override": 37}
     ours = run_engine(engine=little, batches=batches)
     assert [len(tokens) for tokens in ours["tokens"][0]] == [60, 20]
     assert [told["segments"] for told in ours["told"][0]] == [told["segments"] for told in with_memory["told"][0]]
     assert ours["free"][-1][-1] == ours["free_at_start"] == 36
-    assert len(ours["tokens"][1][0]) == 700
+    assert len(ours["tokens"][1][0]) == 350
     # Stock vLLM does not even start.
     with pytest.raises(pytest.fail.Exception, match="larger than the available KV cache memory"):
         run_engine(engine={**engine, "num_gpu_blocks_override": 37}, batches=batches)
@@ -176,8 +182,8 @@ def test_between_the_slices_of_a_compression_everybody_decodes(run_engine):
     assert ours["stats"]["requests"]["compressed"] == {"": 1}
     free, span_blocks = ours["free"][0], 16
     solving = [step for step, blocks in enumerate(free) if blocks <= free[0] - span_blocks]
-    # A slice for each of the model's 30 layers, at the least.
-    assert solving == list(range(solving[0], solving[-1] + 1)) and 30 < len(solving) < 60
+    # A slice for each of the model's layers, at the least.
+    assert solving == list(range(solving[0], solving[-1] + 1)) and 2 < len(solving) < 60
     assert free[-1] == ours["free_at_start"]
 
 
@@ -198,11 +204,11 @@ def test_requests_that_stay_exact_give_the_tokens_of_stock_vllm(run_engine):
 
 
 @pytest.mark.parametrize("method", ["select", "select_fit", "sculpt"])
-def test_freed_blocks_are_free_while_the_request_decodes(run_engine, method):
+def test_freed_blocks_are_free_while_the_request_decodes(run_engine, first_layers_path, method):
     settings = {"kv_compression": method, "kv_compression_keep_ratio": 0.25, "kv_compression_effort": "fast"}
     lone = request(0, 1100, 20, **settings)
     result = run_engine(
-        engine={"additional_config": ON, "enable_prefix_caching": False},
+        engine={"additional_config": ON, "enable_prefix_caching": False} | trained(first_layers_path),
         batches=[
             [{**lone, "extra_args": {**settings, "kv_compression": m}}] for m in ("select", "select_fit", "sculpt")
         ],
@@ -246,7 +252,7 @@ def test_seeded_answers_survive_chunks_and_shortened_hits(run_engine):
     Against one chunk: what was drawn after the chunks before the last must not have moved the generator on.
     """
     seeded = {"temperature": 1.0, "seed": 7}
-    engine = {"dtype": "float32", "enable_prefix_caching": True}
+    engine = {"enable_prefix_caching": True}
     exact = [request(0, 900, 8, sampling={**seeded, "n": n}, kv_compression="none") for n in (1, 3)]
     plain = [[{**r, "extra_args": None}] for r in exact]
     stock = run_engine(engine={**engine, "max_num_batched_tokens": 2048}, batches=plain)
@@ -366,7 +372,7 @@ def test_without_free_blocks_a_request_goes_on_uncompressed_and_is_counted(run_e
 def test_a_model_compresses_alike_natively_and_by_transformers(run_engine, first_layers_path):
     """The implementation must not matter to what is asked of the compressed prompt, nor to the report of it."""
     on = {"kv_compression": {"method": "sculpt", "keep_ratio": 0.3, "effort": "fast"}}
-    engine = {"model": str(first_layers_path), "dtype": "float32", "additional_config": on}
+    engine = {"additional_config": on} | trained(first_layers_path)
     native, other = (
         run_engine(engine={**engine, "model_impl": impl}, batches=[[request(0, 700, 5, kv_compression_window=64)]])
         for impl in ("vllm", "transformers")

@@ -12,12 +12,18 @@ from kvsculpt_vllm.evaluation.chain import Chain
 from kvsculpt_vllm.evaluation.harness import Context
 from kvsculpt_vllm.evaluation.methods.base import surveyed
 from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer
+from kvsculpt_vllm.models import fast_dtype
 from kvsculpt_vllm.sculpt.chain import pieces
 from kvsculpt_vllm.sculpt.effort import EFFORTS
 
 pytestmark = pytest.mark.engine
 
 LENGTH, ANSWER = 800, 8
+
+
+def whole_model(model_path):
+    """An engine of all its layers, with its shipped calibration, in the dtype that servers choose."""
+    return {"model": str(model_path), "dtype": fast_dtype(), "enable_prefix_caching": False}
 
 
 def prompt_of(model_path, length):
@@ -28,11 +34,10 @@ def prompt_of(model_path, length):
 
 
 def test_the_engine_fits_what_the_harness_fits_and_answers_the_same(run_engine, model_path):
-    # As test_engine.py's, so that one engine serves both.
     config = {"method": "select", "keep_ratio": 0.3}
     settings = {"kv_compression": "sculpt", "kv_compression_effort": "fast"}
     request = {"start": 0, "length": LENGTH, "max_tokens": ANSWER, "extra_args": settings}
-    engine = {"enable_prefix_caching": False, "additional_config": {"kv_compression": config}}
+    engine = whole_model(model_path) | {"additional_config": {"kv_compression": config}}
     served = run_engine(engine=engine, batches=[[request]])
     (record,) = served["compressions"]
 
@@ -61,7 +66,7 @@ def test_the_engine_fits_what_the_harness_fits_and_answers_the_same(run_engine, 
 def test_the_engine_makes_the_chain_that_the_harness_makes(run_engine, model_path):
     length, segment = 1700, 512
     config = {"method": "sculpt", "keep_ratio": 0.3, "effort": "fast", "segment": segment, "max_stall_ms": 60_000}
-    engine = {"enable_prefix_caching": False, "additional_config": {"kv_compression": config}}
+    engine = whole_model(model_path) | {"additional_config": {"kv_compression": config}}
     request = {"start": 0, "length": length, "max_tokens": ANSWER, "extra_args": None}
     served = run_engine(engine=engine, batches=[[request]])
     (record,) = served["compressions"]

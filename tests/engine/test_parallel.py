@@ -16,9 +16,9 @@ LENGTH, MAX_TOKENS = 600, 16
 @pytest.mark.parametrize(
     ("split", "num_ranks", "v2"), [("tensor_parallel_size", 3, False), ("pipeline_parallel_size", 2, True)]
 )
-def test_ranks_compress_as_one_and_fail_as_one(run_engine, first_layers_path, split, num_ranks, v2):
-    """Three heads on three ranks, or four layers in two stages: together they find what one process finds."""
-    engine = {"model": str(first_layers_path), "dtype": "float32", "enable_prefix_caching": False}
+def test_ranks_compress_as_one_and_fail_as_one(run_engine, split, num_ranks, v2):
+    """Three heads on three ranks, or two layers in two stages: together they find what one process finds."""
+    engine = {"enable_prefix_caching": False}
     several = {**engine, split: num_ranks, "additional_config": ON}
     batch = [
         request(0, LENGTH, MAX_TOKENS),

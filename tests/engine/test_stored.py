@@ -49,11 +49,10 @@ def test_segments_from_the_store_give_the_tokens_of_stock_vllm(run_engine, tmp_p
     assert ours["free"][-1][-1] == ours["free_at_start"]
 
 
-def test_every_rank_keeps_its_part(run_engine, first_layers_path, tmp_path):
+def test_every_rank_keeps_its_part(run_engine, tmp_path):
     batches = [[request(0, LENGTH)], [request(0, LENGTH + 40)]]
-    engine = {"model": str(first_layers_path), "dtype": "float32", "tensor_parallel_size": 3}
-    engine["enable_prefix_caching"] = True
-    stock = run_engine(engine=engine, batches=batches)
+    engine = {"tensor_parallel_size": 3, "enable_prefix_caching": True}
+    stock = run_engine(engine={"enable_prefix_caching": False}, batches=batches)
     engine |= {"additional_config": stored_in(tmp_path)}
     ours = run_engine(engine=engine, batches=batches, identity=True, empty_before=[1])
     assert ours["tokens"] == stock["tokens"]

@@ -11,7 +11,7 @@ from jobs import check_chains, on, request
 pytestmark = pytest.mark.engine
 
 WINDOW = 100
-CHAINS = on(max_stall_ms=60_000, segment=256, decode=256, min_tokens=128)
+CHAINS = on(max_stall_ms=60_000, segment=256, decode=128, min_tokens=128)
 ENGINE = {"dtype": "float32", "max_num_batched_tokens": 512}
 
 
@@ -49,11 +49,11 @@ def test_chains_that_are_found_adopted_or_grow_give_the_tokens_of_stock_vllm(run
     batches = [
         [request(0, 1200)],
         [request(0, 1250), request(0, 1240, kv_compression="none")],  # another question, and one that wants it exact
-        [request(0, 1400)],  # a later turn
-        [request(0, 700)],  # the beginning of the document: the first two segments are found
+        [request(0, 1280)],  # a later turn
+        [request(0, 660)],  # the beginning of the document: the first two segments are found
         [request(3000, 880, 40), request(3000, 900, 30), request(3000, 900, 30)],  # at once
-        [request(7000, 100, 700)],  # a long answer to a short prompt
-        [request(7000, 400, 300)],
+        [request(7000, 100, 350)],  # a long answer to a short prompt
+        [request(7000, 250, 150)],
     ]
     engine = {**ENGINE, "model": str(windowed_path), "enable_prefix_caching": True}
     stock = run_engine(engine=engine, batches=[[{**r, "extra_args": None} for r in batch] for batch in batches])

@@ -9,7 +9,7 @@ import pytest
 
 from zoo import ZOO, Model
 
-from .conftest import Engine
+from .conftest import Engine, script
 
 pytestmark = pytest.mark.engine
 
@@ -24,7 +24,7 @@ class Machines:
 
     def ask(self, way: str, directory: Path, model: Model) -> dict:
         """What became of a model, run in one `way`: `stock` or `packed`."""
-        engine = self._running.pop(way, None) or Engine(JOB, way)
+        engine = self._running.pop(way, None) or Engine(script(JOB, way))
         answer = engine.run(json.dumps({"model": str(directory), "engine": model.engine}))
         self._running[way] = engine
         return answer

@@ -17,10 +17,8 @@ BATCHES = [[request(0, 200, 7), request(5000, 60, 4, after=4)]]
 
 
 @pytest.fixture
-def engine(first_layers_path):
+def engine():
     return {
-        "model": str(first_layers_path),
-        "dtype": "float32",
         "max_model_len": 512,
         "max_num_batched_tokens": 64,
         "enable_prefix_caching": False,
