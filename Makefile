@@ -6,8 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Prints the folder that has the Python of the vLLM that is supported and has no CPU build; fetches it first (12 MB).
 NEXT_VLLM := $(BIN)/python tests/helpers/vllm_sources.py
-BESIDE := tests/serving tests/engine/scheduler tests/engine/test_zoo.py tests/engine/test_windows.py \
-  tests/engine/worker/test_gpu_path.py
+BESIDE := tests/serving tests/engine/scheduler tests/engine/test_zoo.py tests/engine/test_windows.py
 ON_NEXT := tests/engine tests/test_plugin.py tests/test_doctor.py
 ENGINES_ON_NEXT := tests/engine/test_engine.py::test_a_prompt_longer_than_the_memory_is_served_and_gives_the_tokens_of_stock_vllm \
   "tests/engine/test_windows.py::test_every_entry_in_shuffled_packed_pages_gives_the_tokens_of_stock_vllm[V2]" \
@@ -28,15 +27,15 @@ demo: setup ## Serve the embedded model and compare an exact with a sculpted ans
 	@$(BIN)/python -m kvsculpt_vllm.demo
 
 test: setup ## Run all tests
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels
-	@# Servers compute on the first core, the engines of the other tests on the last one: side by side they take two thirds
-	@# of the time. Behind the servers come the scheduler's tests, and those on vLLM 0.33's Python and 0.32's kernels.
+	@# Servers compute on the first core, the engines of the other tests on the last one: side by side they take half of the
+	@# time. Behind the servers come the scheduler's tests, and those on vLLM 0.33's Python and 0.32's kernels.
 	@{ $(BIN)/python -m pytest -q $(BESIDE); serving=$$?; \
 	    next=$$($(NEXT_VLLM)) && PYTHONPATH=$$next $(BIN)/python -m pytest -q -m "not engine" $(ON_NEXT) && \
 	    PYTHONPATH=$$next $(BIN)/python -m pytest -q $(ENGINES_ON_NEXT) && exit $$serving; \
 	  } > $(VENV)/test-serving.log 2>&1 & serving=$$!; \
+	  TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels; kernels=$$?; \
 	  $(BIN)/python -m pytest -q $(addprefix --ignore=,tests/kernels $(BESIDE)); others=$$?; \
-	  wait $$serving; serving=$$?; cat $(VENV)/test-serving.log; exit $$((serving || others))
+	  wait $$serving; serving=$$?; cat $(VENV)/test-serving.log; exit $$((serving || kernels || others))
 
 # `.venv/bin/pre-commit install` has git run it before every commit.
 lint: $(VENV)/.installed ## Check style, format and types
