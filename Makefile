@@ -29,7 +29,7 @@ demo: setup ## Serve the embedded model and compare an exact with a sculpted ans
 test: setup ## Run all tests
 	@# Servers compute on the first core, the engines of the other tests on the last one: side by side they take half of the
 	@# time. Behind the servers come the scheduler's tests, and those on vLLM 0.33's Python and 0.32's kernels.
-	@{ $(BIN)/python -m pytest -q $(BESIDE); serving=$$?; \
+	@{ export KVSCULPT_TEST_CORE=first; $(BIN)/python -m pytest -q $(BESIDE); serving=$$?; \
 	    next=$$($(NEXT_VLLM)) && PYTHONPATH=$$next $(BIN)/python -m pytest -q -m "not engine" $(ON_NEXT) && \
 	    PYTHONPATH=$$next $(BIN)/python -m pytest -q $(ENGINES_ON_NEXT) && exit $$serving; \
 	  } > $(VENV)/test-serving.log 2>&1 & serving=$$!; \

@@ -26,8 +26,9 @@ sys.stdout = sys.stderr  # vLLM and its libraries print; the result must stay al
 
 # In this process, so that the test-only method below is the one that runs.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-# Beside the tests of servers, which vLLM puts on the first core.
-CORE = str(max(os.sched_getaffinity(0)))
+# Beside the tests of servers, which vLLM puts on the first core; those that run behind them stay there (Makefile).
+_CHOOSE = min if os.environ.get("KVSCULPT_TEST_CORE") == "first" else max
+CORE = str(_CHOOSE(os.sched_getaffinity(0)))
 # Idle threads must not spin: on a busy machine with two cores that makes every step many times slower.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 # The stock kernel splits a row's keys among threads depending on the rest of the batch; without that split equal rows

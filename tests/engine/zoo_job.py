@@ -6,6 +6,7 @@ arguments of `LLM`; its answer has the tokens, or what the model was refused for
 
 import gc
 import json
+import os
 import random
 import sys
 
@@ -138,6 +139,7 @@ def main() -> None:
 
     load_general_plugins()
     packed = sys.argv[1] == "packed"
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = engine_job.CORE
     # vLLM looks at each architecture's class in a process of its own, which takes longer than all that follows.
     registry._run_in_subprocess = lambda inspect: inspect()
     register_random_weights()
