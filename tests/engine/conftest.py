@@ -2,20 +2,22 @@
 
 import json
 import os
-import shutil
-import signal
 import socket
 import subprocess
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 from threading import Timer
 
+import psutil
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from random_models import save
 
 NURSERY = Path(__file__).with_name("nursery.py")
 
@@ -23,8 +25,9 @@ SECONDS = 600
 MOST = 3
 """Engines that stay for other jobs: starting one takes longer than most jobs, and each holds a gigabyte."""
 
-Start = Callable[[int, int, int], int]
-"""Starts a process that reads from the first file, writes to the second and logs to the third; returns its number."""
+Process = subprocess.Popen | psutil.Process
+Start = Callable[[int, int, int], Process]
+"""Starts a process that reads from the first file, writes to the second and logs to the third."""
 
 
 class Engine:
@@ -41,14 +44,10 @@ class Engine:
 
     def run(self, job: str) -> dict:
         """The job's result."""
-        timer = Timer(SECONDS, self._kill)
-        timer.start()
-        try:
+        with self._killed_after(SECONDS):
             self._jobs.write(job + "\n")
             self._jobs.flush()
             line = self._results.readline()
-        finally:
-            timer.cancel()
         if not line:
             self._log.seek(0)
             pytest.fail(f"the engine has ended:\n{self._log.read()[-6000:]}")
@@ -56,29 +55,27 @@ class Engine:
 
     def stop(self) -> None:
         """Let it end."""
-        timer = Timer(60, self._kill)
-        timer.start()
-        self._jobs.close()
-        assert not self._results.read()  # nobody has the file any more, so that it ended
-        timer.cancel()
+        with self._killed_after(60):
+            self._jobs.close()
+            assert not self._results.read()  # nobody has the file any more, so that it ended
 
-    def _kill(self) -> None:
-        os.kill(self._process, signal.SIGKILL)
+    @contextmanager
+    def _killed_after(self, seconds: float) -> Iterator[None]:
+        timer = Timer(seconds, self._process.kill)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 def script(*command: str | Path) -> Start:
     """A process of its own for a script with its arguments."""
 
-    def start(jobs: int, results: int, log: int) -> int:
-        process = subprocess.Popen([sys.executable, *map(str, command)], stdin=jobs, stdout=results, stderr=log)
-        _SCRIPTS.append(process)
-        return process.pid
+    def start(jobs: int, results: int, log: int) -> Process:
+        return subprocess.Popen([sys.executable, *map(str, command)], stdin=jobs, stdout=results, stderr=log)
 
     return start
-
-
-_SCRIPTS: list[subprocess.Popen] = []
-"""Else Python would warn of those that are still running."""
 
 
 class Nursery:
@@ -91,10 +88,10 @@ class Nursery:
         )
         its_orders.close()
 
-    def start(self, jobs: int, results: int, log: int) -> int:
+    def start(self, jobs: int, results: int, log: int) -> Process:
         """As `Start`."""
         socket.send_fds(self._orders, [b"!"], [jobs, results, log])
-        return int(self._orders.recv(100))
+        return psutil.Process(int(self._orders.recv(100)))
 
     def stop(self) -> None:
         """Start none any more."""
@@ -107,7 +104,6 @@ def small_path(model_path, tmp_path_factory):
     """A Llama of two layers with random weights that make what is attended to decide, and a real tokenizer. It knows a
     twelfth of the tokens: a product with all of them would take longer than all else.
     """
-    path = tmp_path_factory.mktemp("small")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4032,
@@ -121,10 +117,7 @@ def small_path(model_path, tmp_path_factory):
         tie_word_embeddings=True,
         initializer_range=0.15,
     )
-    LlamaForCausalLM(config).eval().save_pretrained(path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(model_path / name, path)
-    return path
+    return save(LlamaForCausalLM(config), tmp_path_factory.mktemp("small"), model_path)
 
 
 @pytest.fixture(scope="session")

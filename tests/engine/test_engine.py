@@ -69,7 +69,7 @@ def test_every_entry_in_shuffled_packed_pages_gives_the_tokens_of_stock_vllm(run
     """Whatever pages the packed prefix lies in, attention must find exactly the same entries."""
     job = {"poison": False, **IDENTITY_CASES[case]}
     if case.startswith("all layers"):
-        job["engine"] |= {"model": str(model_path), "dtype": fast_dtype()}
+        job["engine"] = {**job["engine"], "model": str(model_path), "dtype": fast_dtype()}
     stock = run_engine(engine=job["engine"], batches=job["batches"])
     ours = run_engine(
         engine={**job["engine"], "additional_config": ON},

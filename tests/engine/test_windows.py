@@ -1,12 +1,11 @@
 """A model whose layers see windows, but for every third: the engine on it, compared with stock vLLM's greedy tokens."""
 
-import shutil
-
 import pytest
 import torch
 from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
 from jobs import check_chains, on, request
+from random_models import save
 
 pytestmark = pytest.mark.engine
 
@@ -18,7 +17,6 @@ ENGINE = {"dtype": "float32", "max_num_batched_tokens": 512}
 @pytest.fixture(scope="module")
 def windowed_path(tmp_path_factory, model_path):
     """A Gemma 3 of six layers with random weights that make what is attended to decide, and a real tokenizer."""
-    directory = tmp_path_factory.mktemp("windowed")
     torch.manual_seed(0)
     kinds = 2 * ["sliding_attention", "sliding_attention", "full_attention"]
     config = Gemma3TextConfig(
@@ -35,10 +33,7 @@ def windowed_path(tmp_path_factory, model_path):
         max_position_embeddings=4096,
         initializer_range=0.15,
     )
-    Gemma3ForCausalLM(config).eval().save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(model_path / name, directory)
-    return directory
+    return save(Gemma3ForCausalLM(config), tmp_path_factory.mktemp("windowed"), model_path)
 
 
 def test_chains_that_are_found_adopted_or_grow_give_the_tokens_of_stock_vllm(run_engine, windowed_path):

@@ -11,7 +11,7 @@ ON = on(min_tokens=128, window=32, max_stall_ms=60_000)
 # The prompt becomes a chain of two segments.
 CHAIN = on(min_tokens=64, window=32, max_stall_ms=60_000, segment=64, decode=64)
 
-# Float32, so that other kernels' rounding changes no token. The second prompt, too short to be compressed, is computed
+# The second prompt, too short to be compressed, is computed
 # beside the first one's decoding from packed pages.
 BATCHES = [[request(0, 200, 7), request(5000, 60, 4, after=4)]]
 
