@@ -75,14 +75,16 @@ def answered(setup: Setup, tokens: Sequence[int], prompt: int) -> Iterator[Stret
     """Go through the tokens behind a prompt of `prompt` of them, a stretch between two segments at a time."""
     chain, model, config = setup.chain(tokens), setup.model, setup.config
     blocks = packed = made = 0
-    for piece in pieces(prompt, WINDOW, BLOCK_SIZE, config.keep_ratio, config.segment):
+    for piece in pieces(prompt, WINDOW, BLOCK_SIZE, config.keep_ratio, config.segment_tokens):
         chain.add(piece, setup.method, "adaptive")
         blocks, packed = piece.end, packed + piece.packed_blocks
     exact = model.record(tokens, torch.tensor([0]))
     at, last = prompt, len(tokens) - 1  # nothing says what follows the last token
     while at < last:
         # The tail that the engine waits for: see spans.next_span.
-        end = min(max(at + 1, blocks * BLOCK_SIZE + max(config.decode, min(MIN_TOKENS, config.segment)) + WINDOW), last)
+        end = min(
+            max(at + 1, blocks * BLOCK_SIZE + max(config.decode, min(MIN_TOKENS, config.segment_tokens)) + WINDOW), last
+        )
         chain.compute(at)
         full = RaggedCache(list(exact.keys[:, :at]), list(exact.values[:, :at]), model.storage)
         logits, exact_logits = (model.continue_from(cache, tokens[at:end], at) for cache in (chain.cache, full))
@@ -199,7 +201,7 @@ def main(
     answer: Annotated[int, typer.Option(min=64, help="Tokens of an answer.")] = 4000,
     decode: Annotated[int, typer.Option(help="See --kv-compression-decode.")] = CompressionConfig().decode,
     decode_keep_ratio: Annotated[float, typer.Option(help="See --kv-compression-decode-keep-ratio.")] = 0.0,
-    segment: Annotated[int, typer.Option(help="See --kv-compression-segment.")] = CompressionConfig().segment,
+    segment: Annotated[int | None, typer.Option(help="See --kv-compression-segment, whose default it has.")] = None,
     keep_ratio: Annotated[float, typer.Option(help="Fraction of the entries that is kept.")] = 0.3,
     effort: Annotated[str, typer.Option(help="fast, balanced or thorough.")] = "balanced",
     json_path: Annotated[Path | None, typer.Option("--json", help="A file for the JSON line, too.")] = None,
@@ -217,8 +219,12 @@ def main(
     file = calibration_of(directory, "auto")
     calibration = None if file is None else file.whole
     config = CompressionConfig(
-        method="sculpt", keep_ratio=keep_ratio, segment=segment, decode=decode, decode_keep_ratio=decode_keep_ratio
-    )
+        method="sculpt",
+        keep_ratio=keep_ratio,
+        segment=segment or "auto",
+        decode=decode,
+        decode_keep_ratio=decode_keep_ratio,
+    ).for_model(evaluated.query_numbers)
     setup = Setup(evaluated, surveyed("sculpt", calibration=calibration), EFFORTS[effort], config)
 
     def tokenise(text: str) -> list[int]:

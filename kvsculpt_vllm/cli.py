@@ -157,7 +157,6 @@ def evaluate(
     """
     from rich.console import Console
 
-    from kvsculpt_vllm.config import CompressionConfig
     from kvsculpt_vllm.evaluation.run import Request, run
     from kvsculpt_vllm.evaluation.tasks import expanded
 
@@ -175,7 +174,7 @@ def evaluate(
         budgets=_names(budget),
         effort=effort,
         block_size=block_size,
-        segment=CompressionConfig().segment if segment is None else segment,
+        segment=segment,
         seed=seed,
         device=device,
         tasks=expanded(_names(tasks)),

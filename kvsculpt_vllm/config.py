@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple
@@ -18,6 +19,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
+from kvsculpt_vllm.sculpt.chain import segment_for
 from kvsculpt_vllm.sculpt.effort import EFFORTS, order
 from kvsculpt_vllm.sculpt.options import BUDGETS, METHODS, described
 
@@ -123,12 +125,12 @@ class CompressionConfig(BaseModel):
         "log-sum-exp error, mean over layers and heads) is made again with as many more entries as it takes, up to all "
         "of them; what the keep ratio says is the least. 1 is an output as far off as none.",
     )
-    segment: int = Field(
-        default=2048,
-        ge=64,
+    segment: Annotated[int, Field(ge=64)] | Literal["auto"] = Field(
+        default="auto",
         description="A prompt is compressed in segments of so many tokens, while it is computed: each behind those "
-        "before it, whose exact cache is given back at once. Longer ones lose less, and take more memory and time to "
-        "make. The server's only.",
+        "before it, whose exact cache is given back at once. Longer ones lose less, and take more memory to make. "
+        "auto: 4096 for a model whose queries are up to 32768 numbers a position (layers x query heads x head size: "
+        "what Llama-3.2-1B has), else 2048. The server's only.",
     )
     decode: int = Field(
         default=512,
@@ -192,6 +194,12 @@ class CompressionConfig(BaseModel):
         if isinstance(value, bool):  # pydantic would take True for 1
             raise ValueError("a boolean is no setting")
         return value
+
+    @property
+    def segment_tokens(self) -> int:
+        """Tokens of a segment. A configuration that does not know its model yet has none where `segment` is auto."""
+        assert self.segment != "auto", "for_model says how long segments are"
+        return self.segment
 
     @property
     def active(self) -> bool:
@@ -282,9 +290,10 @@ class CompressionConfig(BaseModel):
         Raises:
             ConfigError: if settings that are allowed each for itself do not go together.
         """
-        if self.decode > self.segment and "decode" not in self.model_fields_set:
+        longest = math.inf if self.segment == "auto" else self.segment
+        if self.decode > longest and "decode" not in self.model_fields_set:
             return self.model_copy(update={"decode": self.segment})._consistent(spell)
-        if self.decode > self.segment:
+        if self.decode > longest:
             cure = f"a whole number up to {flag('segment')}, which is {self.segment}"
             raise ConfigError([WrongSetting(spell("decode"), self.decode, cure)])
         if self.decode_keep_ratio and not self.decode:
@@ -294,6 +303,17 @@ class CompressionConfig(BaseModel):
             cure = f"{', '.join(self.efforts)} ({flag('max_effort')} is {self.max_effort})"
             raise ConfigError([WrongSetting(spell("effort"), self.effort, cure)])
         return self
+
+    def for_model(self, query_numbers: int) -> CompressionConfig:
+        """This configuration with the length of segments that auto means for a model whose queries at one position are
+        so many numbers (layers x query heads x head size).
+
+        Raises:
+            ConfigError: what was given for `decode` is more than that.
+        """
+        if self.segment != "auto":
+            return self
+        return self.model_copy(update={"segment": segment_for(query_numbers)})._consistent(flag)
 
     def check_block_size(self, block_size: int, spell: Callable[[str], str]) -> None:
         """Check what depends on the KV cache's block size; `spell` is `flag` or `request_key`.
@@ -373,8 +393,8 @@ def allowed(field: str) -> str:
     ]
     if field == "store_size":
         return "a number of bytes, with or without a unit, such as 64GiB"
-    if field == "pin_blocks":
-        return "auto, or a whole number >= 0"
+    if field in ("pin_blocks", "segment"):
+        return f"auto, or a whole number >= {64 if field == 'segment' else 0}"
     if field == "store":
         return "none, a directory, or a URL that fsspec knows"
     return f"{'a number' if info.annotation is float else 'a whole number'} {' and '.join(bounds)}"

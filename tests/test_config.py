@@ -185,3 +185,26 @@ def test_sink_must_be_smaller_than_a_block():
     with pytest.raises(ConfigError, match=r"kv_compression_sink: got 16, .*below the block size 16"):
         config.check_block_size(16, request_key)
     CompressionConfig(sink=16).check_block_size(16, flag)
+
+
+@pytest.mark.parametrize(("given", "segment"), [("auto", 4096), ("4096", 4096), (1024, 1024)])
+def test_the_length_of_a_segment_is_given_or_the_models(given, segment):
+    settings = {"method": "sculpt", "segment": given}
+    assert CompressionConfig.from_additional_config({"kv_compression": settings}).for_model(17_280).segment == segment
+    assert parse_field("segment", given) == (given if given == "auto" else segment)
+
+
+@pytest.mark.parametrize("given", [63, "long", 2048.5, None])
+def test_a_segment_of_no_length_is_refused(given):
+    with pytest.raises(ConfigError, match=r"--kv-compression-segment: got .*, allowed: auto, or a whole number >= 64"):
+        CompressionConfig.from_additional_config({"kv_compression": {"method": "sculpt", "segment": given}})
+
+
+def test_what_is_given_for_answers_is_no_longer_than_the_models_segments():
+    given = {"kv_compression": {"method": "sculpt", "decode": 3000}}
+    config = CompressionConfig.from_additional_config(given)
+    assert config.for_model(17_280).decode == 3000
+    with pytest.raises(
+        ConfigError, match=r"--kv-compression-decode: got 3000, .*up to --kv-c.*-segment, which is 2048"
+    ):
+        config.for_model(131_072)

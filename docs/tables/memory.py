@@ -41,13 +41,15 @@ def working_memory() -> str:
 
     lengths = (8_192, 32_768, 131_072)
     ranks = {
+        "Llama-3.2-1B": RankShape(16, 8, 32, 64, 2),
         "Qwen2.5-1.5B": RankShape(28, 2, 12, 128, 2),
         "Llama-3.1-8B": RankShape(32, 8, 32, 128, 2),
         "Llama-3.1-70B, each of 8 GPUs": RankShape(80, 1, 8, 128, 2),
     }
     body = []
     for name, rank in ranks.items():
-        parts = [reserved(rank, CompressionConfig(), length) for length in lengths]
+        config = CompressionConfig().for_model(rank.query_numbers)
+        parts = [reserved(rank, config, length) for length in lengths]
         heads = f"{rank.num_layers} × {rank.num_query_heads} × {rank.num_kv_heads} × {rank.head_size}"
         body.append([name, heads, _gibibytes(parts[0].samples), *(_gibibytes(part.total) for part in parts)])
     header = ["", "layers × query heads × KV heads × head size", "of which queries"]

@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from kvsculpt_vllm import models
 from kvsculpt_vllm.evaluation.attention import NAME, Cache, Continued, RaggedCache, Recorder
 from kvsculpt_vllm.evaluation.windows import Layers
-from kvsculpt_vllm.layer_kinds import FULL
+from kvsculpt_vllm.layer_kinds import FULL, full_layers
 from kvsculpt_vllm.sculpt.matmul import fast_matmul
 from kvsculpt_vllm.sculpt.rotary import Rotary, rotaries_of, same_queries
+
+
+def query_numbers(text_config: Any) -> int:
+    """Count the numbers that the queries of one position are, in all layers that see everything."""
+    head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    return len(full_layers(text_config)) * text_config.num_attention_heads * head_size
 
 
 class EvaluationModel:
@@ -44,8 +51,8 @@ class EvaluationModel:
         self._layers = Layers(config)
         self.num_layers: int = self._layers.num_full
         """Layers that see everything."""
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.position_bytes: int = self.num_layers * config.num_attention_heads * head_size * storage.itemsize
+        self.query_numbers = query_numbers(config)
+        self.position_bytes: int = self.query_numbers * storage.itemsize
         """What the queries of one position take, as the engine keeps them."""
         self.rotary = _rotary(model, self.num_positions)
         self.rotaries = self._rotaries()

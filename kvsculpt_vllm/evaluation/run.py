@@ -20,7 +20,7 @@ from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.evaluation.continuation import Measurement, Trial
 from kvsculpt_vllm.evaluation.harness import ONE_SPAN, Context, is_one_span
 from kvsculpt_vllm.evaluation.methods import METHODS, calibrated
-from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer, model_directory
+from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer, model_directory, query_numbers
 from kvsculpt_vllm.evaluation.progress import progress_bar
 from kvsculpt_vllm.evaluation.report import write_report
 from kvsculpt_vllm.evaluation.results import Key, Measured, Results, Row, code_version, segment_of
@@ -76,7 +76,7 @@ class Request:
     budgets: Sequence[str]
     effort: str
     block_size: int
-    segment: int  # tokens; `harness.ONE_SPAN` means all at once
+    segment: int | None  # tokens; `harness.ONE_SPAN` means all at once, None as many as a server would take
     seed: int
     device: str
     tasks: Sequence[str] = ()
@@ -142,14 +142,15 @@ def run(request: Request, json_path: Path | None, console: Console, report: Path
     transformers_logging.disable_progress_bar()
     directory = model_directory(request.model)
     tokenizer, prefix = load_tokenizer(directory)
-    exact = CompressionConfig()
+    exact = CompressionConfig().for_model(query_numbers(_text_config(directory)))
+    segment = exact.segment_tokens if request.segment is None else request.segment
     calibration = calibration_of(directory, request.calibration)
     methods = METHODS
     if calibration is not None:
         methods = METHODS | calibrated(calibration.whole)
     load_model = cache(lambda: EvaluationModel.load(directory, request.device))  # only if anything is missing
     rows = []
-    for series in _series(request, directory.name, tokenizer, prefix, exact, calibration):
+    for series in _series(request, directory.name, tokenizer, prefix, exact, segment, calibration):
         results = Results(json_path, series.settings, len(series.items), series.kind)
         work = [[key for key in request.keys if i in results.missing(key)] for i in range(len(series.items))]
         with progress_bar(console) as progress:
@@ -164,7 +165,7 @@ def run(request: Request, json_path: Path | None, console: Console, report: Path
                     ratios = [key[2] for key in keys if key[:2] == (method, budget)]
                     progress.update(bar, description=f"{place}: {method}, {budget}")
                     measurements: Iterator[Measured] = trial.measure(
-                        methods[method], budget, ratios, segment_of(method, request.segment)
+                        methods[method], budget, ratios, segment_of(method, segment)
                     )
                     for ratio, measured in zip(ratios, measurements, strict=True):
                         results.add((method, budget, ratio), i, measured)
@@ -204,10 +205,11 @@ def _series(
     tokenizer: PreTrainedTokenizerBase,
     prefix: list[int],
     exact: CompressionConfig,
+    segment: int,
     calibration: CalibrationFile | None,
 ) -> Iterator[Series]:
     text = read_text(request.text)
-    one_span = is_one_span(request.context, exact.window, request.block_size, request.segment)
+    one_span = is_one_span(request.context, exact.window, request.block_size, segment)
     settings = {
         "model": model,
         "text": Path(request.text).name,
@@ -216,7 +218,7 @@ def _series(
         "num_contexts": request.num_contexts,
         "effort": request.effort,
         "block_size": request.block_size,
-        "segment": ONE_SPAN if one_span else request.segment,
+        "segment": ONE_SPAN if one_span else segment,
         "window": exact.window,
         "sink": exact.sink,
         "seed": request.seed,

@@ -20,6 +20,27 @@ LEAST, MOST = 0.6, 2.5
 """A segment keeps at least and at most so many times the keep ratio."""
 
 
+SEGMENT, LONG_SEGMENT = 2048, 4096
+"""Tokens of a segment. A chain of longer ones loses less (benchmarks/LOG.md); more of a prompt is exact meanwhile, and
+the solve takes more memory."""
+
+SMALL_MODEL = 1 << 15
+"""A model that has so many numbers in all its queries at one position, or fewer, makes long segments: in 16 bits those
+of the longest take 388 MiB then. It is what Llama-3.2-1B has."""
+
+
+def segment_for(query_numbers: int) -> int:
+    """Tokens of a segment, for a model whose queries at one position are so many numbers: layers x query heads x head
+    size, on one rank.
+    """
+    return LONG_SEGMENT if query_numbers <= SMALL_MODEL else SEGMENT
+
+
+def longest(segment: int) -> int:
+    """Tokens that a segment stands for at most (see `next_piece`)."""
+    return segment * 3 // 2
+
+
 @dataclass(frozen=True)
 class Piece:
     """A segment to be made: a run of whole blocks of the context."""

@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 
 from kvsculpt_vllm.sculpt.budgets import blocks_kept
-from kvsculpt_vllm.sculpt.chain import AGES, LEAST, next_piece, pieces
+from kvsculpt_vllm.sculpt.chain import AGES, LEAST, longest, next_piece, pieces, segment_for
+from kvsculpt_vllm.sculpt.effort import EFFORTS
 
 WINDOW, BLOCK, SEGMENT = 64, 32, 2048
 
@@ -54,3 +55,24 @@ def test_a_chain_that_goes_on_has_less_to_give_until_it_has_grown():
 def test_a_context_of_one_segment_keeps_what_one_span_does():
     (only,) = pieces(3000, WINDOW, BLOCK, 0.3, SEGMENT)
     assert (only.first, only.blocks, only.packed_blocks) == (0, 91, 28)
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "head_size", "segment"),
+    [(30, 9, 64, 4096), (16, 32, 64, 4096), (28, 12, 128, 2048), (32, 32, 128, 2048)],
+    ids=["SmolLM2-135M", "Llama-3.2-1B", "Qwen2.5-1.5B", "Llama-3.1-8B"],
+)
+def test_small_models_make_long_segments_and_every_position_is_sampled(layers, heads, head_size, segment):
+    numbers = layers * heads * head_size
+    assert segment_for(numbers) == segment
+    assert EFFORTS["fast"].positions_for(2 * numbers) >= longest(segment) + WINDOW
+
+
+@pytest.mark.parametrize("segment", [64, 256, 2048, 4096])
+def test_no_segment_is_longer_than_the_longest(segment):
+    lengths = [
+        piece.blocks * 16
+        for num_tokens in range(WINDOW + 16, 4 * segment, 16)
+        for piece in pieces(num_tokens, WINDOW, 16, 0.3, segment)
+    ]
+    assert longest(segment) - 16 <= max(lengths) <= longest(segment)

@@ -65,7 +65,7 @@ class PrefixHits(StoreHits):
         if request.request_id in self._rewound or self._cannot_be_exact(request) or self._wish(request):
             return False
         new = request.num_tokens - (chain[-1].end + tail) * self.block_size
-        again = max(self._config(request).segment // 2, tail * self.block_size)
+        again = max(self._config(request).segment_tokens // 2, tail * self.block_size)
         return not self._is_long_enough(request, chain) or new <= again
 
     def _is_long_enough(self, request: Request, chain: list[Segment]) -> bool:

@@ -139,7 +139,7 @@ class StoreHits(KnownRequests):
         """Have a prompt looked up behind the chain in the pool; returns whether that is worth it."""
         config, first = self._config(request), first_block * self.block_size
         most = request.num_tokens - config.window
-        if most - first < min(config.min_tokens, config.segment):
+        if most - first < min(config.min_tokens, config.segment_tokens):
             return False
         assert self._store is not None
         tokens, ranks, block_size = request.all_token_ids[:most], self._ranks, self.block_size

@@ -35,6 +35,11 @@ class RankShape:
         )
 
     @property
+    def query_numbers(self) -> int:
+        """Numbers that the queries of one position are."""
+        return self.num_layers * self.num_query_heads * self.head_size
+
+    @property
     def position_bytes(self) -> int:
-        """Bytes that the queries of one position take, in the model's dtype."""
-        return self.num_layers * self.num_query_heads * self.head_size * self.element_bytes
+        """Bytes that they take, in the model's dtype."""
+        return self.query_numbers * self.element_bytes

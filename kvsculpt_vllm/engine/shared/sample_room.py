@@ -6,6 +6,7 @@ from typing import Any
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.shared.rank_shape import RankShape
+from kvsculpt_vllm.sculpt import chain
 
 CPU_BYTES = 4 << 30
 """What the queries of all prompts that are computed or wait for their compression may take in a CPU's memory."""
@@ -15,10 +16,8 @@ SEGMENTS = 2
 
 
 def longest_segment(config: CompressionConfig) -> int:
-    """Tokens that one solve sees at most: a prompt's last segment may be half as long again (`chain.next_piece`), and
-    the window is behind it.
-    """
-    return config.segment * 3 // 2 + config.window
+    """Tokens that one solve sees at most: the window is behind a segment."""
+    return chain.longest(config.segment_tokens) + config.window
 
 
 def positions(vllm_config: Any, config: CompressionConfig) -> int:

@@ -131,12 +131,12 @@ def next_span(
         config.window,
         block_size,
         kept,
-        config.segment,
+        config.segment_tokens,
         chain_blocks=chain_blocks,
         chain_packed=chain_packed,
     )
     left = num_tokens - config.window - chain_blocks * block_size
-    if piece is None or (chain_blocks and left < min(config.min_tokens, config.segment)):
+    if piece is None or (chain_blocks and left < min(config.min_tokens, config.segment_tokens)):
         return None
     return Span(piece.first, piece.blocks, piece.packed_blocks, block_size, piece.followed)
 
@@ -189,7 +189,7 @@ def _lengths(config: CompressionConfig, last: int, block_size: int) -> Iterator[
     """Lengths to look at. The need does not grow evenly: a context just too short for one more segment takes more than
     one that has it.
     """
-    yield from range(1, last, max(1, config.segment // 4 // block_size) * block_size)
+    yield from range(1, last, max(1, config.segment_tokens // 4 // block_size) * block_size)
     yield last
 
 

@@ -24,6 +24,7 @@ from kvsculpt_vllm.engine.compat.patches import (
 from kvsculpt_vllm.engine.shared import spans
 from kvsculpt_vllm.engine.shared.capacity import outgrows_memory
 from kvsculpt_vllm.engine.shared.groups import has_windows
+from kvsculpt_vllm.engine.shared.rank_shape import RankShape
 from kvsculpt_vllm.engine.startup.calibration_setting import resolved
 from kvsculpt_vllm.engine.startup.cpu_memory import fit_default_memory
 from kvsculpt_vllm.engine.startup.flags import add_flags
@@ -97,6 +98,7 @@ def _with_compression(stock: Callable[..., VllmConfig]) -> Callable[..., VllmCon
             _leave_windows_their_kernels(vllm_config)
         check_config(self, vllm_config)
         config.check_block_size(vllm_config.cache_config.block_size, flag)
+        config = config.for_model(RankShape.of(vllm_config).query_numbers)
         config = resolved(config, vllm_config.model_config)
         check_store(config, vllm_config)
         _use_our_classes(vllm_config, config)
@@ -179,8 +181,8 @@ def _start_up_line(vllm_config: VllmConfig, config: CompressionConfig, block_siz
         budgets += " (by a pilot on each prompt, which `kvsculpt calibrate` can save)"
     return (
         f"KV compression: active, because --kv-compression is {config.method}. "
-        f"Keeps {config.amount}, budget {budgets}, prompts from {config.min_tokens} tokens, "
-        f"store {shown(config.store)}, "
+        f"Keeps {config.amount}, budget {budgets}, prompts from {config.min_tokens} tokens "
+        f"in segments of {config.segment_tokens}, store {shown(config.store)}, "
         f"block size {vllm_config.cache_config.block_size}{' (chosen, the smallest)' if block_size_chosen else ''}, "
         f"layout {requested_layout() or DEFAULT_LAYOUT}, "
         f"model runner {'V2' if vllm_config.use_v2_model_runner else 'V1'}"

@@ -35,7 +35,9 @@ def chain(config, num_tokens, size):
 def test_a_short_prompt_is_one_segment_that_keeps_the_window_and_the_ratio(
     num_prompt, per_mille, window, min_tokens, size
 ):
-    config = CompressionConfig(method="select", keep_ratio=per_mille / 1000, window=window, min_tokens=min_tokens)
+    config = CompressionConfig(
+        method="select", keep_ratio=per_mille / 1000, window=window, min_tokens=min_tokens, segment=2048
+    )
     why = why_exact(config, num_prompt, size)
     blocks = max(num_prompt - window, 0) // size
     packed = -(-per_mille * blocks // 1000)
@@ -66,7 +68,7 @@ def test_a_long_one_is_a_chain_without_gaps_that_keeps_the_ratio(num_prompt, per
 
 
 def test_what_is_left_behind_a_chain_stays_exact_until_it_is_long_enough():
-    config = CompressionConfig(method="select", min_tokens=512)
+    config = CompressionConfig(method="select", min_tokens=512, segment=2048)
     assert next_span(config, 2048 + 64 + 511, 32, chain_blocks=64, chain_packed=16) is None
     span = next_span(config, 2048 + 64 + 512, 32, chain_blocks=64, chain_packed=16)
     assert (span.first_token, span.end_token) == (2048, 2560)
@@ -88,7 +90,7 @@ def test_what_is_left_behind_a_chain_stays_exact_until_it_is_long_enough():
     ],
 )
 def test_prompts_that_stay_as_they_are(settings, num_prompt, max_tokens, why):
-    assert why_exact(CompressionConfig(**settings), num_prompt, 32, max_tokens) == why
+    assert why_exact(CompressionConfig(**settings, segment=2048), num_prompt, 32, max_tokens) == why
 
 
 @given(st.integers(600, 60_000), st.integers(64, 4000), st.sampled_from([256, 2048]), block_sizes)
@@ -128,7 +130,7 @@ def test_growing_ends_with_a_copy_or_with_nothing_gained(blocks, data, error, sh
 
 
 def test_the_smallest_ratio_keeps_a_block():
-    config = CompressionConfig(method="select", keep_ratio=1e-12)
+    config = CompressionConfig(method="select", keep_ratio=1e-12, segment=2048)
     assert next_span(config, 600, 32).packed_blocks == 1
 
 
@@ -184,7 +186,8 @@ def written_chain(config, num_prompt, num_tokens, size):
 
 @given(st.integers(1, 5000), st.integers(100, 900), st.integers(100, 1000), block_sizes)
 def test_what_is_written_keeps_its_own_fraction_whatever_the_prompt_keeps(num_prompt, prompt, written, size):
-    settings = {"method": "select", "min_tokens": 256, "keep_ratio": prompt / 1000, "decode_keep_ratio": written / 1000}
+    settings = {"method": "select", "segment": 2048, "min_tokens": 256}
+    settings |= {"keep_ratio": prompt / 1000, "decode_keep_ratio": written / 1000}
     config = CompressionConfig(**settings)
     spans, total = written_chain(config, num_prompt, num_prompt + 3000, size), 0.0
     for span in spans:
@@ -202,16 +205,16 @@ def test_what_is_written_keeps_its_own_fraction_whatever_the_prompt_keeps(num_pr
 
 def test_what_an_answer_keeps_is_not_taken_from_the_next_prompt():
     """A turn behind a prompt of 2,048 tokens and an answer of as many, which kept two thirds."""
-    config = CompressionConfig(method="select", decode_keep_ratio=0.66)
+    config = CompressionConfig(method="select", decode_keep_ratio=0.66, segment=2048)
     turn = 4096 + 64 + 1024
     span = next_span(config, turn, 32, 128, 20 + 42, turn)
     assert (span.first, span.blocks, span.packed_blocks) == (128, 32, 9)
     # Without the setting the chain has had nearly all of its fraction.
-    assert next_span(CompressionConfig(method="select"), turn, 32, 128, 20 + 42, turn).packed_blocks == 6
+    assert next_span(CompressionConfig(method="select", segment=2048), turn, 32, 128, 20 + 42, turn).packed_blocks == 6
 
 
 def test_tokens_come_before_the_fraction_of_what_is_written():
-    config = CompressionConfig(method="select", keep_tokens=512, decode_keep_ratio=0.6)
+    config = CompressionConfig(method="select", keep_tokens=512, decode_keep_ratio=0.6, segment=2048)
     assert next_span(config, 3000, 32, 64, 8, 2100) == next_span(
-        CompressionConfig(method="select", keep_tokens=512), 3000, 32, 64, 8, 2100
+        CompressionConfig(method="select", keep_tokens=512, segment=2048), 3000, 32, 64, 8, 2100
     )

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 import vllm.engine.arg_utils as arg_utils
 from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -101,6 +102,11 @@ MODEL = SimpleNamespace(
     hf_text_config=SimpleNamespace(num_hidden_layers=2),
     get_total_num_kv_heads=lambda: 3,
     get_sliding_window=lambda: None,
+    dtype=torch.bfloat16,
+    get_num_layers=lambda parallel: 2,
+    get_num_kv_heads=lambda parallel: 3,
+    get_num_attention_heads=lambda parallel: 6,
+    get_head_size=lambda: 64,
 )
 
 
@@ -160,7 +166,7 @@ def test_compression_chooses_classes_and_block_size_and_says_so(log, block_size,
     assert config.cache_config.block_size == (block_size or 32)
     assert config.additional_config == {
         "other": 1,
-        "kv_compression": HALF.model_dump() | {"max_stall_ms": stall or 200, "calibration": "none"},
+        "kv_compression": HALF.model_dump() | {"max_stall_ms": stall or 200, "calibration": "none", "segment": 4096},
     }
     assert given["kv_compression"] == settings
     (line,) = log
@@ -169,6 +175,7 @@ def test_compression_chooses_classes_and_block_size_and_says_so(log, block_size,
         "is sculpt",
         "a fraction of 0.5",
         "adaptive",
+        "segments of 4096",
         f"size {block_size or 32}",
         "LBHNC",
         "runner V1",

@@ -135,16 +135,22 @@ class OnDemand:
 
 
 RANKS = {
+    "Llama-3.2-1B": RankShape(num_layers=16, num_kv_heads=8, num_query_heads=32, head_size=64, element_bytes=2),
     "Qwen2.5-1.5B": RankShape(num_layers=28, num_kv_heads=2, num_query_heads=12, head_size=128, element_bytes=2),
     "Llama-3.1-8B": RankShape(num_layers=32, num_kv_heads=8, num_query_heads=32, head_size=128, element_bytes=2),
     "Llama-3.1-70B TP 8": RankShape(num_layers=80, num_kv_heads=1, num_query_heads=8, head_size=128, element_bytes=2),
 }
 
 
+def config_of(rank, **settings):
+    """The settings of a server with such a model."""
+    return CompressionConfig(method="sculpt", **settings).for_model(rank.query_numbers)
+
+
 @pytest.mark.parametrize("name", RANKS)
 def test_a_solve_of_a_gpus_size_takes_no_more_than_is_kept_free(name, monkeypatch):
     """On the device "meta", whose peaks of Qwen2.5-1.5B were within 3 % of those measured on an H100."""
-    rank, config = RANKS[name], CompressionConfig()
+    rank, config = RANKS[name], config_of(RANKS[name])
     kept = reserved(rank, config, 8_192)
     for of_device, value in (
         (BYTES, kept.sizes.temporary),
@@ -171,22 +177,19 @@ def test_a_solve_of_a_gpus_size_takes_no_more_than_is_kept_free(name, monkeypatc
         plan = PagePlan(16, blocks, heads * blocks * 3 // 10, config.sink)
         sample = source.queries.nbytes
         compress_segment(source, plan, "sculpt", "uniform", effort, lambda *_: None)
-    assert kept.solve / 2 < live.peak - sample < kept.solve
+    assert kept.solve / 3 < live.peak - sample < kept.solve
 
 
 @pytest.mark.parametrize("longest_context", [8_192, 32_768, 131_072])
 @pytest.mark.parametrize("name", RANKS)
 def test_three_gigabytes_are_enough(name, longest_context):
-    assert 2**30 < reserved(RANKS[name], CompressionConfig(), longest_context).total <= 3 * 2**30
+    assert 2**30 < reserved(RANKS[name], config_of(RANKS[name]), longest_context).total <= 3 * 2**30
 
 
 def test_what_is_kept_free_is_enough_for_the_most_effort_that_a_request_may_ask_for():
     """Where a position's queries are large (a model of 70B on one GPU), efforts differ in how many are sampled."""
     rank = RankShape(num_layers=80, num_kv_heads=8, num_query_heads=64, head_size=128, element_bytes=2)
-    by_effort = [
-        reserved(rank, CompressionConfig(method="sculpt", effort="fast", max_effort=most), 32_768).solve
-        for most in EFFORTS
-    ]
+    by_effort = [reserved(rank, config_of(rank, effort="fast", max_effort=most), 32_768).solve for most in EFFORTS]
     assert by_effort == sorted(by_effort) and by_effort[0] < by_effort[-1]
 
 
@@ -209,7 +212,9 @@ class GPUWorker(SculptGPUWorker):
             get_head_size=lambda: 128,
         )
         self.vllm_config = SimpleNamespace(
-            additional_config={"kv_compression": "sculpt"}, model_config=self.model_config, parallel_config=None
+            additional_config={"kv_compression": {"method": "sculpt", "segment": 2048}},
+            model_config=self.model_config,
+            parallel_config=None,
         )
 
 
@@ -231,7 +236,7 @@ def vllm_finds(monkeypatch):
 @pytest.mark.parametrize("by_plan", [False, True], ids=["measured", "from vLLM's plan of an earlier start"])
 def test_memory_for_compression_is_taken_off_what_vllm_finds(vllm_finds, by_plan):
     vllm_finds(40 * GIB, by_plan)
-    kept_free = reserved(RANKS["Llama-3.1-8B"], CompressionConfig(method="sculpt"), 32_768).total
+    kept_free = reserved(RANKS["Llama-3.1-8B"], config_of(RANKS["Llama-3.1-8B"]), 32_768).total
     assert GPUWorker(None).determine_available_memory() == 40 * GIB - kept_free
 
 
@@ -258,9 +263,9 @@ def test_a_solve_works_with_the_most_that_three_gigabytes_hold(vllm_finds):
     GPUWorker(None).determine_available_memory()
     assert (BYTES["cuda"], GROUP_BYTES["cuda"]) == (128 << 20, 512 << 20)
     small = RANKS["Qwen2.5-1.5B"]
-    assert reserved(small, CompressionConfig(), 32_768).sizes == Sizes(512 << 20, 1536 << 20)
+    assert reserved(small, config_of(small), 32_768).sizes == Sizes(512 << 20, 1536 << 20)
     for room in (0, 2 * GIB, 2.5 * GIB, 3 * GIB):
-        kept = reserved(small, CompressionConfig(), 32_768, int(room))
+        kept = reserved(small, config_of(small), 32_768, int(room))
         assert kept.total <= room or kept.sizes == working_memory.LADDER[-1]
 
 
