@@ -295,7 +295,7 @@ def main(
     table = Table(title=f"{name}, {context} tokens of {origin}, keep {keep_ratio:g}, {effort}, {device}")
     for heading in ("head", "entries", "our held-out loss", "reference's best", "steps", "s", "s to our training loss"):
         table.add_column(heading, justify="right")
-    rows = problems.with_rows(problems.thin_rows(amount.fit_positions * problems.group))
+    rows = problems.with_rows(problems.thin_rows(amount.fitted_on(problems.num_entries) * problems.group))
     runs_of_reference = []
     for b in sample:
         parts = Part.split(rows, b)

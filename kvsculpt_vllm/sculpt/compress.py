@@ -136,8 +136,8 @@ def fit_in_slices(
     limit: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Slices[Compressed]:
-    """Fit every problem to the queries of about `effort.fit_positions`, with the budgets that the survey `found` gives
-    it. What is fitted will be stored in `dtype`, and is judged so; None means that of the problems' entries.
+    """Fit every problem to the queries of about `effort.fitted_on` positions, with the budgets that the survey `found`
+    gives it. What is fitted will be stored in `dtype`, and is judged so; None means that of the problems' entries.
 
     Raises:
         ValueError: the plan's total cannot be given out.
@@ -160,8 +160,10 @@ fit = at_once(fit_in_slices)
 
 
 def thinned(problems: Problems, ranking: Ranking, effort: Effort) -> tuple[Problems, Ranking]:
-    """Keep only the query rows of about `effort.fit_positions`. The `ranking` has answers of all rows, or of these."""
-    rows = problems.thin_rows(effort.fit_positions * problems.group)
+    """Keep only the query rows of about `effort.fitted_on` positions. The `ranking` has answers of all rows, or of
+    these.
+    """
+    rows = problems.thin_rows(effort.fitted_on(problems.num_entries) * problems.group)
     if len(rows) == len(problems.held_out):  # all of them: a copy would only take memory
         return problems, ranking
     is_thin = ranking.teacher_lse.shape[1] == len(rows)
@@ -188,7 +190,8 @@ def fit_batches_in_slices(
     limit = limit or max_elements(device)
     key_steps = effort.key_steps if method == "sculpt" else 0
     kept = [plan.entries(count) for count in budgets.pages]
-    largest = limit // supply.num_fitted_to
+    # As many entries as with all of an effort's positions: what key steps keep does not shrink with the queries.
+    largest = limit * effort.fitted_on(supply.num_entries) // (effort.fit_positions * supply.num_fitted_to)
     groups = _groups(kept, supply.num_entries, largest, most or len(kept), PADDING[device.type])
     order, judged = [], []
     for numbers in map(sorted, groups):

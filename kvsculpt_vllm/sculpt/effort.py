@@ -10,6 +10,13 @@ and its window of 64) of a model with 256 KiB a position (8B, in bfloat16). An e
 sampled even if its queries take more."""
 
 
+FULL_UP_TO = 2048
+"""Entries of a segment up to which fits use all of an effort's positions."""
+
+FEWEST = 768
+"""Positions that fits of longer segments use at least, or the effort's own if it has fewer."""
+
+
 @dataclass(frozen=True)
 class Effort:
     """How many queries and how many steps a compression may use.
@@ -20,12 +27,22 @@ class Effort:
 
     positions: int  # of the prompt whose queries rank entries, at least
     pilot_positions: int  # those of them that the pilot's fits get by with
-    fit_positions: int  # those of them whose queries values and keys are fitted to and judged on
+    fit_positions: int  # those of them whose queries values and keys are fitted to and judged on (see `fitted_on`)
     key_steps: int  # L-BFGS steps at most
     # Whether values are fitted to keys as they were selected, too, besides those with the span's mass (`mass`), and
     # held-out queries choose.
     plain_start: bool = True
     meaning: str = ""
+
+    def fitted_on(self, num_entries: int) -> int:
+        """Say how many positions a segment of `num_entries` is fitted to.
+
+        A fit takes time by the square of the entries. So that a token of a longer segment takes no more of it, its fit
+        has fewer positions, in proportion: their entries are more alike, and it loses less all the same (measured:
+        benchmarks/LOG.md).
+        """
+        shorter = self.fit_positions * FULL_UP_TO // max(num_entries, FULL_UP_TO)
+        return max(shorter, min(self.fit_positions, FEWEST))
 
     def positions_for(self, position_bytes: int) -> int:
         """Say how many positions of a segment to sample at most, if the queries of all layers take `position_bytes` at

@@ -65,7 +65,7 @@ def compress_segment_in_slices(
         if budget == "adaptive" and calibration is None:
             answered = None  # the pilot asks for all
         else:  # fits ask for those of their own rows: of these problems, or of problems that are built again
-            rows = problems.thin_rows(effort.fit_positions * problems.group)
+            rows = problems.thin_rows(effort.fitted_on(problems.num_entries) * problems.group)
             answered = rows if len(groups) == 1 else rows[:0]
         found = yield from survey_in_slices(
             problems, plan, method, budget, effort, limit=limit, calibration=of_group, answered=answered
@@ -97,10 +97,11 @@ class BuiltAgain:
     """The supply of what `compress.thinned` would keep of a segment's problems, whose entries have this `order`."""
 
     def __init__(self, source: SegmentSource, order: Tensor, effort: Effort, limit: int) -> None:
-        self._source, self._order, self._count, self._limit = source, order, effort.fit_positions, limit
-        held_out = source.held_out(effort.fit_positions)
-        self.num_queries, self.num_fitted_to = len(held_out), int((~held_out).sum())
         self.num_entries = source.span - source.sinks
+        self._source, self._order, self._limit = source, order, limit
+        self._count = effort.fitted_on(self.num_entries)
+        held_out = source.held_out(self._count)
+        self.num_queries, self.num_fitted_to = len(held_out), int((~held_out).sum())
         self.dtype, self.device = source.keys.dtype, source.device
 
     def entries(self, numbers: list[int]) -> tuple[Tensor, Tensor]:

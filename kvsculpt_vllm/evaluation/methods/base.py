@@ -40,7 +40,10 @@ def surveyed(name: str, score: Score = by_attention, calibration: LossCurves | N
     """
 
     def prepare(problems: Problems, plan: PagePlan, budget: str, effort: Effort) -> ToPages:
-        found = survey(problems, plan, name, budget, effort, score, calibration=calibration)
+        answered = None  # a pilot asks for all; fits ask for those of their own rows
+        if budget != "adaptive" or calibration is not None:
+            answered = problems.thin_rows(effort.fitted_on(problems.num_entries) * problems.group)
+        found = survey(problems, plan, name, budget, effort, score, calibration=calibration, answered=answered)
         return lambda plan: fit(problems, plan, found, name, effort)
 
     return prepare
@@ -50,9 +53,9 @@ def heads_to_fit(
     problems: Problems, found: Survey, kept: Sequence[Tensor], effort: Effort
 ) -> Iterator[tuple[int, Problems, Ranking]]:
     """Go through the heads of which `kept` holds less than everything: each head's number, its problem and its teacher,
-    both on the queries of about `effort.fit_positions`.
+    both on the queries of about `effort.fitted_on` positions.
     """
-    rows = problems.thin_rows(effort.fit_positions * problems.group)
+    rows = problems.thin_rows(effort.fitted_on(problems.num_entries) * problems.group)
     fitted_on, teachers = problems.with_rows(rows), found.ranking.with_rows(rows)
     for b, keys in enumerate(kept):
         if len(keys) < problems.num_entries:
