@@ -19,28 +19,35 @@ from kvsculpt_vllm.sculpt.loss_curves import LossCurves
 
 
 class Answers:
-    """A context and what really follows it, as the full cache answers: what a compression is judged by."""
+    """A context and what comes behind it, as the full cache answers: what a compression is judged by."""
 
     @torch.no_grad()
     def __init__(
-        self, model: EvaluationModel, tokens: Sequence[int], num_following: int, effort: Effort, block_size: int
+        self,
+        model: EvaluationModel,
+        tokens: Sequence[int],
+        readings: Sequence[Sequence[int]],
+        effort: Effort,
+        block_size: int,
     ) -> None:
-        """Compute `tokens`: the context, the `num_following` behind it, and one more."""
-        config, number = CompressionConfig(), len(tokens) - num_following - 1
-        self._context = Context(model, tokens[:number], num_following, effort, block_size, config.window, config.sink)
-        self._model, self._effort = model, effort
-        self._fed, self._told = tokens[number:-1], tokens[number + 1 :]
-        self._full = model.continue_from(self._context.full_cache, self._fed, number)
+        """Compute the context, `tokens`, and each of the `readings` right behind it; the last token of a reading is
+        only told.
+        """
+        config, longest = CompressionConfig(), max(len(reading) for reading in readings) - 1
+        self._context = Context(model, tokens, longest, effort, block_size, config.window, config.sink)
+        self._model, self._effort, self._readings = model, effort, readings
+        full = self._context.full_cache
+        self._full = [model.continue_from(full, reading[:-1], len(tokens)) for reading in readings]
 
-    def lost(self, keep_ratio: float, curves: LossCurves) -> float:
-        """Measure the mean KL(full || compressed), in nats, of what follows the context, of which every head keeps what
-        `curves` give it, ranked as they say.
+    def lost(self, keep_ratio: float, curves: LossCurves) -> np.ndarray:
+        """Measure the mean KL(full || compressed), in nats, of each reading (R,) behind the context, of which every
+        head keeps what `curves` give it, ranked as they say.
         """
         return self._lost(self._compressed(keep_ratio, "adaptive", curves))
 
     def lost_by_layer(self, keep_ratio: float, curves: LossCurves) -> np.ndarray:
-        """Measure the same where one layer alone is compressed (L,), each of whose heads keeps the same fraction, with
-        entries ranked as `curves` say.
+        """Measure the same where one layer alone is compressed (L, R), each of whose heads keeps the same fraction,
+        with entries ranked as `curves` say.
 
         The losses that budgets are given out by are errors of a head's attention. How much the answers mind them
         differs a hundredfold between a model's layers (benchmarks/LOG.md), and an attention's error does not tell it.
@@ -53,12 +60,15 @@ class Answers:
             keys, values = list(exact.keys), list(exact.values)
             keys[own], values[own] = packed.keys[own], packed.values[own]
             lost.append(self._lost(replace(exact, keys=keys, values=values)))
-        return np.array(lost)
+        return np.stack(lost)
 
     def _compressed(self, keep_ratio: float, budget: str, curves: LossCurves) -> RaggedCache:
         return next(self._context.compress(surveyed("sculpt", calibration=curves), budget, [keep_ratio])).cache
 
     @torch.no_grad()
-    def _lost(self, cache: RaggedCache) -> float:
-        answers = self._model.continue_from(cache, self._fed, self._context.num_tokens)
-        return float(compare(self._full, answers, self._told).kl.mean())
+    def _lost(self, cache: RaggedCache) -> np.ndarray:
+        lost = []
+        for full, reading in zip(self._full, self._readings, strict=True):
+            answers = self._model.continue_from(cache, reading[:-1], self._context.num_tokens)
+            lost.append(float(compare(full, answers, reading[1:]).kl.mean()))
+        return np.array(lost)

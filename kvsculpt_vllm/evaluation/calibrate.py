@@ -68,7 +68,8 @@ def calibrate(
 
     Each of the `num_contexts` contexts of each text is fitted to the queries that a prompt has, and judged by two
     readers, see `curves`: by what really follows in the text, and by a second reading of the context. What a layer
-    loses counts by how much the answers mind it (`layer_weights`). Entries are ranked by the attention that they
+    loses in a reading counts by how much the answers mind it there (`layer_weights`): layers that copy are not those
+    that go on. Entries are ranked by the attention that they
     receive, to the power `ranking`.
 
     Args:
@@ -102,34 +103,43 @@ def calibrate(
     following = min(FOLLOWING, context)
 
     def answers(tokens: Sequence[int]) -> Answers:
-        return Answers(evaluated, tokens[: context + following + 1], following, EFFORTS[effort], BLOCK_SIZE)
+        read, follows = tokens[:context], tokens[context : context + following + 1]
+        # A stretch of it, begun anywhere: what copies is found after a few tokens.
+        middle = (context - following) // 2
+        return Answers(evaluated, read, [follows, read[middle : middle + following + 1]], EFFORTS[effort], BLOCK_SIZE)
 
     with progress_bar(console) as progress:
         for tokens in progress.track(chosen, description="contexts read"):
-            fractions, by_power = curves(evaluated, tokens, effort, second_weight, len(prefix), powers)
+            fractions, by_power = curves(evaluated, tokens, effort, len(prefix), powers)
             for power, losses in by_power.items():
                 found[power].append(losses)
         mean = {power: np.mean(losses, axis=0) for power, losses in found.items()}
-        by_curves = {power: LossCurves(fractions, losses[0], power=power) for power, losses in mean.items()}
+        by_curves = {
+            power: LossCurves(fractions, of_readings(losses[0], losses[2], second_weight), power=power)
+            for power, losses in mean.items()
+        }
         several = chosen if len(powers) > 1 else []
         for tokens in progress.track(several, description="rankings compared"):
             of_context = answers(tokens)
             for power, of_power in by_curves.items():
-                lost[power] += of_context.lost(COMPARED_AT, of_power)
+                lost[power] += of_context.lost(COMPARED_AT, of_power)[0]
         best = min(lost, key=lambda power: lost[power])
         by_layer = [
             answers(tokens).lost_by_layer(COMPARED_AT, by_curves[best])
             for tokens in progress.track(chosen, description="layers compared")
         ]
-    kinds = mean[best].reshape(2, evaluated.num_layers, -1, len(fractions))
-    kinds *= layer_weights(kinds[0], fractions, np.mean(by_layer, axis=0))[:, None, None]
+    near, far, copied = mean[best].reshape(3, evaluated.num_layers, -1, len(fractions))
+    follows, again = np.mean(by_layer, axis=0).T
+    weights, copying = layer_weights(near, fractions, follows), layer_weights(copied, fractions, again)
+    copied = copied * copying[:, None, None]
+    kinds = [of_readings(kind * weights[:, None, None], copied, second_weight) for kind in (near, far)]
     last, followed = (
         tuple(tuple(tuple(float(f"{loss:.6g}") for loss in head) for head in layer) for layer in kind) for kind in kinds
     )
     return CalibrationFile(
         model=directory.name,
-        num_layers=kinds.shape[1],
-        num_kv_heads=kinds.shape[2],
+        num_layers=near.shape[0],
+        num_kv_heads=near.shape[1],
         context=context,
         texts=counts,
         second_weight=second_weight,
@@ -144,16 +154,15 @@ def curves(
     model: EvaluationModel,
     tokens: Sequence[int],
     effort: str,
-    second_weight: float,
     prefix: int,
     powers: Sequence[RankedBy] = (1, 2),
 ) -> tuple[tuple[float, ...], dict[RankedBy, np.ndarray]]:
-    """Measure what each head (2, L·H, G) loses at fractions (G,) of the span of a context, the first quarter of
-    `tokens`: in a segment that is the last one, and in one that others follow. Returns the fractions, and the losses
-    for each power of the attention that entries may be ranked by.
+    """Measure what each head (3, L·H, G) loses at fractions (G,) of the span of a context, the first quarter of
+    `tokens`: for what follows, in a segment that is the last one and in one that others follow, and for a second
+    reading. Returns the fractions, and the losses for each power of the attention that entries may be ranked by.
 
-    A loss is the weighted mean of the head's `shares` in two readings: `second_weight` for the second one, the rest of
-    1 for what really follows. Fits are those that a prompt gets, to its own queries.
+    A loss is the head's part of what all lose in that reading (`shares`). Fits are those that a prompt gets, to its own
+    queries.
 
     - What follows asks a last segment from the `FOLLOWING` positions right behind its window. One that others follow
       is asked from positions a context's length and more behind it, with all that is between in view: heads that look
@@ -161,7 +170,7 @@ def curves(
       curves of a text's first segment alone serve the later ones badly (benchmarks/LOG.md).
     - In the second reading the context comes once more right behind itself, and its queries look for what they need to
       copy it, as KVzip (arXiv 2505.23416) scores entries. Some heads copy, and hardly any query of an ordinary text
-      asks them to. Its shares count for both kinds of segments.
+      asks them to.
 
     The first `prefix` tokens (a BOS token, say) are not read again.
     """
@@ -193,9 +202,13 @@ def curves(
         assert asked.curves is not None  # budgets are adaptive
         fractions = tuple(pages / plan.span_pages for pages in asked.grid)
         near, *far_ones, copied = (shares(some, fractions) for some in (*losses, asked.curves))
-        kinds = (near, np.mean(far_ones, 0))
-        found[power] = np.stack([(1 - second_weight) * follows + second_weight * copied for follows in kinds])
+        found[power] = np.stack([near, np.mean(far_ones, 0), copied])
     return fractions, found
+
+
+def of_readings(follows: np.ndarray, copied: np.ndarray, second_weight: float) -> np.ndarray:
+    """Losses for both readers together: `second_weight` for a second reading, the rest of 1 for what follows."""
+    return (1 - second_weight) * follows + second_weight * copied
 
 
 def _fitted_and_judging(

@@ -136,23 +136,33 @@ def test_the_command_writes_the_mean_of_the_contexts_where_servers_look(director
     model = EvaluationModel.load(directory, "cpu")
     # Three contexts fill the text, whatever the seed.
     contexts = [words[i * (length + 1) :][:length] for i in range(3)]
-    found = [[curves(model, tokens, "balanced", weight, 0) for tokens in contexts] for weight in (0, 1)]
-    fractions = found[0][0][0]
+    found = [curves(model, tokens, "balanced", 0) for tokens in contexts]
+    fractions = found[0][0]
+    # What follows, and the context again: so short a one from its first token on.
     answers = [
-        Answers(model, tokens[: 2 * CONTEXT + 1], CONTEXT, EFFORTS["balanced"], BLOCK_SIZE) for tokens in contexts
+        Answers(
+            model,
+            tokens[:CONTEXT],
+            [tokens[CONTEXT : 2 * CONTEXT + 1], tokens[:CONTEXT]],
+            EFFORTS["balanced"],
+            BLOCK_SIZE,
+        )
+        for tokens in contexts
     ]
-    means = {
-        power: np.mean([by_power[power] for reading in found for _, by_power in reading], axis=0) for power in (1, 2)
-    }
-    ranked = {power: LossCurves(fractions, mean[0], power=power) for power, mean in means.items()}
-    lost = {power: sum(one.lost(COMPARED_AT, by) for one in answers) for power, by in ranked.items()}
+    means = {power: np.mean([by_power[power] for _, by_power in found], axis=0) for power in (1, 2)}
+    ranked = {power: LossCurves(fractions, (mean[0] + mean[2]) / 2, power=power) for power, mean in means.items()}
+    lost = {power: sum(one.lost(COMPARED_AT, by)[0] for one in answers) for power, by in ranked.items()}
     # By the ranking with which the answers lose less.
     assert file.whole.power == file.power == min(lost, key=lost.__getitem__) and lost[1] != lost[2]
     assert file.fractions == fractions
     alone = np.mean([one.lost_by_layer(COMPARED_AT, ranked[file.power]) for one in answers], axis=0)
-    weights = layer_weights(means[file.power][0].reshape(LAYERS, KV_HEADS, -1), fractions, alone)
-    assert (weights > 0).all() and weights[0] != weights[1]
-    expected = means[file.power] * weights.repeat(KV_HEADS)[:, None]
+    near, far, copied = means[file.power].reshape(3, LAYERS, KV_HEADS, -1)
+    weights = [layer_weights(losses, fractions, of) for losses, of in zip((near, copied), alone.T, strict=True)]
+    assert (np.array(weights) > 0).all() and (weights[0] != weights[1]).all() and weights[0][0] != weights[0][1]
+    follow, again = (of.repeat(KV_HEADS)[:, None] for of in weights)
+    expected = [
+        (kind.reshape(len(follow), -1) * follow + copied.reshape(len(again), -1) * again) / 2 for kind in (near, far)
+    ]
     for kind, losses in ((file.whole.losses, expected[0]), (file.whole.followed, expected[1])):
         np.testing.assert_allclose(kind, losses, rtol=1e-4)
         assert (kind[:, -1] == 0).all()
@@ -210,14 +220,16 @@ def test_answers_lose_nothing_by_a_layer_that_they_do_not_depend_on(directory):
     curves = LossCurves((1.0,), np.zeros((LAYERS * KV_HEADS, 1)), power=2)
 
     def lost():
-        return Answers(EvaluationModel(plain), tokens, 39, EFFORTS["fast"], 16).lost_by_layer(0.3, curves)
+        readings = [tokens[CONTEXT:], tokens[:30]]
+        answers = Answers(EvaluationModel(plain), tokens[:CONTEXT], readings, EFFORTS["fast"], 16)
+        return answers.lost_by_layer(0.3, curves)
 
     both = lost()
-    assert both.shape == (LAYERS,) and (both > 0).all()
+    assert both.shape == (LAYERS, 2) and (both > 0).all()
     with torch.no_grad():
         plain.model.layers[0].self_attn.o_proj.weight.zero_()
     first, second = lost()
-    assert first == 0 and second > 0 and second != both[1]
+    assert (first == 0).all() and (second > 0).all() and (second != both[1]).all()
 
 
 def test_answers_lose_what_the_evaluation_finds(directory):
@@ -225,13 +237,15 @@ def test_answers_lose_what_the_evaluation_finds(directory):
     tokens = torch.randint(WORDS, (CONTEXT + 40,), generator=torch.Generator().manual_seed(6)).tolist()
     model, effort = EvaluationModel.load(directory, "cpu"), EFFORTS["fast"]
     curves = LossCurves((0.1, 0.4, 1.0), np.outer([1.0, 8.0, 2.0, 4.0], [1.0, 0.3, 0.0]), power=1)
-    answers = Answers(model, tokens, 39, effort, 16)
+    readings = [tokens[CONTEXT:], tokens[CONTEXT : CONTEXT + 11]]
+    answers = Answers(model, tokens[:CONTEXT], readings, effort, 16)
     context = Context(model, tokens[:CONTEXT], 39, effort, 16, 64, 4)
     attempt = next(context.compress(surveyed("sculpt", calibration=curves), "adaptive", [0.4]))
     logits = [model.continue_from(cache, tokens[CONTEXT:-1], CONTEXT) for cache in (context.full_cache, attempt.cache)]
     expected = F.kl_div(logits[1].log_softmax(-1), logits[0].log_softmax(-1), log_target=True, reduction="none")
-    assert answers.lost(0.4, curves) == pytest.approx(float(expected.sum(-1).mean()), rel=1e-3)
-    assert answers.lost(1.0, curves) == 0
+    expected = [float(expected.sum(-1).mean()), float(expected[:10].sum(-1).mean())]
+    assert answers.lost(0.4, curves) == pytest.approx(expected, rel=1e-3)
+    assert (answers.lost(1.0, curves) == 0).all()
 
 
 @pytest.mark.parametrize(
