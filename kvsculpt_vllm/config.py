@@ -19,7 +19,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
-from kvsculpt_vllm.sculpt.chain import segment_for
+from kvsculpt_vllm.sculpt.chain import SEGMENT, segment_for
 from kvsculpt_vllm.sculpt.effort import EFFORTS, order
 from kvsculpt_vllm.sculpt.options import BUDGETS, METHODS, described
 
@@ -130,7 +130,8 @@ class CompressionConfig(BaseModel):
         description="A prompt is compressed in segments of so many tokens, while it is computed: each behind those "
         "before it, whose exact cache is given back at once. Longer ones lose less, and take more memory to make. "
         "auto: 4096 for a model whose queries are up to 32768 numbers a position (layers x query heads x head size: "
-        "what Llama-3.2-1B has), else 2048. The server's only.",
+        "what Llama-3.2-1B has), else 2048, which it also is where the KV cache could not hold --max-model-len "
+        "otherwise. The server's only.",
     )
     decode: int = Field(
         default=512,
@@ -314,6 +315,12 @@ class CompressionConfig(BaseModel):
         if self.segment != "auto":
             return self
         return self.model_copy(update={"segment": segment_for(query_numbers)})._consistent(flag)
+
+    def in_short_segments(self) -> CompressionConfig | None:
+        """This configuration with the shortest segments that it may mean; None where `decode` is more than they are."""
+        if self.segment != "auto":
+            return self
+        return None if self.decode > SEGMENT else self.model_copy(update={"segment": SEGMENT})
 
     def check_block_size(self, block_size: int, spell: Callable[[str], str]) -> None:
         """Check what depends on the KV cache's block size; `spell` is `flag` or `request_key`.

@@ -53,7 +53,8 @@ class KnownRequests(SchedulerHooks):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_kv_cache_config(self.kv_cache_config)
-        self.compression = CompressionConfig.from_additional_config(self.vllm_config.additional_config)
+        # The null block serves nobody.
+        self.compression = capacity.settings(self.vllm_config, self.kv_cache_config.num_blocks - 1)
         self._configs: dict[str, CompressionConfig] = {}
         self._whys: dict[str, Reason | None] = {}  # nothing of it is compressed
         self._known: dict[str, int] = {}  # tokens of a request that were known when it got its first blocks

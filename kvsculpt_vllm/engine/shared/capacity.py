@@ -10,6 +10,31 @@ from typing import Any
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.shared import spans
 from kvsculpt_vllm.engine.shared.groups import has_windows
+from kvsculpt_vllm.engine.shared.rank_shape import RankShape
+
+
+def settings(vllm_config: Any, blocks: int | None = None) -> CompressionConfig:
+    """A server's settings, with the length of segments that auto means for its model: the long ones of a small model,
+    or short ones where the KV cache's `blocks` are too few for its longest context in long ones. None for blocks that
+    nobody has counted yet.
+    """
+    config = CompressionConfig.from_additional_config(vllm_config.additional_config)
+    if not config.active or config.segment != "auto":
+        return config
+    of_model = config.for_model(RankShape.of(vllm_config).query_numbers)
+    short = config.in_short_segments()
+    if blocks is None or short is None or not outgrows_memory(vllm_config, config):
+        return of_model
+    return of_model if blocks_of_longest(vllm_config, of_model) <= blocks else short
+
+
+def blocks_of_longest(vllm_config: Any, config: CompressionConfig) -> int:
+    """Blocks that a context of --max-model-len tokens takes at most on its way there, where it is compressed."""
+    block_size, longest = vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len
+    if spans.why_exact(config, longest, block_size) is not None:
+        return -(-longest // block_size)
+    needed = spans.blocks_up_to(config, longest, block_size)
+    return max(needed, -(-config.min_tokens // block_size))  # what is shorter stays exact
 
 
 def packs_answers(vllm_config: Any, config: CompressionConfig) -> bool:

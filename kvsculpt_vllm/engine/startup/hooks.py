@@ -21,8 +21,7 @@ from kvsculpt_vllm.engine.compat.patches import (
     MAX_MEMORY_USAGE,
     MAX_MEMORY_USAGE_0_32,
 )
-from kvsculpt_vllm.engine.shared import spans
-from kvsculpt_vllm.engine.shared.capacity import outgrows_memory
+from kvsculpt_vllm.engine.shared.capacity import blocks_of_longest, outgrows_memory, settings
 from kvsculpt_vllm.engine.shared.groups import has_windows
 from kvsculpt_vllm.engine.shared.rank_shape import RankShape
 from kvsculpt_vllm.engine.startup.calibration_setting import resolved
@@ -34,6 +33,7 @@ from kvsculpt_vllm.engine.startup.refusals.device import check_platform
 from kvsculpt_vllm.engine.startup.request_checks import install_request_checks
 from kvsculpt_vllm.engine.startup.store_setting import check_store
 from kvsculpt_vllm.layer_kinds import FULL
+from kvsculpt_vllm.sculpt.chain import SEGMENT
 from kvsculpt_vllm.store.places import shown
 
 # vLLM sets up handlers for its own loggers only.
@@ -98,7 +98,7 @@ def _with_compression(stock: Callable[..., VllmConfig]) -> Callable[..., VllmCon
             _leave_windows_their_kernels(vllm_config)
         check_config(self, vllm_config)
         config.check_block_size(vllm_config.cache_config.block_size, flag)
-        config = config.for_model(RankShape.of(vllm_config).query_numbers)
+        segment = config.for_model(RankShape.of(vllm_config).query_numbers).segment_tokens
         config = resolved(config, vllm_config.model_config)
         check_store(config, vllm_config)
         _use_our_classes(vllm_config, config)
@@ -106,7 +106,7 @@ def _with_compression(stock: Callable[..., VllmConfig]) -> Callable[..., VllmCon
         global _compresses
         _compresses = True
         if not quiet:
-            logger.info("%s", _start_up_line(vllm_config, config, chosen))
+            logger.info("%s", _start_up_line(vllm_config, config, segment, chosen))
         return vllm_config
 
     return create_engine_config
@@ -119,13 +119,12 @@ def _as_compressed(stock: Callable[..., int]) -> Callable[..., int]:
         config = CompressionConfig.from_additional_config(vllm_config.additional_config)
         if not config.active or exact == 0:
             return exact
-        block_size, longest = vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len
-        blocks = -(-longest // block_size)
-        if not outgrows_memory(vllm_config, config) or spans.why_exact(config, longest, block_size) is not None:
+        if not outgrows_memory(vllm_config, config):
             return exact
-        needed = spans.blocks_up_to(config, longest, block_size)
-        needed = max(needed, -(-config.min_tokens // block_size))  # what is shorter stays exact
-        return exact // blocks * min(blocks, needed)
+        # In short segments, which a context takes if there is not memory for others.
+        config = config.in_short_segments() or settings(vllm_config)
+        blocks = -(-vllm_config.model_config.max_model_len // vllm_config.cache_config.block_size)
+        return exact // blocks * min(blocks, blocks_of_longest(vllm_config, config))
 
     return max_memory_usage_bytes
 
@@ -173,8 +172,9 @@ def _use_our_classes(vllm_config: VllmConfig, config: CompressionConfig) -> None
     vllm_config.additional_config = {**given, KEY: config.model_dump()}
 
 
-def _start_up_line(vllm_config: VllmConfig, config: CompressionConfig, block_size_chosen: bool) -> str:
+def _start_up_line(vllm_config: VllmConfig, config: CompressionConfig, segment: int, block_size_chosen: bool) -> str:
     budgets = config.budget
+    shorter = f" ({SEGMENT} if the KV cache is short)" if config.segment == "auto" and segment > SEGMENT else ""
     if config.calibration != NONE and config.budget == "adaptive":
         budgets += f" (sculpt's by {config.calibration})"
     elif config.method == "sculpt" and config.budget == "adaptive":
@@ -182,7 +182,7 @@ def _start_up_line(vllm_config: VllmConfig, config: CompressionConfig, block_siz
     return (
         f"KV compression: active, because --kv-compression is {config.method}. "
         f"Keeps {config.amount}, budget {budgets}, prompts from {config.min_tokens} tokens "
-        f"in segments of {config.segment_tokens}, store {shown(config.store)}, "
+        f"in segments of {segment}{shorter}, store {shown(config.store)}, "
         f"block size {vllm_config.cache_config.block_size}{' (chosen, the smallest)' if block_size_chosen else ''}, "
         f"layout {requested_layout() or DEFAULT_LAYOUT}, "
         f"model runner {'V2' if vllm_config.use_v2_model_runner else 'V1'}"

@@ -21,7 +21,7 @@ from kvsculpt_vllm.engine.compat.patches import (
     RENDER,
     RUN_BATCH_REQUEST,
 )
-from kvsculpt_vllm.engine.shared.capacity import blocks_of_engine, most_tokens
+from kvsculpt_vllm.engine.shared.capacity import blocks_of_engine, most_tokens, settings
 from kvsculpt_vllm.engine.shared.prefix_wish import WISH_KEY, is_forged
 from kvsculpt_vllm.engine.shared.spans import is_repetition
 
@@ -75,8 +75,10 @@ def check_length(vllm_config: VllmConfig, prompt: Any, params: Any) -> None:
     """
     tokens = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
     blocks = blocks_of_engine(vllm_config)
-    ours = CompressionConfig.from_additional_config(vllm_config.additional_config)
-    if tokens is None or blocks is None or not ours.active:
+    if tokens is None or blocks is None:
+        return
+    ours = settings(vllm_config, blocks)
+    if not ours.active:
         return
     config, why = ours.for_request(getattr(params, "extra_args", None)), ""
     if getattr(params, "prompt_logprobs", None) is not None:

@@ -3,18 +3,19 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from vllm.exceptions import VLLMValidationError
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.shared import spans
-from kvsculpt_vllm.engine.shared.capacity import blocks_of_engine, most_tokens
+from kvsculpt_vllm.engine.shared.capacity import blocks_of_engine, most_tokens, settings
 from kvsculpt_vllm.engine.startup.hooks import _as_compressed
 from kvsculpt_vllm.engine.startup.request_checks import check_length
 
 BLOCK, LONGEST = 32, 8192
 
 
-def engine(blocks=126, caching=True, engines=1, kinds=None, **settings):
+def engine(blocks=126, caching=True, engines=1, kinds=None, layers=30, **settings):
     """What of vLLM's configuration tells how much memory there is; the null block is one of the blocks."""
     return SimpleNamespace(
         additional_config={"kv_compression": {"method": "sculpt", "segment": 1024, **settings}},
@@ -23,6 +24,11 @@ def engine(blocks=126, caching=True, engines=1, kinds=None, **settings):
             max_model_len=LONGEST,
             get_sliding_window=lambda: None if kinds is None else 512,
             hf_text_config=SimpleNamespace(layer_types=kinds),
+            dtype=torch.bfloat16,
+            get_num_layers=lambda parallel: layers,
+            get_num_kv_heads=lambda parallel: 3,
+            get_num_attention_heads=lambda parallel: 9,
+            get_head_size=lambda: 64,
         ),
         parallel_config=SimpleNamespace(data_parallel_size=engines),
     )
@@ -40,6 +46,27 @@ def test_the_start_up_check_asks_for_what_the_longest_context_takes_compressed()
     assert needed(engine()) < needed(engine(segment=2048)) < LONGEST // BLOCK
     # What is shorter than --kv-compression-min-tokens stays exact.
     assert needed(engine(min_tokens=5000)) == -(-5000 // BLOCK)
+
+
+def test_segments_are_long_by_default_where_the_longest_context_fits_into_the_memory_with_them():
+    short, long = (
+        spans.blocks_up_to(CompressionConfig(method="sculpt", segment=segment), LONGEST, BLOCK)
+        for segment in (2048, 4096)
+    )
+    small = engine(segment="auto")
+    assert needed(small) == short < long < LONGEST // BLOCK
+    assert [settings(small, blocks).segment for blocks in (short, long - 1, long, None)] == [2048, 2048, 4096, 4096]
+    # Nothing is longer than the memory without prefix caching, so that it has room.
+    assert settings(engine(segment="auto", caching=False), short).segment == 4096
+    assert settings(engine(segment="auto", decode=3000), short).segment == 4096  # as answers are
+    assert needed(engine(segment="auto", decode=3000)) >= long
+    assert settings(engine(segment="auto", layers=60), 1000).segment == 2048  # a larger model
+    assert settings(engine(segment=4096), short).segment == 4096
+    # The front end allows what the engine has room for.
+    tokens = {"prompt_token_ids": list(range(LONGEST - 1))}
+    check_length(engine(segment="auto", blocks=short + 1), tokens, None)
+    with pytest.raises(VLLMValidationError, match="at most"):
+        check_length(engine(segment=4096, blocks=short + 1), tokens, None)
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_compression_chooses_classes_and_block_size_and_says_so(log, block_size,
     assert config.cache_config.block_size == (block_size or 32)
     assert config.additional_config == {
         "other": 1,
-        "kv_compression": HALF.model_dump() | {"max_stall_ms": stall or 200, "calibration": "none", "segment": 4096},
+        "kv_compression": HALF.model_dump() | {"max_stall_ms": stall or 200, "calibration": "none"},
     }
     assert given["kv_compression"] == settings
     (line,) = log
@@ -175,7 +175,7 @@ def test_compression_chooses_classes_and_block_size_and_says_so(log, block_size,
         "is sculpt",
         "a fraction of 0.5",
         "adaptive",
-        "segments of 4096",
+        "segments of 4096 (2048 if the KV cache is short)",
         f"size {block_size or 32}",
         "LBHNC",
         "runner V1",
