@@ -82,9 +82,8 @@ def answered(setup: Setup, tokens: Sequence[int], prompt: int) -> Iterator[Stret
     at, last = prompt, len(tokens) - 1  # nothing says what follows the last token
     while at < last:
         # The tail that the engine waits for: see spans.next_span.
-        end = min(
-            max(at + 1, blocks * BLOCK_SIZE + max(config.decode, min(MIN_TOKENS, config.segment_tokens)) + WINDOW), last
-        )
+        grown = max(config.decode, min(MIN_TOKENS, config.segment_tokens))
+        end = min(max(at + 1, blocks * BLOCK_SIZE + grown + WINDOW), last)
         chain.compute(at)
         full = RaggedCache(list(exact.keys[:, :at]), list(exact.values[:, :at]), model.storage)
         logits, exact_logits = (model.continue_from(cache, tokens[at:end], at) for cache in (chain.cache, full))

@@ -43,7 +43,7 @@ from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer
 from kvsculpt_vllm.evaluation.texts import passages, read_text
 from kvsculpt_vllm.kernels.dispatch import VARIABLE
 from kvsculpt_vllm.sculpt.budgets import PagePlan, span_sizes
-from kvsculpt_vllm.sculpt.compress import compress, fit
+from kvsculpt_vllm.sculpt.compress import compress, fit, fitted_rows
 from kvsculpt_vllm.sculpt.effort import EFFORTS, Effort
 from kvsculpt_vllm.sculpt.layerwise import compress_segment
 from kvsculpt_vllm.sculpt.memory import work_with
@@ -295,7 +295,7 @@ def main(
     table = Table(title=f"{name}, {context} tokens of {origin}, keep {keep_ratio:g}, {effort}, {device}")
     for heading in ("head", "entries", "our held-out loss", "reference's best", "steps", "s", "s to our training loss"):
         table.add_column(heading, justify="right")
-    rows = problems.with_rows(problems.thin_rows(amount.fitted_on(problems.num_entries) * problems.group))
+    rows = problems.with_rows(fitted_rows(problems, amount))
     runs_of_reference = []
     for b in sample:
         parts = Part.split(rows, b)

@@ -159,11 +159,14 @@ def fit_in_slices(
 fit = at_once(fit_in_slices)
 
 
+def fitted_rows(problems: Problems, effort: Effort) -> Tensor:
+    """Choose the query rows (LongTensor, on the host) that a fit uses: those of about `effort.fitted_on` positions."""
+    return problems.thin_rows(effort.fitted_on(problems.num_entries) * problems.group)
+
+
 def thinned(problems: Problems, ranking: Ranking, effort: Effort) -> tuple[Problems, Ranking]:
-    """Keep only the query rows of about `effort.fitted_on` positions. The `ranking` has answers of all rows, or of
-    these.
-    """
-    rows = problems.thin_rows(effort.fitted_on(problems.num_entries) * problems.group)
+    """Keep only the query rows that a fit uses. The `ranking` has answers of all rows, or of these."""
+    rows = fitted_rows(problems, effort)
     if len(rows) == len(problems.held_out):  # all of them: a copy would only take memory
         return problems, ranking
     is_thin = ranking.teacher_lse.shape[1] == len(rows)

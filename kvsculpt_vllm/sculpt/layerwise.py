@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from kvsculpt_vllm.sculpt.budgets import PagePlan
-from kvsculpt_vllm.sculpt.compress import Compressed, InMemory, Supply, Write, fit_batches_in_slices, thinned
+from kvsculpt_vllm.sculpt.compress import (
+    Compressed,
+    InMemory,
+    Supply,
+    Write,
+    fit_batches_in_slices,
+    fitted_rows,
+    thinned,
+)
 from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.loss_curves import LossCurves
 from kvsculpt_vllm.sculpt.matmul import fast_matmul
@@ -65,7 +73,7 @@ def compress_segment_in_slices(
         if budget == "adaptive" and calibration is None:
             answered = None  # the pilot asks for all
         else:  # fits ask for those of their own rows: of these problems, or of problems that are built again
-            rows = problems.thin_rows(effort.fitted_on(problems.num_entries) * problems.group)
+            rows = fitted_rows(problems, effort)
             answered = rows if len(groups) == 1 else rows[:0]
         found = yield from survey_in_slices(
             problems, plan, method, budget, effort, limit=limit, calibration=of_group, answered=answered

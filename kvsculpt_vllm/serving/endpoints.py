@@ -20,8 +20,7 @@ from starlette.datastructures import State
 from vllm import envs
 from vllm.logger import init_logger
 
-from kvsculpt_vllm.engine.shared.capacity import blocks_of_engine
-from kvsculpt_vllm.engine.shared.capacity import settings as settings_of
+from kvsculpt_vllm.engine.shared.capacity import blocks_of_engine, server_settings
 from kvsculpt_vllm.serving import prefixes
 from kvsculpt_vllm.serving.metrics import text_of
 from kvsculpt_vllm.serving.monitor import NEWEST, Monitor, totals_of_all
@@ -108,7 +107,7 @@ async def _refreshed(request: Request) -> Monitor:
 async def stats(request: Request) -> Stats:
     """Settings, totals since start and the block pool as it is now, of all engines together."""
     monitor = await _refreshed(request)
-    config = settings_of(monitor.client.vllm_config, blocks_of_engine(monitor.client.vllm_config))
+    config = server_settings(monitor.client.vllm_config, blocks_of_engine(monitor.client.vllm_config))
     assert monitor.age is not None  # or `_refreshed` had raised
     settings = config.model_dump() | {"store": shown(config.store)}
     return Stats(settings=settings, age_seconds=monitor.age, **totals_of_all(monitor.stats))

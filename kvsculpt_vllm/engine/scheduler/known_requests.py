@@ -54,7 +54,7 @@ class KnownRequests(SchedulerHooks):
         super().__init__(*args, **kwargs)
         check_kv_cache_config(self.kv_cache_config)
         # The null block serves nobody.
-        self.compression = capacity.settings(self.vllm_config, self.kv_cache_config.num_blocks - 1)
+        self.compression = capacity.server_settings(self.vllm_config, self.kv_cache_config.num_blocks - 1)
         self._configs: dict[str, CompressionConfig] = {}
         self._whys: dict[str, Reason | None] = {}  # nothing of it is compressed
         self._known: dict[str, int] = {}  # tokens of a request that were known when it got its first blocks

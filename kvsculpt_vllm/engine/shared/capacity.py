@@ -13,7 +13,7 @@ from kvsculpt_vllm.engine.shared.groups import has_windows
 from kvsculpt_vllm.engine.shared.rank_shape import RankShape
 
 
-def settings(vllm_config: Any, blocks: int | None = None) -> CompressionConfig:
+def server_settings(vllm_config: Any, blocks: int | None = None) -> CompressionConfig:
     """A server's settings, with the length of segments that auto means for its model: the long ones of a small model,
     or short ones where the KV cache's `blocks` are too few for its longest context in long ones. None for blocks that
     nobody has counted yet.

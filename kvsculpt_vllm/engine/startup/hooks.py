@@ -21,9 +21,8 @@ from kvsculpt_vllm.engine.compat.patches import (
     MAX_MEMORY_USAGE,
     MAX_MEMORY_USAGE_0_32,
 )
-from kvsculpt_vllm.engine.shared.capacity import blocks_of_longest, outgrows_memory, settings
+from kvsculpt_vllm.engine.shared.capacity import blocks_of_longest, outgrows_memory, server_settings
 from kvsculpt_vllm.engine.shared.groups import has_windows
-from kvsculpt_vllm.engine.shared.rank_shape import RankShape
 from kvsculpt_vllm.engine.startup.calibration_setting import resolved
 from kvsculpt_vllm.engine.startup.cpu_memory import fit_default_memory
 from kvsculpt_vllm.engine.startup.flags import add_flags
@@ -98,7 +97,7 @@ def _with_compression(stock: Callable[..., VllmConfig]) -> Callable[..., VllmCon
             _leave_windows_their_kernels(vllm_config)
         check_config(self, vllm_config)
         config.check_block_size(vllm_config.cache_config.block_size, flag)
-        segment = config.for_model(RankShape.of(vllm_config).query_numbers).segment_tokens
+        segment = server_settings(vllm_config).segment_tokens
         config = resolved(config, vllm_config.model_config)
         check_store(config, vllm_config)
         _use_our_classes(vllm_config, config)
@@ -122,7 +121,7 @@ def _as_compressed(stock: Callable[..., int]) -> Callable[..., int]:
         if not outgrows_memory(vllm_config, config):
             return exact
         # In short segments, which a context takes if there is not memory for others.
-        config = config.in_short_segments() or settings(vllm_config)
+        config = config.in_short_segments() or server_settings(vllm_config)
         blocks = -(-vllm_config.model_config.max_model_len // vllm_config.cache_config.block_size)
         return exact // blocks * min(blocks, blocks_of_longest(vllm_config, config))
 

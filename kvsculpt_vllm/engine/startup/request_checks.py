@@ -21,7 +21,7 @@ from kvsculpt_vllm.engine.compat.patches import (
     RENDER,
     RUN_BATCH_REQUEST,
 )
-from kvsculpt_vllm.engine.shared.capacity import blocks_of_engine, most_tokens, settings
+from kvsculpt_vllm.engine.shared.capacity import blocks_of_engine, most_tokens, server_settings
 from kvsculpt_vllm.engine.shared.prefix_wish import WISH_KEY, is_forged
 from kvsculpt_vllm.engine.shared.spans import is_repetition
 
@@ -77,7 +77,7 @@ def check_length(vllm_config: VllmConfig, prompt: Any, params: Any) -> None:
     blocks = blocks_of_engine(vllm_config)
     if tokens is None or blocks is None:
         return
-    ours = settings(vllm_config, blocks)
+    ours = server_settings(vllm_config, blocks)
     if not ours.active:
         return
     config, why = ours.for_request(getattr(params, "extra_args", None)), ""

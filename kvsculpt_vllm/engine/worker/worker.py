@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from kvsculpt_vllm import __version__
 from kvsculpt_vllm.engine.compat.worker import BlockRows, block_table_columns
-from kvsculpt_vllm.engine.shared.capacity import settings
+from kvsculpt_vllm.engine.shared.capacity import server_settings
 from kvsculpt_vllm.engine.shared.groups import compressed_layers, full_group
 from kvsculpt_vllm.engine.shared.ledger import Ledger
 from kvsculpt_vllm.engine.shared.stores import PATIENCE_SECONDS, opened
@@ -72,7 +72,7 @@ class SculptWorkerMixin(Worker):
         check_attention_layers(by_name)
         self._layer_views = [layer.kv_cache for layer in layers]
         state = CompressionState(
-            settings(self.vllm_config),
+            server_settings(self.vllm_config),
             self.model_runner,
             self.page_format,
             self._layer_views,

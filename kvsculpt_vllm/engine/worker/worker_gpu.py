@@ -7,7 +7,7 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu_worker import Worker
 
-from kvsculpt_vllm.engine.shared.capacity import settings
+from kvsculpt_vllm.engine.shared.capacity import server_settings
 from kvsculpt_vllm.engine.shared.rank_shape import RankShape
 from kvsculpt_vllm.engine.worker.pages import TokenPages
 from kvsculpt_vllm.engine.worker.worker import SculptWorkerMixin
@@ -56,7 +56,7 @@ class SculptGPUWorker(SculptWorkerMixin, Worker):
 
     def _reserved(self, room: int) -> Reserved:
         """What the samples of all prompts take at most, and the solve of the longest segment."""
-        config = settings(self.vllm_config)
+        config = server_settings(self.vllm_config)
         return reserved(RankShape.of(self.vllm_config), config, self.model_config.max_model_len, room)
 
     def _free_bytes(self) -> int:

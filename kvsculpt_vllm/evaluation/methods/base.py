@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvsculpt_vllm.sculpt.budgets import PagePlan
-from kvsculpt_vllm.sculpt.compress import Compressed, fit
+from kvsculpt_vllm.sculpt.compress import Compressed, fit, fitted_rows
 from kvsculpt_vllm.sculpt.effort import Effort
 from kvsculpt_vllm.sculpt.loss_curves import LossCurves
 from kvsculpt_vllm.sculpt.problem import Problems
@@ -42,7 +42,7 @@ def surveyed(name: str, score: Score = by_attention, calibration: LossCurves | N
     def prepare(problems: Problems, plan: PagePlan, budget: str, effort: Effort) -> ToPages:
         answered = None  # a pilot asks for all; fits ask for those of their own rows
         if budget != "adaptive" or calibration is not None:
-            answered = problems.thin_rows(effort.fitted_on(problems.num_entries) * problems.group)
+            answered = fitted_rows(problems, effort)
         found = survey(problems, plan, name, budget, effort, score, calibration=calibration, answered=answered)
         return lambda plan: fit(problems, plan, found, name, effort)
 
@@ -55,7 +55,7 @@ def heads_to_fit(
     """Go through the heads of which `kept` holds less than everything: each head's number, its problem and its teacher,
     both on the queries of about `effort.fitted_on` positions.
     """
-    rows = problems.thin_rows(effort.fitted_on(problems.num_entries) * problems.group)
+    rows = fitted_rows(problems, effort)
     fitted_on, teachers = problems.with_rows(rows), found.ranking.with_rows(rows)
     for b, keys in enumerate(kept):
         if len(keys) < problems.num_entries:

@@ -8,7 +8,7 @@ from vllm.exceptions import VLLMValidationError
 
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.shared import spans
-from kvsculpt_vllm.engine.shared.capacity import blocks_of_engine, most_tokens, settings
+from kvsculpt_vllm.engine.shared.capacity import blocks_of_engine, most_tokens, server_settings
 from kvsculpt_vllm.engine.startup.hooks import _as_compressed
 from kvsculpt_vllm.engine.startup.request_checks import check_length
 
@@ -55,13 +55,18 @@ def test_segments_are_long_by_default_where_the_longest_context_fits_into_the_me
     )
     small = engine(segment="auto")
     assert needed(small) == short < long < LONGEST // BLOCK
-    assert [settings(small, blocks).segment for blocks in (short, long - 1, long, None)] == [2048, 2048, 4096, 4096]
+    assert [server_settings(small, blocks).segment for blocks in (short, long - 1, long, None)] == [
+        2048,
+        2048,
+        4096,
+        4096,
+    ]
     # Nothing is longer than the memory without prefix caching, so that it has room.
-    assert settings(engine(segment="auto", caching=False), short).segment == 4096
-    assert settings(engine(segment="auto", decode=3000), short).segment == 4096  # as answers are
+    assert server_settings(engine(segment="auto", caching=False), short).segment == 4096
+    assert server_settings(engine(segment="auto", decode=3000), short).segment == 4096  # as answers are
     assert needed(engine(segment="auto", decode=3000)) >= long
-    assert settings(engine(segment="auto", layers=60), 1000).segment == 2048  # a larger model
-    assert settings(engine(segment=4096), short).segment == 4096
+    assert server_settings(engine(segment="auto", layers=60), 1000).segment == 2048  # a larger model
+    assert server_settings(engine(segment=4096), short).segment == 4096
     # The front end allows what the engine has room for.
     tokens = {"prompt_token_ids": list(range(LONGEST - 1))}
     check_length(engine(segment="auto", blocks=short + 1), tokens, None)
