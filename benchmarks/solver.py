@@ -244,7 +244,8 @@ def main(
     """Time a whole context and compare."""
     if shape is not None and shape not in SHAPES:
         raise typer.BadParameter(f"{shape!r} given, allowed are {', '.join(SHAPES)}", param_hint="--shape")
-    amount, exact = EFFORTS[effort], CompressionConfig()
+    amount = EFFORTS[effort]
+    exact = CompressionConfig().for_model(SHAPES[shape].rank.query_numbers if shape else 0)
     span_blocks, packed_blocks = span_sizes(context, exact.window, BLOCK_SIZE, keep_ratio)
     if packed_blocks >= span_blocks:
         raise typer.BadParameter(

@@ -74,7 +74,8 @@ def _match(problems: Problems, plan: PagePlan, found: Survey, effort: Effort, pu
             biased = torch.cat([keys[None].float(), fitted_biases.unsqueeze(-1)], dim=-1)
             solver = ValueFit(train, biased, start)
             candidates = [solver.solve(start.new_tensor([ridge])).to(problems.values.dtype) for ridge in RIDGES]
-            errors = torch.cat([held_out.loss(biased, values.float()) for values in candidates])
+            # Not `loss`: with a bias behind it a key is longer than its value, which no kernel knows.
+            errors = held_out.losses(biased, torch.stack(candidates).float())[:, 0]
         best = int(errors.nan_to_num(nan=torch.inf).argmin())
         fitted.values[b], fitted.biases[b], fitted.error[b] = candidates[best][0], fitted_biases[0], errors[best]
     return fitted
