@@ -43,7 +43,8 @@ def jobs(directory: str, device: str, prompt: int, answer: int, sync_check: bool
         engine |= {"enforce_eager": False, "async_scheduling": True, "compilation_config": graphs}
         # It takes 20 seconds, of kernels for other batches and dtypes.
         engine |= {"kernel_config": {"enable_jit_warmup": False}}
-        engine |= {"block_size": 16, "kv_cache_memory_bytes": 4 << 30}
+        # The share of a GPU that vLLM takes is checked at start-up even where the cache's bytes are given.
+        engine |= {"block_size": 16, "kv_cache_memory_bytes": 4 << 30, "gpu_memory_utilization": 0.1}
     requests = [
         {"start": 0, "length": 2 * prompt, "max_tokens": answer, "extra_args": None},
         {"start": 3 * prompt, "length": SHORT, "max_tokens": answer, "extra_args": None, "after": 2},

@@ -254,8 +254,9 @@ def main(
         )
     if shape is not None:
         name, origin = shape, "random numbers"
-        if device == "cuda":  # as a worker would
-            work_with("cuda", *reserved(SHAPES[shape].rank, exact, LONGEST).sizes)
+        sizes = reserved(SHAPES[shape].rank, exact, LONGEST).sizes  # as a worker would
+        if device == "cuda":
+            work_with("cuda", *sizes)
         with torch.no_grad():
             source = random_context(SHAPES[shape], context, span_blocks * BLOCK_SIZE, amount, device)
             problems = at_once(source.of)(range(source.num_problems))

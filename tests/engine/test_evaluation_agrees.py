@@ -18,7 +18,7 @@ from kvsculpt_vllm.sculpt.effort import EFFORTS
 
 pytestmark = pytest.mark.engine
 
-LENGTH, ANSWER = 800, 8
+LENGTH, ANSWER = 544, 8
 
 
 def whole_model(model_path):
@@ -64,7 +64,7 @@ def test_the_engine_fits_what_the_harness_fits_and_answers_the_same(run_engine, 
 
 
 def test_the_engine_makes_the_chain_that_the_harness_makes(run_engine, model_path):
-    length, segment = 1300, 384
+    length, segment = 900, 256
     config = {"method": "sculpt", "keep_ratio": 0.3, "effort": "fast", "segment": segment, "max_stall_ms": 60_000}
     engine = whole_model(model_path) | {"additional_config": {"kv_compression": config}}
     request = {"start": 0, "length": length, "max_tokens": ANSWER, "extra_args": None}

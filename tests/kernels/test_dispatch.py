@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from kvsculpt_vllm.evaluation.methods import METHODS
+from kvsculpt_vllm.evaluation.methods.base import OfContext
 from kvsculpt_vllm.kernels.dispatch import VARIABLE, use_triton
 from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.compress import compress
 from kvsculpt_vllm.sculpt.effort import Effort
+from kvsculpt_vllm.sculpt.options import METHODS as OURS
 from kvsculpt_vllm.sculpt.problem import Problems
 
 BLOCK, PAGES, SINKS, HEADS, QUERIES, SIZE = 8, 6, 3, 3, 90, 16
@@ -50,6 +53,21 @@ def test_both_give_the_same_budgets_and_nearly_the_same_entries(method, soft_cap
     if method != "sculpt":  # line searches amplify rounding
         for mine, theirs in zip(kernel.values, twin.values, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2)
+
+
+# The paper's hundreds of steps, which an interpreter takes a minute for, are those of sculpt, and so are our methods.
+PEERS = sorted(
+    name for name, peer in METHODS.items() if not isinstance(peer, OfContext) and name not in (*OURS, "kvsculpt_paper")
+)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_of_the_evaluation_runs_on_kernels(name, device, monkeypatch):
+    problems, errors = make_problems(device, None), {}
+    for choice in ("triton", "torch"):
+        monkeypatch.setenv(VARIABLE, choice)
+        errors[choice] = METHODS[name](problems, PLAN, "uniform", EFFORT)(PLAN).error
+    torch.testing.assert_close(errors["triton"], errors["torch"], rtol=2e-2, atol=1e-5)
 
 
 def test_kernels_run_where_the_tensors_are_unless_said_otherwise(device, monkeypatch):
