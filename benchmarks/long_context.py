@@ -30,16 +30,20 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_WAIT_POLICY": "PASSIV
 
 BLOCK_SIZE, MOST, ANSWER = 32, 8192, 64
 
+PARTS = ("memory", "answer", "time")
+
+Prompt = tuple[str, int, int, int]  # a text, the token to begin at, tokens, and tokens to generate
+
 console = Console(stderr=True)
 
 
-def serve(blocks: int | None, settings: dict[str, Any] | None, prompts: list[tuple[str, int, int, int]]) -> list[Any]:
+def serve(blocks: int | None, settings: dict[str, Any] | None, prompts: list[Prompt]) -> list[Any]:
     """One engine's answers, one request after the other.
 
     Args:
         blocks: of KV cache; None for as many as the longest context takes.
         settings: of compression; None for stock vLLM.
-        prompts: a text, the token to begin at, tokens, and tokens to generate.
+        prompts: one request each.
     """
     from vllm import LLM, SamplingParams
 
@@ -109,6 +113,58 @@ def agreement(exact: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]]) -
     return mean(shares)
 
 
+def served(*job: Any) -> list[Any]:
+    """What `serve` gives, in a process of its own.
+
+    Raises:
+        SystemExit: the engine ended with an error.
+    """
+    result = in_a_process(*job)
+    if isinstance(result, str):
+        raise SystemExit(result)
+    return result
+
+
+def long_prompts(prompts: list[Prompt], blocks: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Prompts longer than a memory of so many blocks, beside stock vLLM and the plugin with memory for them."""
+    exact = served(None, None, prompts)
+    refused = in_a_process(blocks, None, prompts[:1])
+    *with_memory, _ = served(None, settings, prompts)
+    *little, _ = served(blocks, settings, prompts)
+    return {
+        "blocks": blocks - 1,
+        "tokens_of_memory": (blocks - 1) * BLOCK_SIZE,
+        "stock_starts": not isinstance(refused, str),
+        "served": [one["reason"] for one in little],
+        "most_blocks": [one["most_blocks"] for one in little],
+        "agreement_with_memory": agreement(exact, with_memory),
+        "agreement_with_little": agreement(exact, little),
+        "little_and_memory_agree": agreement(with_memory, little),
+    }
+
+
+def long_answer(prompt: Prompt, settings: dict[str, Any]) -> dict[str, Any]:
+    """The blocks that are held at the end of a long answer, beside stock vLLM's."""
+    (exact,), (ours, _) = served(None, None, [prompt]), served(None, settings, [prompt])
+    return {
+        "answer": prompt[-1],
+        "blocks_exact": exact["blocks_at_end"],
+        "blocks_sculpted": ours["blocks_at_end"],
+        "blocks_ratio": ours["blocks_at_end"] / exact["blocks_at_end"],
+        "answer_seconds": [exact["seconds"], ours["seconds"]],
+    }
+
+
+def linear_time(sizes: list[Prompt], settings: dict[str, Any]) -> dict[str, Any]:
+    """The seconds of sculpting a prompt and one of four times as many tokens, by the engine's own clock."""
+    *_, stories = served(None, settings, sizes)
+    seconds = [story["compression"]["seconds"] for story in stories if story["compression"]][-2:]
+    return {
+        "sculpt_seconds": {str(size[2]): took for size, took in zip(sizes, seconds, strict=True)},
+        "time_ratio": seconds[1] / (4 * seconds[0]),
+    }
+
+
 def main(
     texts: Annotated[str, typer.Option(help="Texts, or names as in `kvsculpt eval --text`, by commas.")] = "pydoc",
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 7900,
@@ -118,54 +174,37 @@ def main(
     segment: Annotated[int, typer.Option(help="Tokens of a segment, there.")] = 1024,
     effort: Annotated[str, typer.Option(help="fast, balanced or thorough.")] = "fast",
     keep_ratio: Annotated[float, typer.Option(help="Fraction of the entries that is kept.")] = 0.3,
+    parts: Annotated[str, typer.Option(help=f"Separated by commas: {', '.join(PARTS)}.")] = ",".join(PARTS),
     json_path: Annotated[Path | None, typer.Option("--json", help="A file for the JSON line, too.")] = None,
 ) -> None:
     """Measure and print."""
+    if unknown := set(parts.split(",")) - set(PARTS):
+        allowed = ", ".join(PARTS)
+        raise typer.BadParameter(f"got {', '.join(sorted(unknown))}, allowed: {allowed}", param_hint="--parts")
     settings = {"method": "sculpt", "effort": effort, "keep_ratio": keep_ratio}
-    long = [(text, 9000 * i, prompt, ANSWER) for text in texts.split(",") for i in range(prompts)]
-    written = [(texts.split(",")[0], 20_000, 100, answer)]
-    sizes = [(texts.split(",")[0], 40_000, length, 4) for length in (MOST // 4, MOST - 8)]
-    short = {**settings, "segment": segment}
-    exact = in_a_process(None, None, long + written)
-    refused = in_a_process(blocks, None, long[:1])
-    with_memory = in_a_process(None, short, long)
-    little = in_a_process(blocks, short, long)
-    default = in_a_process(None, settings, written + sizes)
-    for result in (exact, with_memory, little, default):
-        if isinstance(result, str):
-            raise SystemExit(result)
-    assert not isinstance(exact, str) and not isinstance(default, str)  # and so are the others
-    assert not isinstance(with_memory, str) and not isinstance(little, str)
-    *_, stories = default
-    seconds = [story["compression"]["seconds"] for story in stories if story["compression"]][-2:]
-    results = {
-        "prompt": prompt,
-        "blocks": blocks - 1,
-        "tokens_of_memory": (blocks - 1) * BLOCK_SIZE,
-        "stock_starts": not isinstance(refused, str),
-        "served": [one["reason"] for one in little[:-1]],
-        "most_blocks": [one["most_blocks"] for one in little[:-1]],
-        "agreement_with_memory": agreement(exact[: len(long)], with_memory[:-1]),
-        "agreement_with_little": agreement(exact[: len(long)], little[:-1]),
-        "little_and_memory_agree": agreement(with_memory[:-1], little[:-1]),
-        "answer": answer,
-        "blocks_exact": exact[-1]["blocks_at_end"],
-        "blocks_sculpted": default[0]["blocks_at_end"],
-        "blocks_ratio": default[0]["blocks_at_end"] / exact[-1]["blocks_at_end"],
-        "answer_seconds": [exact[-1]["seconds"], default[0]["seconds"]],
-        "sculpt_seconds": {str(size[2]): took for size, took in zip(sizes, seconds, strict=True)},
-        "time_ratio": seconds[1] / (4 * seconds[0]),
-    }
+    chosen = texts.split(",")
+    results: dict[str, Any] = {}
     table = Table("", "figure", title=f"SmolLM2-135M, keep {keep_ratio}, {effort}")
-    table.add_row(f"prompts of {prompt} tokens, memory for {results['tokens_of_memory']}", ", ".join(results["served"]))
-    table.add_row("stock vLLM with that memory", "starts" if results["stock_starts"] else "does not start")
-    table.add_row("the answer is the exact one up to: with memory", f"{results['agreement_with_memory']:.0%}")
-    table.add_row("with little", f"{results['agreement_with_little']:.0%}")
-    held = f"{results['blocks_sculpted']} of {results['blocks_exact']} ({results['blocks_ratio']:.2f})"
-    table.add_row(f"blocks held after {answer} generated tokens", held)
-    table.add_row(f"seconds to sculpt {MOST - 8} tokens / 4 x those for {MOST // 4}", f"{results['time_ratio']:.2f}")
+    if "memory" in parts:
+        prompts_of_texts = [(text, 9000 * i, prompt, ANSWER) for text in chosen for i in range(prompts)]
+        results |= long_prompts(prompts_of_texts, blocks, {**settings, "segment": segment})
+        table.add_row(
+            f"prompts of {prompt} tokens, memory for {results['tokens_of_memory']}", ", ".join(results["served"])
+        )
+        table.add_row("stock vLLM with that memory", "starts" if results["stock_starts"] else "does not start")
+        table.add_row("the answer is the exact one up to: with memory", f"{results['agreement_with_memory']:.0%}")
+        table.add_row("with little", f"{results['agreement_with_little']:.0%}")
+    if "answer" in parts:
+        results |= long_answer((chosen[0], 20_000, 100, answer), settings)
+        held = f"{results['blocks_sculpted']} of {results['blocks_exact']} ({results['blocks_ratio']:.2f})"
+        table.add_row(f"blocks held after {answer} generated tokens", held)
+    if "time" in parts:
+        results |= linear_time([(chosen[0], 40_000, length, 4) for length in (MOST // 4, MOST - 8)], settings)
+        table.add_row(
+            f"seconds to sculpt {MOST - 8} tokens / 4 x those for {MOST // 4}", f"{results['time_ratio']:.2f}"
+        )
     console.print(table)
-    line = json.dumps({"keep_ratio": keep_ratio, "effort": effort, "segment": segment, **results})
+    line = json.dumps({"keep_ratio": keep_ratio, "effort": effort, "segment": segment, "prompt": prompt, **results})
     if json_path is not None:
         json_path.write_text(line + "\n")
     print(line)
