@@ -153,7 +153,7 @@ STEPS = (
         135,
         ("-m", "pytest"),
         ("-q", "-p", "no:cacheprovider", "tests/kernels"),
-        ("-q", "-p", "no:cacheprovider", "tests/kernels/test_dispatch.py", "tests/kernels/test_pages.py"),
+        ("-q", "-p", "no:cacheprovider", "tests/kernels/test_pages.py"),
         of_tests,
         read=pytest_summary,
         interpreted=True,

@@ -178,15 +178,15 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="A file for the JSON line, too.")] = None,
 ) -> None:
     """Measure and print."""
-    if unknown := set(parts.split(",")) - set(PARTS):
-        allowed = ", ".join(PARTS)
-        raise typer.BadParameter(f"got {', '.join(sorted(unknown))}, allowed: {allowed}", param_hint="--parts")
+    chosen = [part.strip() for part in parts.split(",")]
+    if unknown := [part for part in chosen if part not in PARTS]:
+        raise typer.BadParameter(f"got {', '.join(unknown)}, allowed: {', '.join(PARTS)}", param_hint="--parts")
     settings = {"method": "sculpt", "effort": effort, "keep_ratio": keep_ratio}
-    chosen = texts.split(",")
+    names = texts.split(",")
     results: dict[str, Any] = {}
     table = Table("", "figure", title=f"SmolLM2-135M, keep {keep_ratio}, {effort}")
-    if "memory" in parts:
-        prompts_of_texts = [(text, 9000 * i, prompt, ANSWER) for text in chosen for i in range(prompts)]
+    if "memory" in chosen:
+        prompts_of_texts = [(text, 9000 * i, prompt, ANSWER) for text in names for i in range(prompts)]
         results |= long_prompts(prompts_of_texts, blocks, {**settings, "segment": segment})
         table.add_row(
             f"prompts of {prompt} tokens, memory for {results['tokens_of_memory']}", ", ".join(results["served"])
@@ -194,12 +194,12 @@ def main(
         table.add_row("stock vLLM with that memory", "starts" if results["stock_starts"] else "does not start")
         table.add_row("the answer is the exact one up to: with memory", f"{results['agreement_with_memory']:.0%}")
         table.add_row("with little", f"{results['agreement_with_little']:.0%}")
-    if "answer" in parts:
-        results |= long_answer((chosen[0], 20_000, 100, answer), settings)
+    if "answer" in chosen:
+        results |= long_answer((names[0], 20_000, 100, answer), settings)
         held = f"{results['blocks_sculpted']} of {results['blocks_exact']} ({results['blocks_ratio']:.2f})"
         table.add_row(f"blocks held after {answer} generated tokens", held)
-    if "time" in parts:
-        results |= linear_time([(chosen[0], 40_000, length, 4) for length in (MOST // 4, MOST - 8)], settings)
+    if "time" in chosen:
+        results |= linear_time([(names[0], 40_000, length, 4) for length in (MOST // 4, MOST - 8)], settings)
         table.add_row(
             f"seconds to sculpt {MOST - 8} tokens / 4 x those for {MOST // 4}", f"{results['time_ratio']:.2f}"
         )

@@ -244,8 +244,7 @@ def main(
     """Time a whole context and compare."""
     if shape is not None and shape not in SHAPES:
         raise typer.BadParameter(f"{shape!r} given, allowed are {', '.join(SHAPES)}", param_hint="--shape")
-    amount = EFFORTS[effort]
-    exact = CompressionConfig().for_model(SHAPES[shape].rank.query_numbers if shape else 0)
+    amount, exact = EFFORTS[effort], CompressionConfig()
     span_blocks, packed_blocks = span_sizes(context, exact.window, BLOCK_SIZE, keep_ratio)
     if packed_blocks >= span_blocks:
         raise typer.BadParameter(
@@ -254,7 +253,8 @@ def main(
         )
     if shape is not None:
         name, origin = shape, "random numbers"
-        sizes = reserved(SHAPES[shape].rank, exact, LONGEST).sizes  # as a worker would
+        rank = SHAPES[shape].rank
+        sizes = reserved(rank, exact.for_model(rank.query_numbers), LONGEST).sizes  # as a worker would
         if device == "cuda":
             work_with("cuda", *sizes)
         with torch.no_grad():

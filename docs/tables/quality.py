@@ -30,7 +30,8 @@ from .measured import (
 
 LONG, LONG_GEMMA = "quality-segments-smollm2-135m.json", "quality-segments-gemma-3-270m.json"
 LONG_SIX, LONG_QWEN = "quality-segments-smollm2-135m-6-contexts.json", "quality-segments-qwen2.5-coder-1.5b.json"
-SNAPKV, KVZIP = Measured("", "snapkv", "adaptive"), Measured("", "kvzip", "adaptive")
+SNAPKV = ("SnapKV, at once", Measured("", "snapkv", "adaptive"), 0)
+KVZIP = ("KVzip, at once", Measured("", "kvzip", "adaptive"), 0)
 AT_ONCE = [("Attention Matching, at once", MATCHING, 0), ("Expected Attention, at once", EXPECTED, 0)]
 TASKS = ("niah", "multikey", "tracking")
 MAIN = (
@@ -163,18 +164,14 @@ TABLES = {
     "uniform-smollm2": lambda: quality(SMOLLM, "SmolLM2-135M", UNIFORM),
     "uniform-qwen": lambda: quality(QWEN, "Qwen2.5-Coder-1.5B", UNIFORM),
     "segments": lambda: segments(LONG, "SmolLM2-135M", AT_ONCE),
-    "segments-six": lambda: segments(LONG_SIX, "SmolLM2-135M, 6 contexts", [("SnapKV, at once", SNAPKV, 0), *AT_ONCE]),
-    "segments-qwen": lambda: segments(
-        LONG_QWEN,
-        "Qwen2.5-Coder-1.5B, 2 contexts",
-        [("KVzip, at once", KVZIP, 0), ("SnapKV, at once", SNAPKV, 0), *AT_ONCE],
-    ),
+    "segments-six": lambda: segments(LONG_SIX, "SmolLM2-135M, 6 contexts", [SNAPKV, *AT_ONCE]),
+    "segments-qwen": lambda: segments(LONG_QWEN, "Qwen2.5-Coder-1.5B, 2 contexts", [KVZIP, SNAPKV, *AT_ONCE]),
     "segments-gemma": lambda: segments(
         LONG_GEMMA,
         "Gemma 3 270M",
         [
             ("selection, adaptive, segments of 2,048", Measured("", "select", "adaptive"), 2048),
-            ("SnapKV, at once", Measured("", "snapkv", "adaptive"), 0),
+            SNAPKV,
             *AT_ONCE,
         ],
     ),

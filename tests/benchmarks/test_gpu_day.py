@@ -44,8 +44,8 @@ def imported(name):
 gpu_steps, kernel_cases = imported("gpu_steps"), imported("kernel_cases")
 gpu_day = benchmark("gpu_day")
 STEPS = {step.name: step for step in gpu_steps.STEPS}
-REHEARSED = ("kernels", "solver")
-"""Steps that take seconds on a CPU and are tested nowhere else. The options of all are looked at below."""
+REHEARSED = ("selftest", "kernel-tests", "kernels", "solver")
+"""Steps that take seconds on a CPU. Their options and those of all others are looked at below."""
 
 
 def test_the_day_is_over_in_less_than_25_minutes():
@@ -112,7 +112,7 @@ def test_what_is_cheap_runs_and_is_not_run_again(rehearsal):
     code, line, out = rehearsal(*(word for name in REHEARSED for word in ("--only", name)))
     page = (out / "rehearsal.md").read_text()
     assert code == 0 and {name: line["steps"][name] for name in REHEARSED} == dict.fromkeys(REHEARSED, "done"), page
-    for figure in ("BLHNC, 2 layers, paged_attention, keep 0.3", "as an engine"):
+    for figure in (r"comparisons, 0 failed", " passed", "BLHNC, 2 layers, paged_attention, keep 0.3", "as an engine"):
         assert figure in page
     assert set(line["targets"].values()) == {None}  # times of a rehearsal say nothing
     records = json.loads((out / "rehearsal.json").read_text())["steps"]

@@ -55,7 +55,7 @@ def test_both_give_the_same_budgets_and_nearly_the_same_entries(method, soft_cap
             torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2)
 
 
-# The paper's hundreds of steps, which an interpreter takes a minute for, are those of sculpt, and so are our methods.
+# Ours are tested above. The paper's hundreds of steps are those of sculpt, and take an interpreter a minute.
 PEERS = sorted(
     name for name, peer in METHODS.items() if not isinstance(peer, OfContext) and name not in (*OURS, "kvsculpt_paper")
 )
