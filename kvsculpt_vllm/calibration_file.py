@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+import torch
+from pydantic import Base64UrlBytes, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from kvsculpt_vllm.sculpt.foretold import QueryMaps
 from kvsculpt_vllm.sculpt.loss_curves import LossCurves
 
 FILE = "kvsculpt-calibration.json"
@@ -25,6 +30,57 @@ writes a file, where `auto` finds it, too (`measured_place`)."""
 
 class CalibrationError(ValueError):
     """A calibration cannot be used; the message says why."""
+
+
+class StoredMaps(BaseModel):
+    """Linear maps of some heads' queries (see `foretold.QueryMaps`), in 16 bits."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    heads: tuple[tuple[int, int], ...]  # N layers and KV heads, ascending
+    group: int = Field(ge=1)  # G query heads of each
+    head_size: int = Field(ge=1)  # D
+    numbers: Base64UrlBytes  # (N, G, D + 1, D) float16, little-endian
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StoredMaps:
+        if len(self.numbers) != 2 * math.prod(self._shape):
+            raise ValueError(f"numbers of {self._shape} maps: {len(self.numbers)} bytes are not what they take")
+        if list(self.heads) != sorted(set(self.heads)) or min(map(min, self.heads), default=0) < 0:
+            raise ValueError("heads do not ascend")
+        if not np.isfinite(self._maps).all():
+            raise ValueError("numbers are not all finite")
+        return self
+
+    @classmethod
+    def of(cls, heads: Sequence[tuple[int, int]], maps: np.ndarray) -> StoredMaps:
+        """Store the `maps` (N, G, D + 1, D) of the `heads`, layers and KV heads.
+
+        Raises:
+            ValueError: a number that 16 bits cannot hold.
+        """
+        with np.errstate(over="ignore"):  # it is refused as not finite
+            numbers = base64.urlsafe_b64encode(maps.astype("<f2").tobytes())
+        return cls(heads=tuple(heads), group=maps.shape[1], head_size=maps.shape[3], numbers=numbers)
+
+    def part(self, layers: Sequence[int], kv_heads: Sequence[int], share: int, shares: int) -> QueryMaps:
+        """Take the maps of some heads, numbered as they are in `layers` x `kv_heads`. Of each one's query heads the
+        `share`-th of so many equal `shares`.
+        """
+        places = {head: place for place, head in enumerate(self.heads)}
+        every = [(layer, head) for layer in layers for head in kv_heads]
+        numbers = [number for number, head in enumerate(every) if head in places]
+        each = self.group // shares
+        chosen = self._maps[[places[every[number]] for number in numbers], share * each : (share + 1) * each]
+        return QueryMaps(tuple(numbers), torch.from_numpy(chosen.astype(np.float32)))
+
+    @property
+    def _shape(self) -> tuple[int, int, int, int]:
+        return len(self.heads), self.group, self.head_size + 1, self.head_size
+
+    @property
+    def _maps(self) -> np.ndarray:
+        return np.frombuffer(self.numbers, dtype="<f2").reshape(self._shape)
 
 
 class CalibrationFile(BaseModel):
@@ -45,6 +101,8 @@ class CalibrationFile(BaseModel):
     followed_losses: tuple[tuple[tuple[float, ...], ...], ...] | None = None
     # Entries are ranked by the attention that they receive to this power. None in older files: the method's own.
     power: Literal[1, 2] | None = None
+    # Of the heads that copy. None in older files, and if no head does.
+    query_maps: StoredMaps | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> CalibrationFile:
@@ -58,6 +116,9 @@ class CalibrationFile(BaseModel):
         ascending = all(a < b for a, b in zip((0.0, *self.fractions), self.fractions, strict=False))
         if len(self.fractions) < 2 or not ascending or self.fractions[-1] != 1:
             raise ValueError("fractions do not ascend to 1")
+        for layer, head in self.query_maps.heads if self.query_maps else ():
+            if layer >= self.num_layers or head >= self.num_kv_heads:
+                raise ValueError(f"query_maps are of layer {layer}, KV head {head}, which the model does not have")
         return self
 
     @property
@@ -65,14 +126,17 @@ class CalibrationFile(BaseModel):
         """A hash by which result files tell one calibration from another."""
         return hashlib.sha256(self._json().encode()).hexdigest()[:12]
 
-    def part(self, layers: list[int], kv_heads: list[int]) -> LossCurves:
-        """Take the curves of the layers in `layers` and of the KV heads in `kv_heads` of each; layers are outermost."""
+    def part(self, layers: list[int], kv_heads: list[int], share: int = 0, shares: int = 1) -> LossCurves:
+        """Take the curves of the layers in `layers` and of the KV heads in `kv_heads` of each; layers are outermost. A
+        rank that has only some of a KV head's query heads has the `share`-th of so many equal `shares`.
+        """
 
         def chosen(losses: tuple[tuple[tuple[float, ...], ...], ...]) -> np.ndarray:
             return np.array(losses, dtype=np.float64)[np.ix_(layers, kv_heads)].reshape(-1, len(self.fractions))
 
         followed = None if self.followed_losses is None else chosen(self.followed_losses)
-        return LossCurves(self.fractions, chosen(self.losses), followed, self.power)
+        maps = None if self.query_maps is None else self.query_maps.part(layers, kv_heads, share, shares)
+        return LossCurves(self.fractions, chosen(self.losses), followed, self.power, maps)
 
     @property
     def whole(self) -> LossCurves:

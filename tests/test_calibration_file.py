@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoConfig
 
 from kvsculpt_vllm import calibration_file
-from kvsculpt_vllm.calibration_file import FILE, CalibrationError, CalibrationFile, find, read
+from kvsculpt_vllm.calibration_file import FILE, CalibrationError, CalibrationFile, StoredMaps, find, read
 from kvsculpt_vllm.config import CompressionConfig, ConfigError
 from kvsculpt_vllm.engine.startup.calibration_setting import resolved
 from kvsculpt_vllm.engine.worker.rank_curves import curves_of_rank
@@ -41,6 +41,15 @@ def made():
     )
 
 
+GROUP, SIZE = 4, 8
+MAPPED = (0, 3), (1, 0), (2, 1)
+
+
+def maps():
+    """Maps of three heads (N, G, D + 1, D), whose numbers 16 bits hold."""
+    return np.arange(len(MAPPED) * GROUP * (SIZE + 1) * SIZE).reshape(len(MAPPED), GROUP, SIZE + 1, SIZE) / 8
+
+
 @pytest.fixture
 def model(tmp_path, monkeypatch):
     """A model's directory, and an empty one of shipped files beside it."""
@@ -53,13 +62,24 @@ def model(tmp_path, monkeypatch):
 
 def test_survives_its_file(made, tmp_path):
     followed = tuple(tuple(tuple(2 * loss for loss in head) for head in layer) for layer in made.losses)
-    for file in (made, made.model_copy(update={"followed_losses": followed})):
+    stored = StoredMaps.of(MAPPED, maps())
+    for file in (made, made.model_copy(update={"followed_losses": followed, "query_maps": stored})):
         file.write(tmp_path / "c.json")
         assert read(tmp_path / "c.json") == file
     np.testing.assert_array_equal(file.part([1], [0, 2]).followed, 2 * file.part([1], [0, 2]).losses)
     assert made.whole.followed is None
     assert made.digest != file.digest
     assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
+
+
+def stored(**change):
+    """Stored maps as they are in the file, of which something is different."""
+    return StoredMaps.of(MAPPED, maps()).model_dump(mode="json") | change
+
+
+def test_a_map_that_16_bits_cannot_hold_is_refused():
+    with pytest.raises(ValueError, match="not all finite"):
+        StoredMaps.of(MAPPED, 1e4 * maps())
 
 
 @pytest.mark.parametrize(
@@ -74,6 +94,11 @@ def test_survives_its_file(made, tmp_path):
         ({"format": 2}, "format .*should be 1"),
         ({"losses": "NaN"}, "losses"),
         ({"more": 1}, "more Extra"),
+        ({"query_maps": stored(heads=[[0, 3], [1, 0]])}, r"query_maps .*numbers of \(2, 4, 9, 8\) maps: 1728 bytes"),
+        ({"query_maps": stored(heads=[[0, 3], [1, 0], [3, 0]])}, "query_maps are of layer 3, KV head 0"),
+        ({"query_maps": stored(heads=[[1, 0], [0, 3], [2, 1]])}, "heads do not ascend"),
+        ({"query_maps": stored(heads=[[0, -1], [1, 0], [2, 1]])}, "heads do not ascend"),
+        ({"query_maps": stored(numbers="AAAA")}, "maps: 3 bytes are not what they take"),
     ],
 )
 def test_what_is_no_calibration_is_refused(made, tmp_path, change, message):
@@ -156,13 +181,19 @@ def test_a_model_that_cannot_be_measured_stops_the_server(model, capfd):
         (8, 1, [[0], [0], [1], [1], [2], [2], [3], [3]]),  # two ranks hold each head
     ],
 )
-def test_a_rank_gets_the_curves_of_its_layers_and_heads(made, tmp_path, world_size, own, heads):
-    made.write(tmp_path / "c.json")
+def test_a_rank_gets_the_curves_and_maps_of_its_layers_and_heads(made, tmp_path, world_size, own, heads):
+    made.model_copy(update={"query_maps": StoredMaps.of(MAPPED, maps())}).write(tmp_path / "c.json")
+    copies = max(1, world_size // HEADS)
     config = CompressionConfig(method="sculpt", calibration=str(tmp_path / "c.json"))
     names = [f"model.layers.{layer}.self_attn.attn" for layer in (1, 2)]
     for rank in range(world_size):
         found = curves_of_rank(config, names, own, rank, world_size)
         assert found.fractions == FRACTIONS
-        expected = [loss(layer, head) for layer in (1, 2) for head in heads[rank]]
-        np.testing.assert_array_equal(found.losses, expected)
+        mine = [(layer, head) for layer in (1, 2) for head in heads[rank]]
+        np.testing.assert_array_equal(found.losses, [loss(*head) for head in mine])
+        # Query heads are divided, too, where several ranks have the same KV head.
+        queries = slice(rank % copies * GROUP // copies, (rank % copies + 1) * GROUP // copies)
+        assert found.query_maps.heads == tuple(i for i, head in enumerate(mine) if head in MAPPED)
+        which = [MAPPED.index(head) for head in mine if head in MAPPED]
+        np.testing.assert_array_equal(found.query_maps.maps, maps()[which, queries])
     assert curves_of_rank(CompressionConfig(method="sculpt", calibration="none"), names, own, 0, 1) is None

@@ -20,6 +20,7 @@ from kvsculpt_vllm.evaluation.answers import Answers
 from kvsculpt_vllm.evaluation.attention import Recorder
 from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer
 from kvsculpt_vllm.evaluation.progress import progress_bar
+from kvsculpt_vllm.evaluation.second_reading import Foreteller, SecondReading
 from kvsculpt_vllm.evaluation.texts import passages, read_text
 from kvsculpt_vllm.sculpt.budgets import PagePlan, grid_of, span_sizes
 from kvsculpt_vllm.sculpt.effort import EFFORTS, Effort
@@ -27,7 +28,7 @@ from kvsculpt_vllm.sculpt.loss_curves import LossCurves
 from kvsculpt_vllm.sculpt.matmul import fast_matmul
 from kvsculpt_vllm.sculpt.memory import max_elements
 from kvsculpt_vllm.sculpt.problem import Earlier, Problems
-from kvsculpt_vllm.sculpt.queries import asked_problems, build_problems, held_out_of, sample_positions
+from kvsculpt_vllm.sculpt.queries import asked_problems, build_problems, sample_positions
 from kvsculpt_vllm.sculpt.selection import rank
 from kvsculpt_vllm.sculpt.slices import at_once
 from kvsculpt_vllm.sculpt.survey import pilot, survey
@@ -108,9 +109,11 @@ def calibrate(
         middle = (context - following) // 2
         return Answers(evaluated, read, [follows, read[middle : middle + following + 1]], EFFORTS[effort], BLOCK_SIZE)
 
+    foreteller = Foreteller()
     with progress_bar(console) as progress:
         for tokens in progress.track(chosen, description="contexts read"):
-            fractions, by_power = curves(evaluated, tokens, effort, len(prefix), powers)
+            reading = SecondReading(evaluated, tokens[:context], len(prefix))
+            fractions, by_power = curves(evaluated, tokens, effort, reading, foreteller, powers)
             for power, losses in by_power.items():
                 found[power].append(losses)
         mean = {power: np.mean(losses, axis=0) for power, losses in found.items()}
@@ -147,6 +150,7 @@ def calibrate(
         losses=last,
         followed_losses=followed,
         power=best,
+        query_maps=foreteller.maps(),
     )
 
 
@@ -154,7 +158,8 @@ def curves(
     model: EvaluationModel,
     tokens: Sequence[int],
     effort: str,
-    prefix: int,
+    reading: SecondReading,
+    foreteller: Foreteller,
     powers: Sequence[RankedBy] = (1, 2),
 ) -> tuple[tuple[float, ...], dict[RankedBy, np.ndarray]]:
     """Measure what each head (3, L·H, G) loses at fractions (G,) of the span of a context, the first quarter of
@@ -170,17 +175,15 @@ def curves(
       curves of a text's first segment alone serve the later ones badly (benchmarks/LOG.md).
     - In the second reading the context comes once more right behind itself, and its queries look for what they need to
       copy it, as KVzip (arXiv 2505.23416) scores entries. Some heads copy, and hardly any query of an ordinary text
-      asks them to.
-
-    The first `prefix` tokens (a BOS token, say) are not read again.
+      asks them to. The `foreteller` learns from it which those are.
     """
     amount, sinks = EFFORTS[effort], CompressionConfig().sink
     length = len(tokens) // LENGTHS
     blocks, _ = span_sizes(length, CompressionConfig().window, BLOCK_SIZE, 1.0)
     span, plan = blocks * BLOCK_SIZE, PagePlan(BLOCK_SIZE, blocks, 0, sinks)  # a survey does not need the total
     end, count = span + CompressionConfig().window, amount.positions_for(model.position_bytes)
-    read = tokens[:length]
-    again = second_reading(model, read, read[prefix:], count, span, sinks)
+    again = reading.problems(count, span, sinks)
+    foreteller.add(reading, again)
     recording = model.record(tokens, torch.arange(len(tokens)))
     number = min(FOLLOWING, length)
     lost: dict[RankedBy, list[np.ndarray]] = {power: [] for power in powers}
@@ -334,29 +337,3 @@ def layer_weights(losses: np.ndarray, fractions: Sequence[float], alone: np.ndar
     weights = np.where(lost > 0, known.min(), np.exp(np.log(known).mean()))
     weights[minded] = known
     return weights * (lost.sum() / (weights * lost).sum())
-
-
-def second_reading(
-    model: EvaluationModel, tokens: Sequence[int], again: Sequence[int], count: int, span: int, sinks: int
-) -> Problems:
-    """Build the problems of a context, `tokens`, whose queries come from reading it `again` behind itself.
-
-    They are the queries at `count` positions of the second reading. What these would see of their own reading is left
-    out: only the first reading's entries are to be compressed.
-    """
-    number = len(tokens)
-    spread = torch.linspace(0, len(again) - 1, min(count, len(again)), dtype=torch.float64).round().long()
-    positions = number + spread
-    recording = model.record([*tokens, *again], positions)
-    return asked_problems(
-        recording.queries,
-        positions,
-        held_out_of(len(positions)),
-        keys=recording.keys[:, :number],
-        values=recording.values[:, :number],
-        span=span,
-        sinks=sinks,
-        scale=recording.scale,
-        soft_cap=recording.soft_cap,
-        sink_logits=recording.sink_logits,
-    )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvsculpt_vllm.sculpt.budgets import PagePlan, grid_of
+from kvsculpt_vllm.sculpt.foretold import QueryMaps
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,13 @@ class LossCurves:
     # there. None in files that were written before this was measured: such segments then go by `losses`.
     followed: np.ndarray | None = None
     power: int | None = None  # that the model's entries are ranked by, see `survey.POWERS`; None means the method's own
+    query_maps: QueryMaps | None = None  # of the heads whose entries are ranked by a foretold second reading, too
 
     def part(self, own: slice) -> LossCurves:
         """Keep the heads in `own`."""
         followed = None if self.followed is None else self.followed[own]
-        return LossCurves(self.fractions, self.losses[own], followed, self.power)
+        maps = None if self.query_maps is None else self.query_maps.part(own)
+        return LossCurves(self.fractions, self.losses[own], followed, self.power, maps)
 
     def grid(self, plan: PagePlan) -> list[int]:
         """Count the pages of the plan's span, ascending, that the fractions come to."""

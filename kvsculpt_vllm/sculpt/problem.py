@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,10 @@ from torch import Tensor
 from kvsculpt_vllm.sculpt.attention import attend, attend_all, merge, with_sink
 from kvsculpt_vllm.sculpt.memory import max_elements
 from kvsculpt_vllm.sculpt.transfer import on_device
+
+if TYPE_CHECKING:
+    from kvsculpt_vllm.sculpt.foretold import QueryMaps
+    from kvsculpt_vllm.sculpt.slices import Slices
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,9 @@ class Problems:
     # place behind the prompt. 0 where that is not known.
     recent: int = 0
     followed: bool = False  # whether other segments come behind this one, so that it is read from afar
+    # Builds the problems of those heads that have maps, in their order, as a second reading would ask them. None where
+    # the first reading's queries are no longer known.
+    foretell: Callable[[QueryMaps], Slices[Problems]] | None = None
 
     @property
     def num_problems(self) -> int:
@@ -58,6 +66,7 @@ class Problems:
             values=self.values[index].float(),
             retained_lse=self.retained_lse[index].float(),
             retained_out=self.retained_out[index].float(),
+            foretell=None,  # it knows all problems
         )
 
     def thin_rows(self, count: int) -> Tensor:

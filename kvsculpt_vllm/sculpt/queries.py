@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from kvsculpt_vllm.sculpt.foretold import QueryMaps
 from kvsculpt_vllm.sculpt.matmul import fast_matmul
 from kvsculpt_vllm.sculpt.memory import max_elements
 from kvsculpt_vllm.sculpt.problem import Earlier, Problems, retained_attention, thin_positions
@@ -26,6 +29,9 @@ HELD_OUT_EVERY = 7
 
 RECENT_POSITIONS = 64
 """The prompt's last queries are asked twice: from the future, and as they were."""
+
+REQUEST_TOKENS = 8
+"""So many tokens, about, ask for a second reading."""
 
 
 def sample_positions(first: int, num_prompt_tokens: int, count: int) -> tuple[Tensor, int]:
@@ -147,13 +153,17 @@ def build_in_slices(
             turns[rotary, count] = rotary.turn(on_device(origin[asked], keys.device), on_device(asked_at, keys.device))
     which = on_device(asked, keys.device)
 
-    def ask(layers: Sequence[int], rows: Tensor) -> Tensor:
-        return _turned(rows[:, which].float(), [rotaries[layer] for layer in layers], turns, count)
+    heads = len(keys) // len(rotaries)
 
-    building = _asked_in_slices(
+    def rotaries_of(own: Sequence[int]) -> list[Rotary | None]:
+        return [rotaries[number // heads] for number in own]
+
+    def ask(own: Sequence[int], rows: Tensor) -> Tensor:
+        return _turned(rows[:, which].float(), rotaries_of(own), turns, count)
+
+    build = partial(
+        _asked_in_slices,
         queries,
-        asked_at,
-        held_out,
         keys=keys,
         values=values,
         span=span,
@@ -163,11 +173,31 @@ def build_in_slices(
         earlier=earlier,
         sink_logits=sink_logits,
         soft_cap=soft_cap,
-        numbers=numbers,
-        ask=ask,
     )
-    problems = yield from within(fast_matmul, building)
-    return replace(problems, recent=recent if count is None else 0, followed=followed)
+    problems = yield from within(fast_matmul, build(asked_at, held_out, numbers=numbers, ask=ask))
+    if count is not None:
+        return replace(problems, followed=followed)
+
+    def foretell(maps: QueryMaps) -> Slices[Problems]:
+        every = range(len(keys)) if numbers is None else numbers
+        mapped = [every[number] for number in maps.heads]
+        # As far behind its first place as the end of a second reading's request is behind the prompt's beginning.
+        again = (origin + (end - first + REQUEST_TOKENS)).clamp_max(min(covered, default=sys.maxsize) - 1)
+        there: Turns = {}
+        back: Turns = {}
+        for rotary in {id(rotary): rotary for rotary in rotaries_of(mapped) if rotary is not None}.values():
+            at = [on_device(places, keys.device) for places in (origin, torch.zeros_like(origin), again)]
+            back[rotary, None], there[rotary, None] = rotary.turn(at[0], at[1]), rotary.turn(at[1], at[2])
+
+        def ask_again(own: Sequence[int], rows: Tensor) -> Tensor:
+            plain = _turned(rows.float(), rotaries_of(own), back, None)
+            foretold = maps.apply([maps.heads[mapped.index(number)] for number in own], plain)
+            return _turned(foretold, rotaries_of(own), there, None)
+
+        asked = build(again, torch.zeros(len(again), dtype=torch.bool), numbers=mapped, ask=ask_again)
+        return (yield from within(fast_matmul, asked))
+
+    return replace(problems, recent=recent, followed=followed, foretell=foretell)
 
 
 def held_out_of(count: int) -> Tensor:
@@ -192,12 +222,12 @@ def _asked_in_slices(
     sink_logits: Tensor | None = None,
     soft_cap: float | None = None,
     numbers: Sequence[int] | None = None,
-    ask: Callable[[Sequence[int], Tensor], Tensor] = lambda layers, rows: rows.float(),
+    ask: Callable[[Sequence[int], Tensor], Tensor] = lambda own, rows: rows.float(),
 ) -> Slices[Problems]:
     """Build the problems, one per (layer, KV head), whose queries are given; the work may pause after some of them.
 
     `build_in_slices` gives a prompt's own queries, `evaluation.calibrate` those of a second reading. What a query (b,
-    P, G, D) of some layers asks (b, A, G, D), in float32, `ask` says.
+    P, G, D) of some problems asks (b, A, G, D), in float32, `ask` says.
 
     Raises:
         ValueError: `numbers` is empty, does not ascend or leaves the model; `earlier` or `sink_logits` is not of all
@@ -239,7 +269,7 @@ def _asked_in_slices(
         layers, mine = [number // heads for number in own], slice(begin, begin + len(own))
         of_layer = on_device([[layer] for layer in layers], device)
         of_heads = on_device([[number % heads * group + i for i in range(group)] for number in own], device)
-        asked = ask(layers, queries[of_layer, :, of_heads].transpose(1, 2))  # (b, A, G, D)
+        asked = ask(own, queries[of_layer, :, of_heads].transpose(1, 2))  # (b, A, G, D)
         rows = built.queries[mine]
         rows.view(asked.shape).copy_(asked)
         del asked

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvsculpt_vllm.sculpt.budgets import PagePlan, adaptive_budgets, grid_of, uniform_budgets
 from kvsculpt_vllm.sculpt.effort import Effort
+from kvsculpt_vllm.sculpt.foretold import order_in_slices
 from kvsculpt_vllm.sculpt.loss_curves import LossCurves
 from kvsculpt_vllm.sculpt.matmul import fast_matmul
 from kvsculpt_vllm.sculpt.memory import max_elements
@@ -128,6 +129,8 @@ def survey_in_slices(
     measured = None if calibration is None else calibration.power
     power = power or measured or POWERS[method]
     ranking = yield from within(fast_matmul, rank_in_slices(problems, limit, score, power, answered))
+    if calibration is not None and calibration.query_maps is not None:
+        ranking = yield from order_in_slices(problems, ranking, calibration.query_maps, limit)
     if budget == "uniform":
         return Survey(ranking, [], None)
     if calibration is not None:

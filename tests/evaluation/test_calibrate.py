@@ -1,4 +1,4 @@
-"""The second reading's problems against transformers' own attention; the average is that of single contexts."""
+"""What judges fits against transformers' own attention; the average is that of single contexts."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from kvsculpt_vllm.evaluation.calibrate import (
     curves,
     judged_by,
     layer_weights,
-    second_reading,
     shares,
     what_follows,
 )
 from kvsculpt_vllm.evaluation.harness import Context
 from kvsculpt_vllm.evaluation.methods.base import surveyed
 from kvsculpt_vllm.evaluation.model import EvaluationModel
+from kvsculpt_vllm.evaluation.second_reading import Foreteller, SecondReading
 from kvsculpt_vllm.sculpt.budgets import PagePlan, grid_of
 from kvsculpt_vllm.sculpt.effort import EFFORTS
 from kvsculpt_vllm.sculpt.loss_curves import LossCurves
@@ -49,26 +49,6 @@ def directory(tmp_path_factory, tiny_llama):
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
     return path
-
-
-@torch.no_grad()
-def test_the_second_reading_asks_the_first_ones_entries_alone(directory):
-    tokens = torch.randint(WORDS, (CONTEXT,), generator=torch.Generator().manual_seed(1)).tolist()
-    model = EvaluationModel.load(directory, "cpu")
-    model.storage = torch.float32
-    problems = second_reading(model, tokens, tokens[1:], CONTEXT, SPAN, SINKS)
-    found = teach(problems.take(torch.arange(LAYERS * KV_HEADS)), 1 << 20)
-
-    # Transformers' own eager attention weights over both readings, those of the first reading scaled to sum to 1.
-    plain = LlamaForCausalLM.from_pretrained(directory, attn_implementation="eager")
-    told = plain(torch.tensor([tokens + tokens[1:]]), output_attentions=True, use_cache=True)
-    for layer in range(LAYERS):
-        weights = told.attentions[layer][0, :, CONTEXT:, :CONTEXT]
-        values = told.past_key_values.layers[layer].values[0, :, :CONTEXT].repeat_interleave(HEADS // KV_HEADS, 0)
-        expected = weights / weights.sum(-1, keepdim=True) @ values  # (heads, CONTEXT - 1, D)
-        own = slice(layer * KV_HEADS, (layer + 1) * KV_HEADS)
-        by_head = found.out[own].unflatten(1, (CONTEXT - 1, HEADS // KV_HEADS)).transpose(1, 2).flatten(0, 1)
-        torch.testing.assert_close(by_head, expected, rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
@@ -136,7 +116,11 @@ def test_the_command_writes_the_mean_of_the_contexts_where_servers_look(director
     model = EvaluationModel.load(directory, "cpu")
     # Three contexts fill the text, whatever the seed.
     contexts = [words[i * (length + 1) :][:length] for i in range(3)]
-    found = [curves(model, tokens, "balanced", 0) for tokens in contexts]
+    readings = [SecondReading(model, tokens[:CONTEXT], 0) for tokens in contexts]
+    foreteller = Foreteller()
+    with torch.no_grad():
+        found = [curves(model, *of, foreteller) for of in zip(contexts, 3 * ["balanced"], readings, strict=True)]
+    assert file.query_maps == foreteller.maps()
     fractions = found[0][0]
     # What follows, and the context again: so short a one from its first token on.
     answers = [

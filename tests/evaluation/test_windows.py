@@ -22,11 +22,12 @@ from transformers import (
 from transformers import MistralForCausalLM as Mistral
 
 from kvsculpt_vllm.evaluation import windows
-from kvsculpt_vllm.evaluation.calibrate import curves
+from kvsculpt_vllm.evaluation.calibrate import LENGTHS, curves
 from kvsculpt_vllm.evaluation.chain import Chain
 from kvsculpt_vllm.evaluation.harness import Context
 from kvsculpt_vllm.evaluation.methods import METHODS
 from kvsculpt_vllm.evaluation.model import EvaluationModel
+from kvsculpt_vllm.evaluation.second_reading import Foreteller, SecondReading
 from kvsculpt_vllm.sculpt.effort import Effort
 
 from .test_chain import keep_all
@@ -164,7 +165,9 @@ def test_queries_move_with_the_rotary_embedding_of_the_layers_that_are_compresse
 
 def test_a_calibration_has_curves_of_the_layers_that_are_compressed(tokens):
     text = [*tokens, *tokens[:1:-1], *tokens, *tokens[::2]]
-    losses = curves(EvaluationModel(gemma()), text, "fast", 0)[1][2]
+    model = EvaluationModel(gemma())
+    reading = SecondReading(model, text[: len(text) // LENGTHS], 0)
+    losses = curves(model, text, "fast", reading, Foreteller())[1][2]
     assert losses.shape[:2] == (3, 4) and (losses >= 0).all() and losses.max() > 0
 
 

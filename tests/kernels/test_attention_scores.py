@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from kvsculpt_vllm.kernels.attention_scores import attention_with_lse, attention_with_lse_twin, received, received_twin
+from kvsculpt_vllm.sculpt.foretold import SHARPLY
 
+POWERS = [1, 2, SHARPLY]
 CAPS = [None, 4.0]  # the largest logits are twice that and more
 CASES = [(2, 63, 111, 64), (1, 1, 1, 128), (1, 70, 130, 96), (1, 33, 40, 256)]
 
@@ -32,7 +34,7 @@ def test_attention_is_that_of_a_softmax(case, soft_cap, device):
 
 
 @pytest.mark.parametrize("soft_cap", CAPS)
-@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("power", POWERS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_scores_sum_the_attention_over_the_queries(case, power, soft_cap, device):
     queries, keys, values = tensors(*case, device)
@@ -42,7 +44,7 @@ def test_scores_sum_the_attention_over_the_queries(case, power, soft_cap, device
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("power", POWERS)
 @pytest.mark.parametrize("soft_cap", CAPS)
 def test_the_twins_are_a_softmax_over_what_the_cap_makes_of_every_logit(soft_cap, power):
     queries, keys, values = tensors(1, 7, 5, 16, "cpu")

@@ -8,6 +8,7 @@ import torch
 from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.compress import compress
 from kvsculpt_vllm.sculpt.effort import Effort
+from kvsculpt_vllm.sculpt.foretold import QueryMaps
 from kvsculpt_vllm.sculpt.layerwise import compress_segment
 from kvsculpt_vllm.sculpt.loss_curves import LossCurves
 from kvsculpt_vllm.sculpt.memory import COPIES, layer_groups
@@ -78,7 +79,12 @@ def in_groups_of(layers, source, *args, **kwargs):
 @pytest.fixture(scope="module")
 def calibration(problems):
     found = survey(problems, PLAN, "sculpt", "adaptive", EFFORT)
-    return LossCurves(tuple(count / PLAN.span_pages for count in found.grid), found.curves[::-1].copy())
+    maps = torch.randn(3, GROUP, SIZE + 1, SIZE, generator=torch.Generator().manual_seed(6)) / SIZE
+    return LossCurves(
+        tuple(count / PLAN.span_pages for count in found.grid),
+        found.curves[::-1].copy(),
+        query_maps=QueryMaps((0, 5, 8), maps),
+    )
 
 
 @pytest.mark.parametrize("budget", ["uniform", "pilot", "calibrated"])

@@ -35,4 +35,4 @@ def curves_of_rank(
     first = rank // copies * num_kv_heads
     numbers = {layer: i for i, layer in enumerate(range(file.num_layers) if compressed is None else compressed)}
     layers = [numbers[extract_layer_index(name)] for name in layer_names]
-    return file.part(layers, list(range(first, first + num_kv_heads)))
+    return file.part(layers, list(range(first, first + num_kv_heads)), rank % copies, copies)

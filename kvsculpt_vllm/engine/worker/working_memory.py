@@ -11,9 +11,9 @@ from kvsculpt_vllm.sculpt.effort import EFFORTS
 from kvsculpt_vllm.sculpt.memory import layer_groups
 from kvsculpt_vllm.sculpt.queries import RECENT_POSITIONS
 
-BUILD_COPIES = 2
+BUILD_COPIES = 4
 """Tensors as large as a group's queries in float32 that live while they are built: the queries themselves, and what
-retained entries answer."""
+retained entries answer; and these again for what a second reading would ask."""
 
 LAYER_COPIES = 5
 """Tensors as large as a layer's queries in float32 that live besides while that layer's are built."""

@@ -95,4 +95,5 @@ def _scaled(problems: Problems, key_scales: Tensor, value_scales: Tensor) -> Pro
         keys=problems.keys.float() / key_scales,
         values=problems.values.float() / value_scales,
         retained_out=problems.retained_out / value_scales,
+        foretell=None,  # it would tell of the numbers before
     )

@@ -124,6 +124,8 @@ def make_runner(tmp_path, monkeypatch):
     """Makes what a model runner is to us, with a tiny model of random weights as vLLM builds it."""
     # It would leave transformers' classes changed for all tests after these.
     monkeypatch.setattr(Base, "_decorate_for_torch_compile", lambda self: None)
+    # vLLM looks at an architecture's class in a process of its own, which takes longer than the rest.
+    monkeypatch.setattr("vllm.model_executor.models.registry._run_in_subprocess", lambda inspect: inspect())
 
     def make(architecture: str, changes: dict, context: int = CONTEXT, dtype: str = "float32", impl: str = "auto"):
         config = getattr(transformers, f"{architecture}Config")(**SMALL | changes)

@@ -16,6 +16,7 @@ from kvsculpt_vllm.kernels.attention_scores import received_twin
 from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.compress import compress
 from kvsculpt_vllm.sculpt.effort import Effort
+from kvsculpt_vllm.sculpt.foretold import SHARPLY
 from kvsculpt_vllm.sculpt.matmul import solved_by
 from kvsculpt_vllm.sculpt.memory import max_elements
 from kvsculpt_vllm.sculpt.objective import LSE_WEIGHT, Target
@@ -138,7 +139,7 @@ def scores(subject: Subject, notes: Notes) -> None:
 
 def _score(notes: Notes, problems: Problems, size: Size) -> None:
     truth, single = _Teacher.of(problems), problems.take(torch.arange(2, device=problems.keys.device))
-    for power in (1, 2):
+    for power in (1, SHARPLY):  # the least and the highest that are used
         case = f"{size}, power {power}"
 
         def call(power: int = power) -> tuple[Tensor, ...]:
@@ -150,7 +151,7 @@ def _score(notes: Notes, problems: Problems, size: Size) -> None:
         notes.near("attention of the full cache", case, out, truth.out, PRODUCTS)
         notes.near("its log-sum-exp", case, lse, truth.lse, LOGITS)
         wanted = received_twin(truth.queries, truth.lse, truth.keys, power, problems.soft_cap)
-        notes.near("attention that entries receive", case, attention, wanted, 10 * LOGITS)
+        notes.near("attention that entries receive", case, attention, wanted, max(10, 5 * power) * LOGITS)
 
 
 def _kept(problems: Problems, size: Size) -> tuple[Tensor, Tensor, Tensor]:

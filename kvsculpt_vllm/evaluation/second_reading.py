@@ -1,0 +1,124 @@
+"""A context that is read twice: what the second reading asks, and how it follows from what the first one asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvsculpt_vllm.calibration_file import StoredMaps
+from kvsculpt_vllm.evaluation.model import EvaluationModel
+from kvsculpt_vllm.sculpt.foretold import SHARPLY
+from kvsculpt_vllm.sculpt.memory import max_elements
+from kvsculpt_vllm.sculpt.problem import Problems
+from kvsculpt_vllm.sculpt.queries import asked_problems, held_out_of
+from kvsculpt_vllm.sculpt.selection import batches, teach
+
+WANTED, WANTING = 0.2, 0.03
+"""An entry is wanted by a second reading if one query gives it so much of its attention, and a head copies if so many
+of its entries are wanted. On SmolLM2-135M that is a fifth of the heads, which want 95 % of all that is wanted."""
+
+UNSURE = 32
+"""A second reading's first tokens do not tell yet that it is one: maps are not learned from them."""
+
+RIDGE = 3e-3
+"""Of the mean square of a query's numbers, added to each of these squares in the regression."""
+
+
+class SecondReading:
+    """A context, and the same once more right behind it."""
+
+    def __init__(self, model: EvaluationModel, tokens: Sequence[int], prefix: int) -> None:
+        """Read `tokens` twice, the first `prefix` of them (a BOS token, say) once."""
+        self._model, self._number, self._prefix = model, len(tokens), prefix
+        twice = [*tokens, *tokens[prefix:]]
+        self._recording = model.record(twice, torch.arange(len(twice)))
+
+    def problems(self, count: int, span: int, sinks: int) -> Problems:
+        """Build the problems of the context's first `span` tokens, of which `sinks` stay exact, that are asked by the
+        queries at `count` positions of the second reading. What these would see of their own reading is left out: only
+        the first reading's entries are to be compressed.
+        """
+        recording, available = self._recording, self._number - self._prefix
+        spread = torch.linspace(0, available - 1, min(count, available), dtype=torch.float64).round().long()
+        positions = self._number + spread
+        return asked_problems(
+            recording.queries[:, positions.to(recording.queries.device)],
+            positions,
+            held_out_of(len(positions)),
+            keys=recording.keys[:, : self._number],
+            values=recording.values[:, : self._number],
+            span=span,
+            sinks=sinks,
+            scale=recording.scale,
+            soft_cap=recording.soft_cap,
+            sink_logits=recording.sink_logits,
+        )
+
+    def queries(self) -> tuple[Tensor, Tensor]:
+        """The queries (L, P, heads, D) float32 of the tokens that were read twice, in the first and in the second
+        reading, both as they are at position 0.
+        """
+        first = torch.arange(self._prefix, self._number, device=self._recording.queries.device)
+        return self._at_0(first), self._at_0(first + self._number - self._prefix)
+
+    def _at_0(self, positions: Tensor) -> Tensor:
+        origin = torch.zeros_like(positions)
+        layers = zip(self._model.rotaries, self._recording.queries[:, positions].float(), strict=True)
+        return torch.stack(
+            [asked if rotary is None else rotary.move(asked, positions, origin) for rotary, asked in layers]
+        )
+
+
+class Foreteller:
+    """Learns, context by context, which heads copy, and what makes of their queries in a first reading those in a
+    second: a ridge regression for each query head.
+    """
+
+    def __init__(self) -> None:
+        self._contexts = 0
+        self._wanted: Tensor | float = 0.0  # (L·H,) the sum over contexts
+        self._squares: Tensor | float = 0.0  # (L, heads, D + 1, D + 1) in float64, as the next
+        self._products: Tensor | float = 0.0  # (L, heads, D + 1, D)
+
+    def add(self, reading: SecondReading, asked: Problems) -> None:
+        """Learn from one context more, of which `asked` are the second reading's problems."""
+        self._contexts += 1
+        self._wanted = self._wanted + wanted_shares(asked)
+        first, second = (queries[:, UNSURE:].transpose(1, 2).double() for queries in reading.queries())
+        known = torch.cat([first, torch.ones_like(first[..., :1])], dim=-1)  # (L, heads, P, D + 1)
+        self._squares = self._squares + known.transpose(2, 3) @ known
+        self._products = self._products + known.transpose(2, 3) @ second
+
+    def maps(self) -> StoredMaps | None:
+        """The maps of the heads that copy; None if no head does.
+
+        Raises:
+            ValueError: nothing was learned from.
+        """
+        if not self._contexts:
+            raise ValueError("there is no context to learn from")
+        assert isinstance(self._wanted, Tensor) and isinstance(self._squares, Tensor)
+        num_layers, heads = self._squares.shape[:2]
+        per_layer = len(self._wanted) // num_layers
+        numbers = (self._wanted / self._contexts >= WANTING).nonzero()[:, 0].tolist()
+        if not numbers:
+            return None
+        ridge = RIDGE * self._squares.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        unit = torch.eye(self._squares.shape[-1], dtype=torch.float64, device=self._squares.device)
+        learned = torch.linalg.solve(self._squares + ridge * unit, self._products)
+        learned = learned.view(num_layers * per_layer, heads // per_layer, *learned.shape[-2:])
+        chosen = learned[torch.tensor(numbers, device=learned.device)]
+        return StoredMaps.of([divmod(number, per_layer) for number in numbers], chosen.cpu().numpy())
+
+
+def wanted_shares(asked: Problems) -> Tensor:
+    """Say which share of each head's entries (B,) a second reading wants."""
+    limit, nothing = max_elements(asked.keys.device), torch.arange(0)
+    shares = []
+    for own in batches(asked, limit):
+        received = teach(asked.take(own), limit, SHARPLY, answered=nothing).attention
+        assert received is not None  # as a power is given
+        shares.append((received >= WANTED**SHARPLY).double().mean(1))
+    return torch.cat(shares)

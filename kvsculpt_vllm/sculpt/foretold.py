@@ -1,0 +1,79 @@
+"""What heads would ask if the prompt were read a second time, foretold from what they asked the first time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvsculpt_vllm.sculpt.matmul import fast_matmul
+from kvsculpt_vllm.sculpt.selection import Ranking, rank_in_slices
+from kvsculpt_vllm.sculpt.slices import Slices, within
+from kvsculpt_vllm.sculpt.transfer import on_device
+
+if TYPE_CHECKING:
+    from kvsculpt_vllm.sculpt.problem import Problems
+
+SHARPLY = 8
+"""Entries are ordered by the sum of this power of the attention that foretold queries give them: nearly by the most
+that one of them gives. What is copied is read once, by one query."""
+
+EVERY = 2
+"""One entry in so many is chosen by foretold queries."""
+
+
+@dataclass(frozen=True)
+class QueryMaps:
+    """For some heads: linear maps that make of the query which a head asked at a token, the one that it asks there when
+    the context is read again, in order to copy it.
+
+    A token's query in a second reading looks for the token itself in the first, and for what came after it there. In a
+    first reading hardly any query does: nothing has come before. So entries that an answer copies, and that nothing
+    else in the prompt looks for, would be dropped. A prompt is not read twice for that (KVzip, arXiv 2505.23416, does
+    it): what the second reading does to a query is mostly the same at every token. `kvsculpt calibrate` learns it.
+    """
+
+    heads: tuple[int, ...]  # the N problems that have maps, by their numbers, ascending
+    maps: Tensor  # (N, G, D + 1, D) fp32, for each query head of the group; the last of D + 1 rows is added
+
+    def part(self, own: slice) -> QueryMaps:
+        """Keep the maps of the problems in `own`, which are numbered from 0 then."""
+        kept = [i for i, number in enumerate(self.heads) if own.start <= number < own.stop]
+        return QueryMaps(tuple(self.heads[i] - own.start for i in kept), self.maps[kept])
+
+    def apply(self, numbers: Sequence[int], queries: Tensor) -> Tensor:
+        """Foretell the queries (b, P, G, D) of the problems `numbers`, all of which have maps, from those asked in the
+        first reading, of the same shape; both as they are at position 0.
+        """
+        maps = self.maps[[self.heads.index(number) for number in numbers]].to(queries.device, non_blocking=True)
+        return (queries.transpose(1, 2) @ maps[:, :, :-1] + maps[:, :, -1:]).transpose(1, 2)
+
+
+def interleaved(first: Tensor, second: Tensor, every: int = EVERY) -> Tensor:
+    """Mix two orders (B, n) of the same entries: at any length, one entry in `every` is there for its place in the
+    `second`, the others for theirs in the `first`. What is early in both takes one place, and others move up.
+    """
+    by_first, by_second = (order.argsort(dim=1).double() for order in (first, second))
+    # No two entries have the same place: one is a multiple of an integer, and the other lies between those.
+    return torch.minimum(by_first * every / (every - 1), by_second * every + 0.5).argsort(dim=1)
+
+
+def order_in_slices(problems: Problems, ranking: Ranking, maps: QueryMaps, limit: int) -> Slices[Ranking]:
+    """Order the entries of the heads that have `maps` by foretold queries, too.
+
+    Raises:
+        ValueError: it is not known of these problems what was asked first.
+    """
+    if problems.foretell is None:
+        raise ValueError("foretold queries: of these problems it is not known what was asked in the first reading")
+    if not maps.heads:
+        return ranking
+    asked = yield from problems.foretell(maps)
+    nothing = torch.arange(0)  # what would be answered does not matter
+    second = yield from within(fast_matmul, rank_in_slices(asked, limit, power=SHARPLY, answered=nothing))
+    own, order = on_device(maps.heads, ranking.order.device), ranking.order.clone()
+    order[own] = interleaved(order[own], second.order)
+    return replace(ranking, order=order)
