@@ -63,7 +63,7 @@ class StoredMaps(BaseModel):
             numbers = base64.urlsafe_b64encode(maps.astype("<f2").tobytes())
         return cls(heads=tuple(heads), group=maps.shape[1], head_size=maps.shape[3], numbers=numbers)
 
-    def part(self, layers: Sequence[int], kv_heads: Sequence[int], share: int, shares: int) -> QueryMaps:
+    def part(self, layers: Sequence[int], kv_heads: Sequence[int], share: int = 0, shares: int = 1) -> QueryMaps:
         """Take the maps of some heads, numbered as they are in `layers` x `kv_heads`. Of each one's query heads the
         `share`-th of so many equal `shares`.
         """

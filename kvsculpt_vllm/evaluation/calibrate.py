@@ -24,6 +24,7 @@ from kvsculpt_vllm.evaluation.second_reading import Foreteller, SecondReading
 from kvsculpt_vllm.evaluation.texts import passages, read_text
 from kvsculpt_vllm.sculpt.budgets import PagePlan, grid_of, span_sizes
 from kvsculpt_vllm.sculpt.effort import EFFORTS, Effort
+from kvsculpt_vllm.sculpt.foretold import QueryMaps, order_in_slices
 from kvsculpt_vllm.sculpt.loss_curves import LossCurves
 from kvsculpt_vllm.sculpt.matmul import fast_matmul
 from kvsculpt_vllm.sculpt.memory import max_elements
@@ -70,8 +71,8 @@ def calibrate(
     Each of the `num_contexts` contexts of each text is fitted to the queries that a prompt has, and judged by two
     readers, see `curves`: by what really follows in the text, and by a second reading of the context. What a layer
     loses in a reading counts by how much the answers mind it there (`layer_weights`): layers that copy are not those
-    that go on. Entries are ranked by the attention that they
-    receive, to the power `ranking`.
+    that go on. Entries are ranked by the attention that they receive, to the power `ranking`, and those of heads that
+    copy by a foretold second reading, too; what foretells it is learned first (`second_reading.Foreteller`).
 
     Args:
         context: tokens of each context; three times as many that follow it in the text are read, too.
@@ -109,16 +110,22 @@ def calibrate(
         middle = (context - following) // 2
         return Answers(evaluated, read, [follows, read[middle : middle + following + 1]], EFFORTS[effort], BLOCK_SIZE)
 
-    foreteller = Foreteller()
+    foreteller, whole = Foreteller(), plan_of(context)
     with progress_bar(console) as progress:
-        for tokens in progress.track(chosen, description="contexts read"):
+        for tokens in progress.track(chosen, description="contexts read twice"):
             reading = SecondReading(evaluated, tokens[:context], len(prefix))
-            fractions, by_power = curves(evaluated, tokens, effort, reading, foreteller, powers)
+            foreteller.add(reading, whole.span_pages * BLOCK_SIZE, whole.sinks)
+        stored = foreteller.maps()
+        every = range(evaluated.num_layers), range(foreteller.kv_heads)
+        maps = None if stored is None else stored.part(*every)
+        for tokens in progress.track(chosen, description="contexts fitted"):
+            reading = SecondReading(evaluated, tokens[:context], len(prefix))
+            fractions, by_power = curves(evaluated, tokens, effort, reading, maps, powers)
             for power, losses in by_power.items():
                 found[power].append(losses)
         mean = {power: np.mean(losses, axis=0) for power, losses in found.items()}
         by_curves = {
-            power: LossCurves(fractions, of_readings(losses[0], losses[2], second_weight), power=power)
+            power: LossCurves(fractions, of_readings(losses[0], losses[2], second_weight), power=power, query_maps=maps)
             for power, losses in mean.items()
         }
         several = chosen if len(powers) > 1 else []
@@ -150,8 +157,14 @@ def calibrate(
         losses=last,
         followed_losses=followed,
         power=best,
-        query_maps=foreteller.maps(),
+        query_maps=stored,
     )
+
+
+def plan_of(context: int) -> PagePlan:
+    """What there is to give out of a context of so many tokens; a survey does not need the total."""
+    blocks, _ = span_sizes(context, CompressionConfig().window, BLOCK_SIZE, 1.0)
+    return PagePlan(BLOCK_SIZE, blocks, 0, CompressionConfig().sink)
 
 
 def curves(
@@ -159,7 +172,7 @@ def curves(
     tokens: Sequence[int],
     effort: str,
     reading: SecondReading,
-    foreteller: Foreteller,
+    maps: QueryMaps | None,
     powers: Sequence[RankedBy] = (1, 2),
 ) -> tuple[tuple[float, ...], dict[RankedBy, np.ndarray]]:
     """Measure what each head (3, L·H, G) loses at fractions (G,) of the span of a context, the first quarter of
@@ -167,7 +180,8 @@ def curves(
     reading. Returns the fractions, and the losses for each power of the attention that entries may be ranked by.
 
     A loss is the head's part of what all lose in that reading (`shares`). Fits are those that a prompt gets, to its own
-    queries.
+    queries; heads that have `maps` keep what a second reading would ask for, too, and lose more for that with the same
+    pages.
 
     - What follows asks a last segment from the `FOLLOWING` positions right behind its window. One that others follow
       is asked from positions a context's length and more behind it, with all that is between in view: heads that look
@@ -175,15 +189,13 @@ def curves(
       curves of a text's first segment alone serve the later ones badly (benchmarks/LOG.md).
     - In the second reading the context comes once more right behind itself, and its queries look for what they need to
       copy it, as KVzip (arXiv 2505.23416) scores entries. Some heads copy, and hardly any query of an ordinary text
-      asks them to. The `foreteller` learns from it which those are.
+      asks them to.
     """
-    amount, sinks = EFFORTS[effort], CompressionConfig().sink
-    length = len(tokens) // LENGTHS
-    blocks, _ = span_sizes(length, CompressionConfig().window, BLOCK_SIZE, 1.0)
-    span, plan = blocks * BLOCK_SIZE, PagePlan(BLOCK_SIZE, blocks, 0, sinks)  # a survey does not need the total
+    amount, length = EFFORTS[effort], len(tokens) // LENGTHS
+    plan = plan_of(length)
+    span, sinks = plan.span_pages * BLOCK_SIZE, plan.sinks
     end, count = span + CompressionConfig().window, amount.positions_for(model.position_bytes)
     again = reading.problems(count, span, sinks)
-    foreteller.add(reading, again)
     recording = model.record(tokens, torch.arange(len(tokens)))
     number = min(FOLLOWING, length)
     lost: dict[RankedBy, list[np.ndarray]] = {power: [] for power in powers}
@@ -192,7 +204,7 @@ def curves(
         problems, judges = _fitted_and_judging(model, recording, first, span, positions, count, followed)
         own = replace(plan, sinks=0 if first else sinks)
         for power, losses in lost.items():
-            losses.append(judged_by(problems, judges, own, amount, power))
+            losses.append(judged_by(problems, judges, own, amount, power, maps))
 
     judge(0, end + torch.arange(number))
     for first in (0, length):
@@ -274,13 +286,23 @@ def _before(recording: Recorder, first: int) -> Earlier | None:
     return Earlier(list(recording.keys[:, :first]), list(recording.values[:, :first])) if first else None
 
 
-def judged_by(problems: Problems, judges: Problems, plan: PagePlan, effort: Effort, power: RankedBy) -> np.ndarray:
+def judged_by(
+    problems: Problems,
+    judges: Problems,
+    plan: PagePlan,
+    effort: Effort,
+    power: RankedBy,
+    maps: QueryMaps | None = None,
+) -> np.ndarray:
     """Measure what each head loses (B, G) for the queries of `judges` at `FRACTIONS` of the span, the least and the
-    whole, after quick fits to those of `problems`: both are of the same entries.
+    whole, after quick fits to those of `problems`: both are of the same entries. Those of heads that have `maps` are
+    ranked by a foretold second reading, too.
     """
     limit = max_elements(problems.keys.device)
     with fast_matmul():
         ranking, told = rank(problems, limit, power=power), rank(judges, limit)
+        if maps is not None:
+            ranking = at_once(order_in_slices)(problems, ranking, maps, limit)
         rows = problems.thin_rows(effort.pilot_positions * problems.group)
         rows = rows[~problems.held_out[rows]]
         few, teacher = problems.with_rows(rows), ranking.with_rows(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -35,20 +36,21 @@ class SecondReading:
         twice = [*tokens, *tokens[prefix:]]
         self._recording = model.record(twice, torch.arange(len(twice)))
 
-    def problems(self, count: int, span: int, sinks: int) -> Problems:
+    def problems(self, count: int, span: int, sinks: int, alone: bool = True) -> Problems:
         """Build the problems of the context's first `span` tokens, of which `sinks` stay exact, that are asked by the
-        queries at `count` positions of the second reading. What these would see of their own reading is left out: only
-        the first reading's entries are to be compressed.
+        queries at `count` positions of the second reading. They see the first reading `alone`, as only its entries are
+        to be compressed, or as the model does what comes before them in their own reading, too.
         """
         recording, available = self._recording, self._number - self._prefix
+        seen = self._number if alone else None
         spread = torch.linspace(0, available - 1, min(count, available), dtype=torch.float64).round().long()
         positions = self._number + spread
         return asked_problems(
             recording.queries[:, positions.to(recording.queries.device)],
             positions,
             held_out_of(len(positions)),
-            keys=recording.keys[:, : self._number],
-            values=recording.values[:, : self._number],
+            keys=recording.keys[:, :seen],
+            values=recording.values[:, :seen],
             span=span,
             sinks=sinks,
             scale=recording.scale,
@@ -82,14 +84,24 @@ class Foreteller:
         self._squares: Tensor | float = 0.0  # (L, heads, D + 1, D + 1) in float64, as the next
         self._products: Tensor | float = 0.0  # (L, heads, D + 1, D)
 
-    def add(self, reading: SecondReading, asked: Problems) -> None:
-        """Learn from one context more, of which `asked` are the second reading's problems."""
+    def add(self, reading: SecondReading, span: int, sinks: int) -> None:
+        """Learn from one context more, of which the first `span` tokens but `sinks` are to be compressed."""
         self._contexts += 1
-        self._wanted = self._wanted + wanted_shares(asked)
+        self._wanted = self._wanted + wanted_shares(reading.problems(sys.maxsize, span, sinks, alone=False))
         first, second = (queries[:, UNSURE:].transpose(1, 2).double() for queries in reading.queries())
         known = torch.cat([first, torch.ones_like(first[..., :1])], dim=-1)  # (L, heads, P, D + 1)
         self._squares = self._squares + known.transpose(2, 3) @ known
         self._products = self._products + known.transpose(2, 3) @ second
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of each layer.
+
+        Raises:
+            ValueError: nothing was learned from.
+        """
+        wanted, squares = self._learned()
+        return len(wanted) // len(squares)
 
     def maps(self) -> StoredMaps | None:
         """The maps of the heads that copy; None if no head does.
@@ -97,20 +109,23 @@ class Foreteller:
         Raises:
             ValueError: nothing was learned from.
         """
-        if not self._contexts:
-            raise ValueError("there is no context to learn from")
-        assert isinstance(self._wanted, Tensor) and isinstance(self._squares, Tensor)
-        num_layers, heads = self._squares.shape[:2]
-        per_layer = len(self._wanted) // num_layers
-        numbers = (self._wanted / self._contexts >= WANTING).nonzero()[:, 0].tolist()
+        wanted, squares = self._learned()
+        num_layers, heads = squares.shape[:2]
+        per_layer = self.kv_heads
+        numbers = (wanted / self._contexts >= WANTING).nonzero()[:, 0].tolist()
         if not numbers:
             return None
-        ridge = RIDGE * self._squares.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-        unit = torch.eye(self._squares.shape[-1], dtype=torch.float64, device=self._squares.device)
-        learned = torch.linalg.solve(self._squares + ridge * unit, self._products)
+        ridge = RIDGE * squares.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        unit = torch.eye(squares.shape[-1], dtype=torch.float64, device=squares.device)
+        learned = torch.linalg.solve(squares + ridge * unit, self._products)
         learned = learned.view(num_layers * per_layer, heads // per_layer, *learned.shape[-2:])
         chosen = learned[torch.tensor(numbers, device=learned.device)]
         return StoredMaps.of([divmod(number, per_layer) for number in numbers], chosen.cpu().numpy())
+
+    def _learned(self) -> tuple[Tensor, Tensor]:
+        if not isinstance(self._wanted, Tensor) or not isinstance(self._squares, Tensor):
+            raise ValueError("there is no context to learn from")
+        return self._wanted, self._squares
 
 
 def wanted_shares(asked: Problems) -> Tensor:

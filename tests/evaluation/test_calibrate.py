@@ -23,6 +23,7 @@ from kvsculpt_vllm.evaluation.calibrate import (
     curves,
     judged_by,
     layer_weights,
+    plan_of,
     shares,
     what_follows,
 )
@@ -118,9 +119,14 @@ def test_the_command_writes_the_mean_of_the_contexts_where_servers_look(director
     contexts = [words[i * (length + 1) :][:length] for i in range(3)]
     readings = [SecondReading(model, tokens[:CONTEXT], 0) for tokens in contexts]
     foreteller = Foreteller()
-    with torch.no_grad():
-        found = [curves(model, *of, foreteller) for of in zip(contexts, 3 * ["balanced"], readings, strict=True)]
+    plan = plan_of(CONTEXT)
+    for reading in readings:
+        foreteller.add(reading, plan.span_pages * plan.block_size, plan.sinks)
     assert file.query_maps == foreteller.maps()
+    maps = file.whole.query_maps
+    assert maps.heads  # heads of random weights do copy
+    found = [curves(model, tokens, "balanced", of, maps) for tokens, of in zip(contexts, readings, strict=True)]
+    assert (found[0][1][2] != curves(model, contexts[0], "balanced", readings[0], None)[1][2]).any()
     fractions = found[0][0]
     # What follows, and the context again: so short a one from its first token on.
     answers = [
@@ -134,7 +140,10 @@ def test_the_command_writes_the_mean_of_the_contexts_where_servers_look(director
         for tokens in contexts
     ]
     means = {power: np.mean([by_power[power] for _, by_power in found], axis=0) for power in (1, 2)}
-    ranked = {power: LossCurves(fractions, (mean[0] + mean[2]) / 2, power=power) for power, mean in means.items()}
+    ranked = {
+        power: LossCurves(fractions, (mean[0] + mean[2]) / 2, power=power, query_maps=maps)
+        for power, mean in means.items()
+    }
     lost = {power: sum(one.lost(COMPARED_AT, by)[0] for one in answers) for power, by in ranked.items()}
     # By the ranking with which the answers lose less.
     assert file.whole.power == file.power == min(lost, key=lost.__getitem__) and lost[1] != lost[2]

@@ -7,7 +7,7 @@ from transformers import LlamaForCausalLM
 
 from kvsculpt_vllm.evaluation import second_reading
 from kvsculpt_vllm.evaluation.model import EvaluationModel
-from kvsculpt_vllm.evaluation.second_reading import RIDGE, UNSURE, Foreteller, SecondReading, wanted_shares
+from kvsculpt_vllm.evaluation.second_reading import RIDGE, UNSURE, Foreteller, SecondReading
 from kvsculpt_vllm.sculpt.foretold import SHARPLY
 from kvsculpt_vllm.sculpt.selection import teach
 
@@ -47,19 +47,18 @@ def twice(tokens):
 
 @torch.no_grad()
 def weights_of(plain, tokens):
-    """Transformers' attention weights (L, heads, P, CONTEXT) of the second reading, scaled to sum to 1 over the first;
-    and the first reading's values.
-    """
+    """Transformers' attention weights (L, heads, P, CONTEXT) from the second reading to the first, and its values."""
     told = plain(twice(tokens), output_attentions=True, use_cache=True)
     weights = torch.stack([layer[0, :, CONTEXT:, :CONTEXT] for layer in told.attentions])
     values = [layer.values[0, :, :CONTEXT] for layer in told.past_key_values.layers]
-    return weights / weights.sum(-1, keepdim=True), torch.stack(values)
+    return weights, torch.stack(values)
 
 
 def test_the_second_reading_asks_the_first_ones_entries_alone(plain, contexts, readings):
     problems = readings[0].problems(CONTEXT, SPAN, SINKS)
     found = teach(problems.take(slice(None)), 1 << 20)
     weights, values = weights_of(plain, contexts[0])
+    weights = weights / weights.sum(-1, keepdim=True)
     expected = weights @ values.repeat_interleave(GROUP, 1)  # (L, heads, P, D)
     by_head = found.out.unflatten(1, (CONTEXT - PREFIX, GROUP)).transpose(1, 2).reshape(expected.shape)
     torch.testing.assert_close(by_head, expected, rtol=0, atol=1e-4)
@@ -96,7 +95,7 @@ def test_maps_are_learned_of_the_heads_that_copy(plain, contexts, readings, monk
     with pytest.raises(ValueError, match="no context to learn from"):
         foreteller.maps()
     for reading in readings:
-        foreteller.add(reading, reading.problems(CONTEXT, SPAN, SINKS))
+        foreteller.add(reading, SPAN, SINKS)
     stored = foreteller.maps()
     assert stored.heads == tuple(divmod(b, KV_HEADS) for b in range(LAYERS * KV_HEADS) if shares[b] >= least)
     assert 0 < len(stored.heads) < LAYERS * KV_HEADS and stored.group == GROUP
@@ -119,6 +118,5 @@ def test_maps_are_learned_of_the_heads_that_copy(plain, contexts, readings, monk
 def test_a_model_whose_heads_do_not_copy_has_no_maps(readings, monkeypatch):
     monkeypatch.setattr(second_reading, "WANTED", 2.0)  # more than all queries give together
     foreteller = Foreteller()
-    asked = readings[0].problems(CONTEXT, SPAN, SINKS)
-    foreteller.add(readings[0], asked)
-    assert foreteller.maps() is None and (wanted_shares(asked) == 0).all()
+    foreteller.add(readings[0], SPAN, SINKS)
+    assert foreteller.maps() is None

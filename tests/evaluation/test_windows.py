@@ -27,7 +27,7 @@ from kvsculpt_vllm.evaluation.chain import Chain
 from kvsculpt_vllm.evaluation.harness import Context
 from kvsculpt_vllm.evaluation.methods import METHODS
 from kvsculpt_vllm.evaluation.model import EvaluationModel
-from kvsculpt_vllm.evaluation.second_reading import Foreteller, SecondReading
+from kvsculpt_vllm.evaluation.second_reading import SecondReading
 from kvsculpt_vllm.sculpt.effort import Effort
 
 from .test_chain import keep_all
@@ -167,7 +167,7 @@ def test_a_calibration_has_curves_of_the_layers_that_are_compressed(tokens):
     text = [*tokens, *tokens[:1:-1], *tokens, *tokens[::2]]
     model = EvaluationModel(gemma())
     reading = SecondReading(model, text[: len(text) // LENGTHS], 0)
-    losses = curves(model, text, "fast", reading, Foreteller())[1][2]
+    losses = curves(model, text, "fast", reading, None)[1][2]
     assert losses.shape[:2] == (3, 4) and (losses >= 0).all() and losses.max() > 0
 
 
