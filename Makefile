@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Prints the folder that has the Python of the vLLM that is supported and has no CPU build; fetches it first (12 MB).
 NEXT_VLLM := $(BIN)/python tests/helpers/vllm_sources.py
-BESIDE := tests/serving tests/engine/test_zoo.py tests/engine/test_windows.py
+BESIDE := tests/serving tests/engine/test_zoo.py tests/engine/test_windows.py tests/test_precompute.py
 ON_NEXT := tests/engine tests/test_plugin.py tests/test_doctor.py
 ENGINES_ON_NEXT := tests/engine/test_engine.py::test_a_prompt_longer_than_the_memory_is_served_and_gives_the_tokens_of_stock_vllm \
   "tests/engine/test_windows.py::test_every_entry_in_shuffled_packed_pages_gives_the_tokens_of_stock_vllm[V2]" \
@@ -30,6 +30,7 @@ test: setup ## Run all tests
 	@# Servers compute on the first core, the engines of the other tests on the last one: side by side they take half of the
 	@# time. Behind the servers come tests on vLLM 0.33's Python and 0.32's kernels, without those of the solver.
 	@{ export KVSCULPT_TEST_CORE=first; $(BIN)/python -m pytest -q $(BESIDE); serving=$$?; \
+	    export KVSCULPT_TEST_EXAMPLES=120; \
 	    next=$$($(NEXT_VLLM)) && PYTHONPATH=$$next $(BIN)/python -m pytest -q -m "not engine" -k "not a_solve_" $(ON_NEXT) && \
 	    PYTHONPATH=$$next $(BIN)/python -m pytest -q $(ENGINES_ON_NEXT) && exit $$serving; \
 	  } > $(VENV)/test-serving.log 2>&1 & serving=$$!; \

@@ -324,9 +324,15 @@ class Worker:
             assert packed.tokens == self.tokens(request_id, first)
             assert all(slot == packed.content for block in packed.command.packed for slot in self.content[block])
             assert row[packed.first : packed.first + len(packed.command.packed)] == packed.command.packed
-        behind = (None, *(packed.command.attempt for packed in chain))
-        for position in range(first, num_tokens):
-            found = self.content[row[position // BLOCK]][position % BLOCK]
-            # What was computed before a compression is exact, or behind fewer segments.
-            assert found[:-1] == ("token", self.prefix(request_id, position))
-            assert found[-1] in behind
+        if num_tokens <= first:
+            return
+        # At once: this is done for every request at every step.
+        begin = first // BLOCK * BLOCK
+        slots = [slot for block in row[begin // BLOCK : -(-num_tokens // BLOCK)] for slot in self.content[block]]
+        slots = slots[first - begin : num_tokens - begin]
+        assert len(slots) == num_tokens - first
+        self.prefix(request_id, num_tokens - 1)
+        known = self.prefixes[request_id][first:num_tokens]
+        assert [slot[:-1] for slot in slots] == [("token", prefix) for prefix in known]
+        # What was computed before a compression is exact, or behind fewer segments.
+        assert {slot[-1] for slot in slots} <= {None, *(packed.command.attempt for packed in chain)}

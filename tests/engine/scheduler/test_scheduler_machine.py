@@ -1,5 +1,6 @@
 """What the scheduler does, on vLLM's real scheduler and block pool: at random, and in cases that were hard."""
 
+import os
 from collections import Counter
 
 import pytest
@@ -18,10 +19,14 @@ LONGEST = 800
 """Tokens of a request of the machine with windows, at most."""
 
 
+EXAMPLES = int(os.environ.get("KVSCULPT_TEST_EXAMPLES", "250"))
+"""Fewer on the second vLLM (Makefile): the store, which knows no vLLM, is not read in so few."""
+
+
 def test_whatever_happens_no_block_is_lost_or_read_by_another(machine):
     case = machine.TestCase
     case.settings = settings(
-        max_examples=250,
+        max_examples=EXAMPLES,
         stateful_step_count=70,
         deadline=None,
         derandomize=True,
@@ -31,7 +36,8 @@ def test_whatever_happens_no_block_is_lost_or_read_by_another(machine):
     machine.seen.clear()
     case("runTest").runTest()
     # It did happen.
-    rare = [event for event in EVENTS if not machine.seen[event]]
+    of_many = ("read", "unreadable") if EXAMPLES < 250 else ()
+    rare = [event for event in EVENTS if not machine.seen[event] and event not in of_many]
     assert not rare, f"{rare} never happened, only {dict(machine.seen)}"
 
 
