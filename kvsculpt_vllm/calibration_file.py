@@ -33,14 +33,19 @@ class CalibrationError(ValueError):
 
 
 class StoredMaps(BaseModel):
-    """Linear maps of some heads' queries (see `foretold.QueryMaps`), in 16 bits."""
+    """Linear maps of some heads' queries (see `foretold.QueryMaps`): what they add to a query is a product of two
+    narrow matrices, in 16 bits.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     heads: tuple[tuple[int, int], ...]  # N layers and KV heads, ascending
     group: int = Field(ge=1)  # G query heads of each
     head_size: int = Field(ge=1)  # D
-    numbers: Base64UrlBytes  # (N, G, D + 1, D) float16, little-endian
+    rank: int = Field(ge=1)  # R
+    numbers: (
+        Base64UrlBytes  # (N, G, 2 D + 1, R) float16, little-endian: D + 1 rows of one matrix, D columns of the other
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> StoredMaps:
@@ -48,20 +53,23 @@ class StoredMaps(BaseModel):
             raise ValueError(f"numbers of {self._shape} maps: {len(self.numbers)} bytes are not what they take")
         if list(self.heads) != sorted(set(self.heads)) or min(map(min, self.heads), default=0) < 0:
             raise ValueError("heads do not ascend")
-        if not np.isfinite(self._maps).all():
+        if not np.isfinite(self._stored).all():
             raise ValueError("numbers are not all finite")
         return self
 
     @classmethod
-    def of(cls, heads: Sequence[tuple[int, int]], maps: np.ndarray) -> StoredMaps:
-        """Store the `maps` (N, G, D + 1, D) of the `heads`, layers and KV heads.
+    def of(cls, heads: Sequence[tuple[int, int]], into: np.ndarray, out: np.ndarray) -> StoredMaps:
+        """Store the maps of the `heads`, layers and KV heads, that add ``(q, 1) @ into @ out`` to a query q: `into` (N,
+        G, D + 1, R) and `out` (N, G, R, D).
 
         Raises:
             ValueError: a number that 16 bits cannot hold.
         """
+        both = np.concatenate([into, out.swapaxes(2, 3)], axis=2)
         with np.errstate(over="ignore"):  # it is refused as not finite
-            numbers = base64.urlsafe_b64encode(maps.astype("<f2").tobytes())
-        return cls(heads=tuple(heads), group=maps.shape[1], head_size=maps.shape[3], numbers=numbers)
+            numbers = base64.urlsafe_b64encode(both.astype("<f2").tobytes())
+        _, group, head_size, rank = into.shape
+        return cls(heads=tuple(heads), group=group, head_size=head_size - 1, rank=rank, numbers=numbers)
 
     def part(self, layers: Sequence[int], kv_heads: Sequence[int], share: int = 0, shares: int = 1) -> QueryMaps:
         """Take the maps of some heads, numbered as they are in `layers` x `kv_heads`. Of each one's query heads the
@@ -71,15 +79,17 @@ class StoredMaps(BaseModel):
         every = [(layer, head) for layer in layers for head in kv_heads]
         numbers = [number for number, head in enumerate(every) if head in places]
         each = self.group // shares
-        chosen = self._maps[[places[every[number]] for number in numbers], share * each : (share + 1) * each]
-        return QueryMaps(tuple(numbers), torch.from_numpy(chosen.astype(np.float32)))
+        chosen = self._stored[[places[every[number]] for number in numbers], share * each : (share + 1) * each]
+        into, out = np.split(chosen.astype(np.float32), [self.head_size + 1], axis=2)
+        unchanged = np.eye(self.head_size + 1, self.head_size, dtype=np.float32)
+        return QueryMaps(tuple(numbers), torch.from_numpy(unchanged + into @ out.swapaxes(2, 3)))
 
     @property
     def _shape(self) -> tuple[int, int, int, int]:
-        return len(self.heads), self.group, self.head_size + 1, self.head_size
+        return len(self.heads), self.group, 2 * self.head_size + 1, self.rank
 
     @property
-    def _maps(self) -> np.ndarray:
+    def _stored(self) -> np.ndarray:
         return np.frombuffer(self.numbers, dtype="<f2").reshape(self._shape)
 
 
