@@ -33,8 +33,9 @@ class CalibrationError(ValueError):
 
 
 class StoredMaps(BaseModel):
-    """Linear maps of some heads' queries (see `foretold.QueryMaps`): what they add to a query is a product of two
-    narrow matrices, in 16 bits.
+    """Linear maps of some heads' queries (see `foretold.QueryMaps`): what they add to a query, in 8 bits and a scale
+    for each number that comes out. Fewer numbers of more bits, a product of two narrow matrices, do not do
+    (benchmarks/LOG.md).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,34 +43,34 @@ class StoredMaps(BaseModel):
     heads: tuple[tuple[int, int], ...]  # N layers and KV heads, ascending
     group: int = Field(ge=1)  # G query heads of each
     head_size: int = Field(ge=1)  # D
-    rank: int = Field(ge=1)  # R
-    numbers: (
-        Base64UrlBytes  # (N, G, 2 D + 1, R) float16, little-endian: D + 1 rows of one matrix, D columns of the other
-    )
+    steps: Base64UrlBytes  # (N, G, D + 1, D) int8
+    scales: Base64UrlBytes  # (N, G, 1, D) float16, little-endian: what a step is worth
 
     @model_validator(mode="after")
     def _consistent(self) -> StoredMaps:
-        if len(self.numbers) != 2 * math.prod(self._shape):
-            raise ValueError(f"numbers of {self._shape} maps: {len(self.numbers)} bytes are not what they take")
+        for name, given, each in (("steps", self.steps, self.head_size + 1), ("scales", self.scales, 2)):
+            shape = (len(self.heads), self.group, self.head_size)
+            if len(given) != math.prod(shape) * each:
+                raise ValueError(f"{name}: {len(given)} bytes given, {shape} of {each} bytes expected")
         if list(self.heads) != sorted(set(self.heads)) or min(map(min, self.heads), default=0) < 0:
             raise ValueError("heads do not ascend")
-        if not np.isfinite(self._stored).all():
-            raise ValueError("numbers are not all finite")
+        if not np.isfinite(self._scales).all():
+            raise ValueError("scales are not all finite")
         return self
 
     @classmethod
-    def of(cls, heads: Sequence[tuple[int, int]], into: np.ndarray, out: np.ndarray) -> StoredMaps:
-        """Store the maps of the `heads`, layers and KV heads, that add ``(q, 1) @ into @ out`` to a query q: `into` (N,
-        G, D + 1, R) and `out` (N, G, R, D).
+    def of(cls, heads: Sequence[tuple[int, int]], maps: np.ndarray) -> StoredMaps:
+        """Store the `maps` (N, G, D + 1, D) of the `heads`, layers and KV heads.
 
         Raises:
-            ValueError: a number that 16 bits cannot hold.
+            ValueError: a number that is too large.
         """
-        both = np.concatenate([into, out.swapaxes(2, 3)], axis=2)
+        added = maps - np.eye(*maps.shape[2:])
         with np.errstate(over="ignore"):  # it is refused as not finite
-            numbers = base64.urlsafe_b64encode(both.astype("<f2").tobytes())
-        _, group, head_size, rank = into.shape
-        return cls(heads=tuple(heads), group=group, head_size=head_size - 1, rank=rank, numbers=numbers)
+            scales = np.maximum(np.abs(added).max(axis=2, keepdims=True) / 127, 1e-6).astype("<f2")
+        steps = np.rint(added / scales.astype(np.float64)).clip(-127, 127).astype(np.int8)
+        stored = {name: base64.urlsafe_b64encode(x.tobytes()) for name, x in (("steps", steps), ("scales", scales))}
+        return cls(heads=tuple(heads), group=maps.shape[1], head_size=maps.shape[3], **stored)
 
     def part(self, layers: Sequence[int], kv_heads: Sequence[int], share: int = 0, shares: int = 1) -> QueryMaps:
         """Take the maps of some heads, numbered as they are in `layers` x `kv_heads`. Of each one's query heads the
@@ -79,18 +80,14 @@ class StoredMaps(BaseModel):
         every = [(layer, head) for layer in layers for head in kv_heads]
         numbers = [number for number, head in enumerate(every) if head in places]
         each = self.group // shares
-        chosen = self._stored[[places[every[number]] for number in numbers], share * each : (share + 1) * each]
-        into, out = np.split(chosen.astype(np.float32), [self.head_size + 1], axis=2)
-        unchanged = np.eye(self.head_size + 1, self.head_size, dtype=np.float32)
-        return QueryMaps(tuple(numbers), torch.from_numpy(unchanged + into @ out.swapaxes(2, 3)))
+        own = [places[every[number]] for number in numbers], slice(share * each, (share + 1) * each)
+        steps = np.frombuffer(self.steps, dtype=np.int8).reshape(len(self.heads), self.group, -1, self.head_size)
+        added = steps[own].astype(np.float32) * self._scales[own].astype(np.float32)
+        return QueryMaps(tuple(numbers), torch.from_numpy(added + np.eye(*added.shape[2:], dtype=np.float32)))
 
     @property
-    def _shape(self) -> tuple[int, int, int, int]:
-        return len(self.heads), self.group, 2 * self.head_size + 1, self.rank
-
-    @property
-    def _stored(self) -> np.ndarray:
-        return np.frombuffer(self.numbers, dtype="<f2").reshape(self._shape)
+    def _scales(self) -> np.ndarray:
+        return np.frombuffer(self.scales, dtype="<f2").reshape(len(self.heads), self.group, 1, self.head_size)
 
 
 class CalibrationFile(BaseModel):

@@ -45,19 +45,12 @@ GROUP, SIZE = 4, 8
 MAPPED = (0, 3), (1, 0), (2, 1)
 
 
-RANK = 2
-
-
-def factors():
-    """What the maps of three heads are made of (N, G, D + 1, R) and (N, G, R, D), in numbers that 16 bits hold."""
-    shapes = (len(MAPPED), GROUP, SIZE + 1, RANK), (len(MAPPED), GROUP, RANK, SIZE)
-    return [np.arange(np.prod(shape)).reshape(shape) / 8 for shape in shapes]
-
-
 def maps():
-    """Those maps (N, G, D + 1, D)."""
-    into, out = factors()
-    return np.eye(SIZE + 1, SIZE) + np.einsum("ngir,ngro->ngio", into, out)
+    """Maps of three heads (N, G, D + 1, D): what they add is whole steps of a power of two."""
+    shape = len(MAPPED), GROUP, SIZE + 1, SIZE
+    steps = np.arange(np.prod(shape)).reshape(shape) % 128
+    steps[:, :, 0] = 127
+    return np.eye(SIZE + 1, SIZE) + steps * 2.0 ** -np.arange(SIZE)
 
 
 @pytest.fixture
@@ -72,7 +65,7 @@ def model(tmp_path, monkeypatch):
 
 def test_survives_its_file(made, tmp_path):
     followed = tuple(tuple(tuple(2 * loss for loss in head) for head in layer) for layer in made.losses)
-    stored = StoredMaps.of(MAPPED, *factors())
+    stored = StoredMaps.of(MAPPED, maps())
     for file in (made, made.model_copy(update={"followed_losses": followed, "query_maps": stored})):
         file.write(tmp_path / "c.json")
         assert read(tmp_path / "c.json") == file
@@ -84,12 +77,12 @@ def test_survives_its_file(made, tmp_path):
 
 def stored(**change):
     """Stored maps as they are in the file, of which something is different."""
-    return StoredMaps.of(MAPPED, *factors()).model_dump(mode="json") | change
+    return StoredMaps.of(MAPPED, maps()).model_dump(mode="json") | change
 
 
-def test_a_map_that_16_bits_cannot_hold_is_refused():
+def test_a_map_of_numbers_that_are_too_large_is_refused():
     with pytest.raises(ValueError, match="not all finite"):
-        StoredMaps.of(MAPPED, *(1e4 * factor for factor in factors()))
+        StoredMaps.of(MAPPED, 1e6 * maps())
 
 
 @pytest.mark.parametrize(
@@ -104,11 +97,11 @@ def test_a_map_that_16_bits_cannot_hold_is_refused():
         ({"format": 2}, "format .*should be 1"),
         ({"losses": "NaN"}, "losses"),
         ({"more": 1}, "more Extra"),
-        ({"query_maps": stored(heads=[[0, 3], [1, 0]])}, r"query_maps .*numbers of \(2, 4, 17, 2\) maps: 816 bytes"),
+        ({"query_maps": stored(heads=[[0, 3], [1, 0]])}, r"steps: 864 bytes given, \(2, 4, 8\) of 9 bytes"),
         ({"query_maps": stored(heads=[[0, 3], [1, 0], [3, 0]])}, "query_maps are of layer 3, KV head 0"),
         ({"query_maps": stored(heads=[[1, 0], [0, 3], [2, 1]])}, "heads do not ascend"),
         ({"query_maps": stored(heads=[[0, -1], [1, 0], [2, 1]])}, "heads do not ascend"),
-        ({"query_maps": stored(numbers="AAAA")}, "maps: 3 bytes are not what they take"),
+        ({"query_maps": stored(scales="AAAA")}, "scales: 3 bytes given"),
     ],
 )
 def test_what_is_no_calibration_is_refused(made, tmp_path, change, message):
@@ -192,7 +185,7 @@ def test_a_model_that_cannot_be_measured_stops_the_server(model, capfd):
     ],
 )
 def test_a_rank_gets_the_curves_and_maps_of_its_layers_and_heads(made, tmp_path, world_size, own, heads):
-    made.model_copy(update={"query_maps": StoredMaps.of(MAPPED, *factors())}).write(tmp_path / "c.json")
+    made.model_copy(update={"query_maps": StoredMaps.of(MAPPED, maps())}).write(tmp_path / "c.json")
     copies = max(1, world_size // HEADS)
     config = CompressionConfig(method="sculpt", calibration=str(tmp_path / "c.json"))
     names = [f"model.layers.{layer}.self_attn.attn" for layer in (1, 2)]

@@ -27,11 +27,6 @@ RIDGE = 3e-3
 """Of the mean square of a query's numbers, added to each of these squares in the regression."""
 
 
-RANK = 16
-"""Rank of what maps add to a query. On Qwen2.5-Coder-1.5B 16 of 128 leave 1 to 3 % of what the whole regression
-foretells, which itself misses some 6 % of the second reading's queries."""
-
-
 class SecondReading:
     """A context, and the same once more right behind it."""
 
@@ -124,15 +119,8 @@ class Foreteller:
         unit = torch.eye(squares.shape[-1], dtype=torch.float64, device=squares.device)
         learned = torch.linalg.solve(squares + ridge * unit, self._products)
         learned = learned.view(num_layers * per_layer, heads // per_layer, *learned.shape[-2:])
-        # What is added to a query, in the directions that matter most for the queries that were seen.
-        own = torch.tensor(numbers, device=learned.device)
-        size = learned.shape[-1]
-        added = learned[own] - unit[:, :size]
-        seen = torch.linalg.cholesky(squares + ridge * unit).mT.reshape(num_layers * per_layer, -1, size + 1, size + 1)
-        out = torch.linalg.svd(seen[own] @ added, full_matrices=False).Vh[..., : min(RANK, size), :]
-        into = added @ out.mT
-        where = [divmod(number, per_layer) for number in numbers]
-        return StoredMaps.of(where, into.cpu().numpy(), out.cpu().numpy())
+        chosen = learned[torch.tensor(numbers, device=learned.device)]
+        return StoredMaps.of([divmod(number, per_layer) for number in numbers], chosen.cpu().numpy())
 
     def _learned(self) -> tuple[Tensor, Tensor]:
         if not isinstance(self._wanted, Tensor) or not isinstance(self._squares, Tensor):

@@ -112,28 +112,8 @@ def test_maps_are_learned_of_the_heads_that_copy(plain, contexts, readings, monk
             ridge = RIDGE * np.mean(np.sum(known**2, axis=0))
             rows = np.concatenate([known, np.sqrt(ridge) * np.eye(known.shape[1])])  # ridge as rows of least squares
             wanted, *_ = np.linalg.lstsq(rows, np.concatenate([asked, np.zeros((known.shape[1], asked.shape[1]))]))
-            np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=4e-3)  # stored in 16 bits
-
-
-def test_maps_of_a_low_rank_foretell_what_is_asked_as_well_as_any_of_that_rank(readings, monkeypatch):
-    """Eckart, Young and Mirsky, for what the maps add to the queries that they were learned from."""
-    foreteller, rank, found = Foreteller(), 3, {}
-    foreteller.add(readings[0], SPAN, SINKS)
-    for limit in (rank, 16):
-        monkeypatch.setattr(second_reading, "RANK", limit)
-        found[limit] = foreteller.maps().part(range(LAYERS), range(KV_HEADS)).maps.double().numpy()
-    known = readings[0].queries()[0][:, UNSURE:].double()
-    known = torch.cat([known, torch.ones_like(known[..., :1])], -1).unflatten(2, (KV_HEADS, GROUP))
-    known = known.permute(0, 2, 3, 1, 4).flatten(0, 1).numpy()  # (heads, G, P, D + 1)
-    for queries, low, whole in zip(known, found[rank], found[16], strict=True):
-        for rows, narrow, wide in zip(queries, low, whole, strict=True):
-            size = wide.shape[1]
-            ridge = np.sqrt(RIDGE * np.mean(np.sum(rows**2, axis=0))) * np.eye(size + 1)
-            seen = np.concatenate([rows, ridge])
-            singular = np.linalg.svd(seen @ (wide - np.eye(size + 1, size)), compute_uv=False)
-            missed = np.linalg.norm(seen @ (wide - narrow))
-            assert missed == pytest.approx(np.linalg.norm(singular[rank:]), rel=0.01)
-            assert np.linalg.matrix_rank(narrow - np.eye(size + 1, size), tol=1e-2 * singular[0]) <= rank
+            steps = np.abs(wanted - np.eye(*wanted.shape)).max(axis=0) / 127  # stored in 8 bits
+            assert (np.abs(found.numpy() - wanted) <= 0.6 * steps).all()
 
 
 def test_a_model_whose_heads_do_not_copy_has_no_maps(readings, monkeypatch):
