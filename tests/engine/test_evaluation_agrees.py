@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pydoc_data.topics
 
+import numpy as np
 import pytest
 import torch
 
-from kvsculpt_vllm.calibration_file import SHIPPED, read
+from kvsculpt_vllm.calibration_file import SHIPPED, StoredMaps, read
 from kvsculpt_vllm.evaluation.chain import Chain
 from kvsculpt_vllm.evaluation.harness import Context
 from kvsculpt_vllm.evaluation.methods.base import surveyed
@@ -21,8 +22,19 @@ pytestmark = pytest.mark.engine
 LENGTH, ANSWER = 544, 8
 
 
+@pytest.fixture(scope="module")
+def calibration(model_path, tmp_path_factory):
+    """The one that comes with the package, and random maps of all heads' queries, by which entries are ranked, too."""
+    file = read(SHIPPED / f"{model_path.name}.json")
+    heads = [(layer, head) for layer in range(file.num_layers) for head in range(file.num_kv_heads)]
+    random = np.random.default_rng(0).normal(size=(len(heads), 3, 65, 64)) / 8
+    path = tmp_path_factory.mktemp("calibration") / "with_maps.json"
+    file.model_copy(update={"query_maps": StoredMaps.of(heads, np.eye(65, 64) + random)}).write(path)
+    return path
+
+
 def whole_model(model_path):
-    """An engine of all its layers, with its shipped calibration, in the dtype that servers choose."""
+    """An engine of all its layers, in the dtype that servers choose."""
     return {"model": str(model_path), "dtype": fast_dtype(), "enable_prefix_caching": False}
 
 
@@ -33,8 +45,8 @@ def prompt_of(model_path, length):
     return tokenizer(" ".join(topics[name] for name in sorted(topics))[:60000], verbose=False).input_ids[:length]
 
 
-def test_the_engine_fits_what_the_harness_fits_and_answers_the_same(run_engine, model_path):
-    config = {"method": "select", "keep_ratio": 0.3}
+def test_the_engine_fits_what_the_harness_fits_and_answers_the_same(run_engine, model_path, calibration):
+    config = {"method": "select", "keep_ratio": 0.3, "calibration": str(calibration)}
     settings = {"kv_compression": "sculpt", "kv_compression_effort": "fast"}
     request = {"start": 0, "length": LENGTH, "max_tokens": ANSWER, "extra_args": settings}
     engine = whole_model(model_path) | {"additional_config": {"kv_compression": config}}
@@ -47,12 +59,16 @@ def test_the_engine_fits_what_the_harness_fits_and_answers_the_same(run_engine, 
     model = EvaluationModel.load(model_path, "cpu")
     context = Context(model, prompt, ANSWER, EFFORTS["fast"], block_size=32, window=64, sinks=4)
     plan = context.plan(0.3)
-    # The engine finds the one that comes with the package.
-    calibration = read(SHIPPED / f"{model_path.name}.json").whole
-    fitted = surveyed("sculpt", calibration=calibration)(context.problems, plan, "adaptive", EFFORTS["fast"])(plan)
+    fitted, plain = (
+        surveyed("sculpt", calibration=read(path).whole)(context.problems, plan, "adaptive", EFFORTS["fast"])(plan)
+        for path in (calibration, SHIPPED / f"{model_path.name}.json")
+    )
 
     packed = plan.total // context.problems.num_problems
     assert record["blocks_after"] == packed + LENGTH // 32 - context.span_blocks
+    # Maps change which entries are kept: an engine without them would be found.
+    assert fitted.pages == plain.pages
+    assert float(fitted.start_error.mean()) > 1.3 * float(plain.start_error.mean())
     # The engine computes in bfloat16, the harness in float32; another sample of queries would differ by much more.
     assert record["error_before"] == pytest.approx(float(fitted.start_error.mean()), rel=0.1)
     assert record["error_after"] == pytest.approx(float(fitted.error.mean()), rel=0.1)
@@ -74,6 +90,7 @@ def test_the_engine_makes_the_chain_that_the_harness_makes(run_engine, model_pat
     model = EvaluationModel.load(model_path, "cpu")
     chain = Chain(model, prompt_of(model_path, length), EFFORTS["fast"], block_size=32, window=64, sinks=4)
     planned = list(pieces(length, 64, 32, 0.3, segment))
+    # The engine finds the one that comes with the package.
     method = surveyed("sculpt", calibration=read(SHIPPED / f"{model_path.name}.json").whole)
     made = chain.make(planned, method, "adaptive")
     assert record["segments"] == len(made.segments) == 3
