@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,7 +43,7 @@ class Problems:
     followed: bool = False  # whether other segments come behind this one, so that it is read from afar
     # Builds the problems of those heads that have maps, in their order, as a second reading would ask them. None where
     # the first reading's queries are no longer known.
-    foretell: Callable[[QueryMaps], Slices[Problems]] | None = None
+    foretell: Callable[[QueryMaps], Slices[Problems]] | None = field(default=None, compare=False)
 
     @property
     def num_problems(self) -> int:

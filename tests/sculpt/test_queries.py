@@ -140,8 +140,9 @@ def segment(**changed):
 
 
 def same(one, other):
-    """Whether two problems agree bitwise in every field."""
-    pairs = [(getattr(one, field.name), getattr(other, field.name)) for field in dataclasses.fields(one)]
+    """Whether two problems agree bitwise in every field that is a value."""
+    values = [field.name for field in dataclasses.fields(one) if field.compare]
+    pairs = [(getattr(one, name), getattr(other, name)) for name in values]
     return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
