@@ -44,11 +44,11 @@ class QueryMaps:
         kept = [i for i, number in enumerate(self.heads) if own.start <= number < own.stop]
         return QueryMaps(tuple(self.heads[i] - own.start for i in kept), self.maps[kept])
 
-    def apply(self, numbers: Sequence[int], queries: Tensor) -> Tensor:
-        """Foretell the queries (b, P, G, D) of the problems `numbers`, all of which have maps, from those asked in the
-        first reading, of the same shape; both as they are at position 0.
+    def apply(self, which: Sequence[int], queries: Tensor) -> Tensor:
+        """Foretell queries (b, P, G, D) by `which` of the N maps from those asked in the first reading, of the same
+        shape; both as they are at position 0.
         """
-        maps = self.maps[[self.heads.index(number) for number in numbers]].to(queries.device, non_blocking=True)
+        maps = on_device(self.maps[list(which)], queries.device)
         return (queries.transpose(1, 2) @ maps[:, :, :-1] + maps[:, :, -1:]).transpose(1, 2)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -185,13 +185,16 @@ def build_in_slices(
         again = (origin + (end - first + REQUEST_TOKENS)).clamp_max(min(covered, default=sys.maxsize) - 1)
         there: Turns = {}
         back: Turns = {}
-        for rotary in {id(rotary): rotary for rotary in rotaries_of(mapped) if rotary is not None}.values():
-            at = [on_device(places, keys.device) for places in (origin, torch.zeros_like(origin), again)]
-            back[rotary, None], there[rotary, None] = rotary.turn(at[0], at[1]), rotary.turn(at[1], at[2])
+        asked_first, nowhere, asked_again = (
+            on_device(places, keys.device) for places in (origin, torch.zeros_like(origin), again)
+        )
+        for rotary in _distinct(rotaries_of(mapped)):
+            back[rotary, None] = rotary.turn(asked_first, nowhere)
+            there[rotary, None] = rotary.turn(nowhere, asked_again)
 
         def ask_again(own: Sequence[int], rows: Tensor) -> Tensor:
             plain = _turned(rows.float(), rotaries_of(own), back, None)
-            foretold = maps.apply([maps.heads[mapped.index(number)] for number in own], plain)
+            foretold = maps.apply([mapped.index(number) for number in own], plain)
             return _turned(foretold, rotaries_of(own), there, None)
 
         asked = build(again, torch.zeros(len(again), dtype=torch.bool), numbers=mapped, ask=ask_again)
@@ -296,6 +299,11 @@ asked_problems = at_once(_asked_in_slices)
 build_problems = at_once(build_in_slices)
 
 
+def _distinct(rotaries: Sequence[Rotary | None]) -> Iterable[Rotary]:
+    """Each of them once: layers often share one."""
+    return {id(rotary): rotary for rotary in rotaries if rotary is not None}.values()
+
+
 def _consecutive(numbers: Sequence[int], device: torch.device) -> slice | Tensor:
     """What indexes the `numbers`: a slice, of which a view is made, if there are no gaps."""
     if numbers[-1] - numbers[0] == len(numbers) - 1:
@@ -311,7 +319,7 @@ def _turned(rows: Tensor, rotaries: Sequence[Rotary | None], turns: Turns, count
     first = rotaries[0]
     if all(rotary is first for rotary in rotaries):  # as in most models
         return rows if first is None else first.turned(rows, turns[first, count])
-    for rotary in {id(rotary): rotary for rotary in rotaries if rotary is not None}.values():
+    for rotary in _distinct(rotaries):
         mine = on_device([b for b, other in enumerate(rotaries) if other is rotary], rows.device)
         rows[mine] = rotary.turned(rows[mine], turns[rotary, count])
     return rows

@@ -1,7 +1,5 @@
 """Queries of a second reading, foretold; and the order that they and the prompt's own queries give together."""
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import given
@@ -16,11 +14,11 @@ from kvsculpt_vllm.sculpt.queries import REQUEST_TOKENS, build_problems
 from kvsculpt_vllm.sculpt.rotary import Rotary
 from kvsculpt_vllm.sculpt.slices import finish
 from kvsculpt_vllm.sculpt.survey import survey
+from rope import frequencies, rotate
 
 SIZE, LAYERS, HEADS, GROUP, SINKS, SPAN, TOKENS, FIRST, RECENT, SCALE = 8, 3, 2, 2, 2, 32, 40, 24, 5, 0.7
 PLAN = PagePlan(8, SPAN // 8, 2 * LAYERS * HEADS, SINKS)
 EFFORT = Effort(positions=TOKENS, pilot_positions=20, fit_positions=40, key_steps=0)
-FREQUENCIES = 10000.0 ** (-torch.arange(SIZE // 2, dtype=torch.float64) / (SIZE // 2))
 MAPPED = (1, 2, 5)  # KV heads; those of the second layer, 2 and 3, do not rotate
 
 
@@ -37,13 +35,6 @@ def test_one_entry_in_so_many_is_there_for_its_place_in_the_second_order(first, 
         assert mixed == taken
 
 
-def rotate(x, positions):
-    """RoPE by complex numbers: x (..., P, D), halves paired."""
-    angles = positions.double()[:, None] * FREQUENCIES
-    turned = torch.complex(*x.double().chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat([turned.real, turned.imag], dim=-1)
-
-
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -57,7 +48,7 @@ MAPS = normal(len(MAPPED), GROUP, SIZE + 1, SIZE, seed=3)
 
 
 def make(num_positions=4096, **kwargs):
-    angles = torch.arange(num_positions).double()[:, None] * FREQUENCIES
+    angles = torch.arange(num_positions).double()[:, None] * frequencies(SIZE)
     rotary = Rotary(torch.cat([angles.cos(), angles.sin()], dim=-1), SIZE, is_neox_style=True)
     asked = [rotate(plain, POSITIONS) if turns else plain for plain, turns in zip(CONTENT, ROTATES, strict=True)]
     return build_problems(
@@ -136,4 +127,4 @@ def test_problems_that_do_not_know_what_was_asked_first_are_refused():
     assert torch.equal(
         mixed, survey(make(), PLAN, "sculpt", "adaptive", EFFORT, calibration=curves(None)).ranking.order
     )
-    assert dataclasses.replace(nobody).part(slice(0, 3)).query_maps.heads == ()
+    assert nobody.part(slice(0, 3)).query_maps.heads == ()

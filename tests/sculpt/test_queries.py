@@ -11,22 +11,14 @@ from kvsculpt_vllm.sculpt import problem
 from kvsculpt_vllm.sculpt.problem import Earlier
 from kvsculpt_vllm.sculpt.queries import FUTURE_TOKENS, HELD_OUT_EVERY, build_problems, future_positions
 from kvsculpt_vllm.sculpt.rotary import Rotary
+from rope import frequencies, rotate
 
 HEAD_SIZE, HEADS, KV_HEADS, SPAN, SINKS, PROMPT, RECENT = 8, 4, 2, 32, 2, 40, 5
-FREQUENCIES = 10000.0 ** (-torch.arange(HEAD_SIZE // 2, dtype=torch.float64) / (HEAD_SIZE // 2))
-
-
-def rotate(x, positions):
-    """RoPE by complex numbers: x (..., P, D), halves paired."""
-    angles = positions.double()[:, None] * FREQUENCIES
-    turns = torch.polar(torch.ones_like(angles), angles)
-    turned = torch.complex(*x.double().chunk(2, dim=-1)) * turns
-    return torch.cat([turned.real, turned.imag], dim=-1)
 
 
 def make(num_positions=4096):
     torch.manual_seed(0)
-    angles = torch.arange(num_positions).double()[:, None] * FREQUENCIES
+    angles = torch.arange(num_positions).double()[:, None] * frequencies(HEAD_SIZE)
     rotary = Rotary(torch.cat([angles.cos(), angles.sin()], dim=-1), HEAD_SIZE, is_neox_style=True)
     positions = torch.tensor([0, 3, 10, 17, 21, 22, 30, *range(PROMPT - RECENT, PROMPT)])
     content = torch.randn(HEADS, len(positions), HEAD_SIZE)  # before any rotation
@@ -182,7 +174,7 @@ def test_every_query_sees_what_earlier_segments_left(learned, soft_cap, window, 
 
 
 def test_problems_depend_on_distances_not_on_where_a_segment_begins():
-    angles = torch.arange(1024).double()[:, None] * FREQUENCIES
+    angles = torch.arange(1024).double()[:, None] * frequencies(HEAD_SIZE)
     rotary = Rotary(torch.cat([angles.cos(), angles.sin()], dim=-1), HEAD_SIZE, is_neox_style=True)
     found = []
     for first in (0, FIRST):
@@ -231,7 +223,7 @@ def test_some_of_the_problems_are_those_of_the_whole_and_nothing_else_is_read(nu
 
 
 def test_layers_may_rotate_differently():
-    angles = torch.arange(1024).double()[:, None] * FREQUENCIES
+    angles = torch.arange(1024).double()[:, None] * frequencies(HEAD_SIZE)
     near, far = (
         Rotary(torch.cat([(angles * f).cos(), (angles * f).sin()], dim=-1), HEAD_SIZE, is_neox_style=True)
         for f in (1.0, 0.1)

@@ -19,6 +19,9 @@ LONGEST = 800
 """Tokens of a request of the machine with windows, at most."""
 
 
+OF_STORE = ("read", "unreadable")
+"""What happens with a store alone."""
+
 EXAMPLES = int(os.environ.get("KVSCULPT_TEST_EXAMPLES", "250"))
 """Fewer on the second vLLM (Makefile): the store, which knows no vLLM, is not read in so few."""
 
@@ -36,7 +39,7 @@ def test_whatever_happens_no_block_is_lost_or_read_by_another(machine):
     machine.seen.clear()
     case("runTest").runTest()
     # It did happen.
-    of_many = ("read", "unreadable") if EXAMPLES < 250 else ()
+    of_many = OF_STORE if EXAMPLES < 250 else ()
     rare = [event for event in EVENTS if not machine.seen[event] and event not in of_many]
     assert not rare, f"{rare} never happened, only {dict(machine.seen)}"
 
@@ -347,7 +350,7 @@ def test_with_windows_no_block_is_lost_or_read_by_another(windowed_machine):
     Roomier.seen.clear()
     case("runTest").runTest()
     # There is no store.
-    rare = [event for event in EVENTS if not Roomier.seen[event] and event not in ("read", "unreadable")]
+    rare = [event for event in EVENTS if not Roomier.seen[event] and event not in OF_STORE]
     assert not rare, f"{rare} never happened, only {dict(Roomier.seen)}"
 
 
