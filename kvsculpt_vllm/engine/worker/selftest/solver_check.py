@@ -139,7 +139,7 @@ def scores(subject: Subject, notes: Notes) -> None:
 
 def _score(notes: Notes, problems: Problems, size: Size) -> None:
     truth, single = _Teacher.of(problems), problems.take(torch.arange(2, device=problems.keys.device))
-    for power in (1, SHARPLY):  # the least and the highest that are used
+    for power in (1, 2, SHARPLY):
         case = f"{size}, power {power}"
 
         def call(power: int = power) -> tuple[Tensor, ...]:
