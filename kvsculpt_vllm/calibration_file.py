@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ class StoredMaps(BaseModel):
     heads: tuple[tuple[int, int], ...]  # N layers and KV heads, ascending
     group: int = Field(ge=1)  # G query heads of each
     head_size: int = Field(ge=1)  # D
+    wanted: tuple[Annotated[float, Field(ge=0, le=1)], ...]  # N shares of a head's entries, see `foretold.QueryMaps`
     steps: Base64UrlBytes  # (N, G, D + 1, D) int8
     scales: Base64UrlBytes  # (N, G, 1, D) float16, little-endian: what a step is worth
 
@@ -52,6 +53,8 @@ class StoredMaps(BaseModel):
             shape = (len(self.heads), self.group, self.head_size)
             if len(given) != math.prod(shape) * each:
                 raise ValueError(f"{name}: {len(given)} bytes given, {shape} of {each} bytes expected")
+        if len(self.wanted) != len(self.heads):
+            raise ValueError(f"wanted: {len(self.wanted)} shares given for {len(self.heads)} heads")
         if list(self.heads) != sorted(set(self.heads)) or min(map(min, self.heads), default=0) < 0:
             raise ValueError("heads do not ascend")
         if not np.isfinite(self._scales).all():
@@ -59,8 +62,8 @@ class StoredMaps(BaseModel):
         return self
 
     @classmethod
-    def of(cls, heads: Sequence[tuple[int, int]], maps: np.ndarray) -> StoredMaps:
-        """Store the `maps` (N, G, D + 1, D) of the `heads`, layers and KV heads.
+    def of(cls, heads: Sequence[tuple[int, int]], maps: np.ndarray, wanted: Sequence[float]) -> StoredMaps:
+        """Store the `maps` (N, G, D + 1, D) of the `heads`, layers and KV heads, of whose entries shares are `wanted`.
 
         Raises:
             ValueError: a number that is too large.
@@ -70,7 +73,8 @@ class StoredMaps(BaseModel):
             scales = np.maximum(np.abs(added).max(axis=2, keepdims=True) / 127, 1e-6).astype("<f2")
         steps = np.rint(added / scales.astype(np.float64)).clip(-127, 127).astype(np.int8)
         stored = {name: base64.urlsafe_b64encode(x.tobytes()) for name, x in (("steps", steps), ("scales", scales))}
-        return cls(heads=tuple(heads), group=maps.shape[1], head_size=maps.shape[3], **stored)
+        shares = tuple(float(f"{share:.4g}") for share in wanted)
+        return cls(heads=tuple(heads), group=maps.shape[1], head_size=maps.shape[3], wanted=shares, **stored)
 
     def part(self, layers: Sequence[int], kv_heads: Sequence[int], share: int = 0, shares: int = 1) -> QueryMaps:
         """Take the maps of some heads, numbered as they are in `layers` x `kv_heads`. Of each one's query heads the
@@ -83,7 +87,8 @@ class StoredMaps(BaseModel):
         own = [places[every[number]] for number in numbers], slice(share * each, (share + 1) * each)
         steps = np.frombuffer(self.steps, dtype=np.int8).reshape(len(self.heads), self.group, -1, self.head_size)
         added = steps[own].astype(np.float32) * self._scales[own].astype(np.float32)
-        return QueryMaps(tuple(numbers), torch.from_numpy(added + np.eye(*added.shape[2:], dtype=np.float32)))
+        maps = torch.from_numpy(added + np.eye(*added.shape[2:], dtype=np.float32))
+        return QueryMaps(tuple(numbers), maps, tuple(self.wanted[place] for place in own[0]))
 
     @property
     def _scales(self) -> np.ndarray:

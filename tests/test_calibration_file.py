@@ -43,6 +43,7 @@ def made():
 
 GROUP, SIZE = 4, 8
 MAPPED = (0, 3), (1, 0), (2, 1)
+WANTED = (0.25, 0.5, 0.125)
 
 
 def maps():
@@ -65,7 +66,7 @@ def model(tmp_path, monkeypatch):
 
 def test_survives_its_file(made, tmp_path):
     followed = tuple(tuple(tuple(2 * loss for loss in head) for head in layer) for layer in made.losses)
-    stored = StoredMaps.of(MAPPED, maps())
+    stored = StoredMaps.of(MAPPED, maps(), WANTED)
     for file in (made, made.model_copy(update={"followed_losses": followed, "query_maps": stored})):
         file.write(tmp_path / "c.json")
         assert read(tmp_path / "c.json") == file
@@ -77,12 +78,12 @@ def test_survives_its_file(made, tmp_path):
 
 def stored(**change):
     """Stored maps as they are in the file, of which something is different."""
-    return StoredMaps.of(MAPPED, maps()).model_dump(mode="json") | change
+    return StoredMaps.of(MAPPED, maps(), WANTED).model_dump(mode="json") | change
 
 
 def test_a_map_of_numbers_that_are_too_large_is_refused():
     with pytest.raises(ValueError, match="not all finite"):
-        StoredMaps.of(MAPPED, 1e6 * maps())
+        StoredMaps.of(MAPPED, 1e6 * maps(), WANTED)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def test_a_model_that_cannot_be_measured_stops_the_server(model, capfd):
     ],
 )
 def test_a_rank_gets_the_curves_and_maps_of_its_layers_and_heads(made, tmp_path, world_size, own, heads):
-    made.model_copy(update={"query_maps": StoredMaps.of(MAPPED, maps())}).write(tmp_path / "c.json")
+    made.model_copy(update={"query_maps": StoredMaps.of(MAPPED, maps(), WANTED)}).write(tmp_path / "c.json")
     copies = max(1, world_size // HEADS)
     config = CompressionConfig(method="sculpt", calibration=str(tmp_path / "c.json"))
     names = [f"model.layers.{layer}.self_attn.attn" for layer in (1, 2)]
@@ -199,4 +200,5 @@ def test_a_rank_gets_the_curves_and_maps_of_its_layers_and_heads(made, tmp_path,
         assert found.query_maps.heads == tuple(i for i, head in enumerate(mine) if head in MAPPED)
         which = [MAPPED.index(head) for head in mine if head in MAPPED]
         np.testing.assert_array_equal(found.query_maps.maps, maps()[which, queries])
+        assert found.query_maps.wanted == tuple(WANTED[place] for place in which)
     assert curves_of_rank(CompressionConfig(method="sculpt", calibration="none"), names, own, 0, 1) is None

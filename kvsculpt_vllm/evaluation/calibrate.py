@@ -69,7 +69,7 @@ def calibrate(
     once in a segment that the text goes on right behind, and once in one that others follow.
 
     Each of the `num_contexts` contexts of each text is fitted to the queries that a prompt has, and judged by two
-    readers, see `curves`: by what really follows in the text, and by a second reading of the context. What a layer
+    readers: by what really follows in the text (`curves`), and by a second reading (`second_curves`). What a layer
     loses in a reading counts by how much the answers mind it there (`layer_weights`): layers that copy are not those
     that go on. Entries are ranked by the attention that they receive, to the power `ranking`, and those of heads that
     copy by a foretold second reading, too; what foretells it is learned first (`second_reading.Foreteller`).
@@ -98,9 +98,9 @@ def calibrate(
         raise ValueError(
             f"--context: got {context}, allowed: at most a quarter of the model's {evaluated.num_positions} positions"
         )
-    fractions: tuple[float, ...] = ()
     powers: tuple[RankedBy, ...] = (1, 2) if ranking is None else (ranking,)
-    found: dict[RankedBy, list[np.ndarray]] = {power: [] for power in powers}
+    copied: list[dict[RankedBy, np.ndarray]] = []
+    followed: list[dict[RankedBy, np.ndarray]] = []
     lost = dict.fromkeys(powers, 0.0)
     following = min(FOLLOWING, context)
 
@@ -115,15 +115,18 @@ def calibrate(
         for tokens in progress.track(chosen, description="contexts read twice"):
             reading = SecondReading(evaluated, tokens[:context], len(prefix))
             foreteller.add(reading, whole.span_pages * BLOCK_SIZE, whole.sinks)
+            copied.append(second_curves(evaluated, reading, context, effort, powers))
         stored = foreteller.maps()
         every = range(evaluated.num_layers), range(foreteller.kv_heads)
         maps = None if stored is None else stored.part(*every)
         for tokens in progress.track(chosen, description="contexts fitted"):
-            reading = SecondReading(evaluated, tokens[:context], len(prefix))
-            fractions, by_power = curves(evaluated, tokens, effort, reading, maps, powers)
-            for power, losses in by_power.items():
-                found[power].append(losses)
-        mean = {power: np.mean(losses, axis=0) for power, losses in found.items()}
+            followed.append(curves(evaluated, tokens, effort, maps, powers))
+        # Of each ranking: what a last segment loses, one that others follow, and one that is read again, (3, L·H, G).
+        mean = {
+            power: np.concatenate([np.mean([one[power] for one in kind], axis=0) for kind in (followed, copied)])
+            for power in powers
+        }
+        fractions = fractions_of(whole)
         by_curves = {
             power: LossCurves(fractions, of_readings(losses[0], losses[2], second_weight), power=power, query_maps=maps)
             for power, losses in mean.items()
@@ -167,58 +170,70 @@ def plan_of(context: int) -> PagePlan:
     return PagePlan(BLOCK_SIZE, blocks, 0, CompressionConfig().sink)
 
 
+def fractions_of(plan: PagePlan) -> tuple[float, ...]:
+    """The fractions (G,) of a span's pages at which losses are measured."""
+    return tuple(pages / plan.span_pages for pages in grid_of(plan, FRACTIONS))
+
+
 def curves(
     model: EvaluationModel,
     tokens: Sequence[int],
     effort: str,
-    reading: SecondReading,
     maps: QueryMaps | None,
     powers: Sequence[RankedBy] = (1, 2),
-) -> tuple[tuple[float, ...], dict[RankedBy, np.ndarray]]:
-    """Measure what each head (3, L·H, G) loses at fractions (G,) of the span of a context, the first quarter of
-    `tokens`: for what follows, in a segment that is the last one and in one that others follow, and for a second
-    reading. Returns the fractions, and the losses for each power of the attention that entries may be ranked by.
+) -> dict[RankedBy, np.ndarray]:
+    """Measure what each head (2, L·H, G) loses at fractions (G,) of the span of a context, the first quarter of
+    `tokens`, for what follows: in a segment that is the last one, and in one that others follow. Returns the losses for
+    each power of the attention that entries may be ranked by.
 
     A loss is the head's part of what all lose in that reading (`shares`). Fits are those that a prompt gets, to its own
     queries; heads that have `maps` keep what a second reading would ask for, too, and lose more for that with the same
     pages.
 
-    - What follows asks a last segment from the `FOLLOWING` positions right behind its window. One that others follow
-      is asked from positions a context's length and more behind it, with all that is between in view: heads that look
-      near then ask little of it. That is measured for the first quarter and for the second behind it, and averaged:
-      curves of a text's first segment alone serve the later ones badly (benchmarks/LOG.md).
-    - In the second reading the context comes once more right behind itself, and its queries look for what they need to
-      copy it, as KVzip (arXiv 2505.23416) scores entries. Some heads copy, and hardly any query of an ordinary text
-      asks them to.
+    What follows asks a last segment from the `FOLLOWING` positions right behind its window. One that others follow is
+    asked from positions a context's length and more behind it, with all that is between in view: heads that look near
+    then ask little of it. That is measured for the first quarter and for the second behind it, and averaged: curves of
+    a text's first segment alone serve the later ones badly (benchmarks/LOG.md).
     """
     amount, length = EFFORTS[effort], len(tokens) // LENGTHS
     plan = plan_of(length)
-    span, sinks = plan.span_pages * BLOCK_SIZE, plan.sinks
+    span, fractions = plan.span_pages * BLOCK_SIZE, fractions_of(plan)
     end, count = span + CompressionConfig().window, amount.positions_for(model.position_bytes)
-    again = reading.problems(count, span, sinks)
     recording = model.record(tokens, torch.arange(len(tokens)))
     number = min(FOLLOWING, length)
     lost: dict[RankedBy, list[np.ndarray]] = {power: [] for power in powers}
 
     def judge(first: int, positions: Tensor, followed: bool = False) -> None:
         problems, judges = _fitted_and_judging(model, recording, first, span, positions, count, followed)
-        own = replace(plan, sinks=0 if first else sinks)
+        own = replace(plan, sinks=0 if first else plan.sinks)
         for power, losses in lost.items():
-            losses.append(judged_by(problems, judges, own, amount, power, maps))
+            losses.append(shares(judged_by(problems, judges, own, amount, power, maps), fractions))
 
     judge(0, end + torch.arange(number))
     for first in (0, length):
         far = torch.linspace(first + end + length, len(tokens) - 1, number, dtype=torch.float64).round().long()
         judge(first, far, followed=True)
+    return {power: np.stack([near, np.mean(far_ones, 0)]) for power, (near, *far_ones) in lost.items()}
+
+
+def second_curves(
+    model: EvaluationModel, reading: SecondReading, context: int, effort: str, powers: Sequence[RankedBy] = (1, 2)
+) -> dict[RankedBy, np.ndarray]:
+    """Measure what each head (1, L·H, G) loses for a second reading of a context of so many tokens, as `curves` does
+    for what follows.
+
+    In the second reading the context comes once more right behind itself, and its queries look for what they need to
+    copy it, as KVzip (arXiv 2505.23416) scores entries. Some heads copy, and hardly any query of an ordinary text asks
+    them to. Fits are to its own queries, which rank what they copy high without maps.
+    """
+    amount, plan = EFFORTS[effort], plan_of(context)
+    asked = reading.problems(amount.positions_for(model.position_bytes), plan.span_pages * BLOCK_SIZE, plan.sinks)
     found: dict[RankedBy, np.ndarray] = {}
-    fractions: tuple[float, ...] = ()
-    for power, losses in lost.items():
-        asked = survey(again, plan, "sculpt", "adaptive", amount, power=power, fractions=FRACTIONS)
-        assert asked.curves is not None  # budgets are adaptive
-        fractions = tuple(pages / plan.span_pages for pages in asked.grid)
-        near, *far_ones, copied = (shares(some, fractions) for some in (*losses, asked.curves))
-        found[power] = np.stack([near, np.mean(far_ones, 0), copied])
-    return fractions, found
+    for power in powers:
+        surveyed = survey(asked, plan, "sculpt", "adaptive", amount, power=power, fractions=FRACTIONS)
+        assert surveyed.curves is not None  # budgets are adaptive
+        found[power] = shares(surveyed.curves, fractions_of(plan))[None]
+    return found
 
 
 def of_readings(follows: np.ndarray, copied: np.ndarray, second_weight: float) -> np.ndarray:

@@ -112,7 +112,8 @@ class Foreteller:
         wanted, squares = self._learned()
         num_layers, heads = squares.shape[:2]
         per_layer = self.kv_heads
-        numbers = (wanted / self._contexts >= WANTING).nonzero()[:, 0].tolist()
+        wanted = wanted / self._contexts
+        numbers = (wanted >= WANTING).nonzero()[:, 0].tolist()
         if not numbers:
             return None
         ridge = RIDGE * squares.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
@@ -120,7 +121,8 @@ class Foreteller:
         learned = torch.linalg.solve(squares + ridge * unit, self._products)
         learned = learned.view(num_layers * per_layer, heads // per_layer, *learned.shape[-2:])
         chosen = learned[torch.tensor(numbers, device=learned.device)]
-        return StoredMaps.of([divmod(number, per_layer) for number in numbers], chosen.cpu().numpy())
+        heads = [divmod(number, per_layer) for number in numbers]
+        return StoredMaps.of(heads, chosen.cpu().numpy(), wanted[numbers].tolist())
 
     def _learned(self) -> tuple[Tensor, Tensor]:
         if not isinstance(self._wanted, Tensor) or not isinstance(self._squares, Tensor):

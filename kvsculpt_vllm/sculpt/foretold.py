@@ -21,8 +21,12 @@ SHARPLY = 8
 """Entries are ordered by the sum of this power of the attention that foretold queries give them: nearly by the most
 that one of them gives. What is copied is read once, by one query."""
 
-EVERY = 2
-"""One entry in so many is chosen by foretold queries."""
+FIRST = 0.25
+"""A head's first entries, this share of all, are chosen by the prompt's own queries alone: what follows a prompt needs
+them more than what copies does, and with so few entries hardly anything is copied right (benchmarks/LOG.md)."""
+
+FOUND_IN = 2
+"""Of the entries that a second reading wants foretold queries find most (87 %) in so many times as many."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,13 @@ class QueryMaps:
 
     heads: tuple[int, ...]  # the N problems that have maps, by their numbers, ascending
     maps: Tensor  # (N, G, D + 1, D) fp32, for each query head of the group; the last of D + 1 rows is added
+    wanted: tuple[float, ...]  # N shares from 0 to 1: how many of its entries a second reading wants of the head
 
     def part(self, own: slice) -> QueryMaps:
         """Keep the maps of the problems in `own`, which are numbered from 0 then."""
         kept = [i for i, number in enumerate(self.heads) if own.start <= number < own.stop]
-        return QueryMaps(tuple(self.heads[i] - own.start for i in kept), self.maps[kept])
+        heads, wanted = (tuple(some[i] for i in kept) for some in (self.heads, self.wanted))
+        return QueryMaps(tuple(head - own.start for head in heads), self.maps[kept], wanted)
 
     def apply(self, which: Sequence[int], queries: Tensor) -> Tensor:
         """Foretell queries (b, P, G, D) by `which` of the N maps from those asked in the first reading, of the same
@@ -52,13 +58,21 @@ class QueryMaps:
         return (queries.transpose(1, 2) @ maps[:, :, :-1] + maps[:, :, -1:]).transpose(1, 2)
 
 
-def interleaved(first: Tensor, second: Tensor, every: int = EVERY) -> Tensor:
-    """Mix two orders (B, n) of the same entries: at any length, one entry in `every` is there for its place in the
-    `second`, the others for theirs in the `first`. What is early in both takes one place, and others move up.
+def interleaved(first: Tensor, second: Tensor, wanted: Sequence[float]) -> Tensor:
+    """Mix two orders (B, n) of the same entries, of which `wanted` (B,) are shares that the second one is asked for.
+
+    The first `FIRST` of the entries are the first order's. Then the second one's come, until there are as many of
+    either, and then one of each in turn; but of the second order no more than `FOUND_IN` times the wanted ones are
+    taken, and the rest are the first order's again. What is early in both takes one place, and others move up.
     """
-    by_first, by_second = (order.argsort(dim=1).double() for order in (first, second))
-    # No two entries have the same place: one is a multiple of an integer, and the other lies between those.
-    return torch.minimum(by_first * every / (every - 1), by_second * every + 0.5).argsort(dim=1)
+    by_first, by_second = (order.argsort(dim=1) for order in (first, second))
+    number = first.shape[1]
+    alone = int(FIRST * number)
+    limits = torch.tensor([[int(FOUND_IN * share * number)] for share in wanted], device=first.device)
+    # Places in the mixed order if no entry were early in both. Doubled, so that no two entries have the same one.
+    of_first = 2 * (by_first + torch.where(by_first < alone, 0, torch.minimum(by_first, limits)))
+    of_second = 2 * (by_second + by_second.clamp_min(alone)) + 1
+    return torch.where(by_second < limits, torch.minimum(of_first, of_second), of_first).argsort(dim=1)
 
 
 def order_in_slices(problems: Problems, ranking: Ranking, maps: QueryMaps, limit: int) -> Slices[Ranking]:
@@ -75,5 +89,5 @@ def order_in_slices(problems: Problems, ranking: Ranking, maps: QueryMaps, limit
     nothing = torch.arange(0)  # what would be answered does not matter
     second = yield from within(fast_matmul, rank_in_slices(asked, limit, power=SHARPLY, answered=nothing))
     own, order = on_device(maps.heads, ranking.order.device), ranking.order.clone()
-    order[own] = interleaved(order[own], second.order)
+    order[own] = interleaved(order[own], second.order, maps.wanted)
     return replace(ranking, order=order)

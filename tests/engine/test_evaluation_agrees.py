@@ -29,7 +29,9 @@ def calibration(model_path, tmp_path_factory):
     heads = [(layer, head) for layer in range(file.num_layers) for head in range(file.num_kv_heads)]
     random = np.random.default_rng(0).normal(size=(len(heads), 3, 65, 64)) / 8
     path = tmp_path_factory.mktemp("calibration") / "with_maps.json"
-    file.model_copy(update={"query_maps": StoredMaps.of(heads, np.eye(65, 64) + random)}).write(path)
+    file.model_copy(update={"query_maps": StoredMaps.of(heads, np.eye(65, 64) + random, len(heads) * [0.3])}).write(
+        path
+    )
     return path
 
 

@@ -21,9 +21,11 @@ from kvsculpt_vllm.evaluation.calibrate import (
     FRACTIONS,
     LENGTHS,
     curves,
+    fractions_of,
     judged_by,
     layer_weights,
     plan_of,
+    second_curves,
     shares,
     what_follows,
 )
@@ -125,9 +127,10 @@ def test_the_command_writes_the_mean_of_the_contexts_where_servers_look(director
     assert file.query_maps == foreteller.maps()
     maps = file.whole.query_maps
     assert maps.heads  # heads of random weights do copy
-    found = [curves(model, tokens, "balanced", of, maps) for tokens, of in zip(contexts, readings, strict=True)]
-    assert (found[0][1][2] != curves(model, contexts[0], "balanced", readings[0], None)[1][2]).any()
-    fractions = found[0][0]
+    found = [curves(model, tokens, "balanced", maps) for tokens in contexts]
+    assert (found[0][2] != curves(model, contexts[0], "balanced", None)[2]).any()
+    again = [second_curves(model, of, CONTEXT, "balanced") for of in readings]
+    fractions = fractions_of(plan)
     # What follows, and the context again: so short a one from its first token on.
     answers = [
         Answers(
@@ -139,7 +142,10 @@ def test_the_command_writes_the_mean_of_the_contexts_where_servers_look(director
         )
         for tokens in contexts
     ]
-    means = {power: np.mean([by_power[power] for _, by_power in found], axis=0) for power in (1, 2)}
+    means = {
+        power: np.concatenate([np.mean([of[power] for of in kind], axis=0) for kind in (found, again)])
+        for power in (1, 2)
+    }
     ranked = {
         power: LossCurves(fractions, (mean[0] + mean[2]) / 2, power=power, query_maps=maps)
         for power, mean in means.items()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kvsculpt_vllm.sculpt.budgets import PagePlan
 from kvsculpt_vllm.sculpt.effort import Effort
-from kvsculpt_vllm.sculpt.foretold import EVERY, SHARPLY, QueryMaps, interleaved
+from kvsculpt_vllm.sculpt.foretold import FOUND_IN, SHARPLY, QueryMaps, interleaved
 from kvsculpt_vllm.sculpt.loss_curves import LossCurves
 from kvsculpt_vllm.sculpt.problem import Earlier
 from kvsculpt_vllm.sculpt.queries import REQUEST_TOKENS, build_problems
@@ -22,17 +22,16 @@ EFFORT = Effort(positions=TOKENS, pilot_positions=20, fit_positions=40, key_step
 MAPPED = (1, 2, 5)  # KV heads; those of the second layer, 2 and 3, do not rotate
 
 
-@given(st.permutations(range(9)), st.permutations(range(9)), st.integers(2, 5))
-def test_one_entry_in_so_many_is_there_for_its_place_in_the_second_order(first, second, every):
-    order = interleaved(torch.tensor([first, first[::-1]]), torch.tensor([second, second]), every)
+@given(st.permutations(range(13)), st.permutations(range(13)), st.integers(0, 13))
+def test_the_second_order_has_as_many_of_the_first_ones_as_are_wanted_behind_the_first(first, second, allowed):
+    """By hand: three by the first order, three by the second, then in turn, until the second has had its own."""
+    wanted = allowed / FOUND_IN / 13 + 1e-9
+    order = interleaved(torch.tensor([first, first[::-1]]), torch.tensor([second, second]), [wanted, wanted])
     for mixed, own in zip(order.tolist(), (first, first[::-1]), strict=True):
-        taken, orders = [], (iter(own), iter(second))
-        turns = [1 if turn % every == 1 else 0 for turn in range(9 * every)]  # the first order's best comes first
-        for turn in turns:
-            entry = next(orders[turn], None)
-            if entry is not None and entry not in taken:
-                taken.append(entry)
-        assert mixed == taken
+        places = own[:3] + second[: min(3, allowed)]
+        for place in range(3, 13):
+            places += own[place : place + 1] + second[place : min(place + 1, allowed)]
+        assert mixed == list(dict.fromkeys(places))
 
 
 def normal(*shape, seed=0):
@@ -45,6 +44,7 @@ CONTENT = normal(LAYERS, HEADS * GROUP, len(POSITIONS), SIZE, seed=1)  # queries
 KEYS, VALUES = normal(2, LAYERS * HEADS, TOKENS, SIZE, seed=2)
 EARLIER = [normal(3 + b, SIZE, seed=10 + b) for b in range(LAYERS * HEADS)]
 MAPS = normal(len(MAPPED), GROUP, SIZE + 1, SIZE, seed=3)
+WANTED = (0.3, 0.5, 0.2)
 
 
 def make(num_positions=4096, **kwargs):
@@ -80,7 +80,7 @@ def wanted(number, last=4095):
 
 @pytest.mark.parametrize("positions", [4096, FIRST + TOKENS + 20], ids=["", "at the model's last position"])
 def test_they_are_mapped_where_they_have_no_position_and_ask_from_behind(positions):
-    problems = finish(make(positions).foretell(QueryMaps(MAPPED, MAPS)))
+    problems = finish(make(positions).foretell(QueryMaps(MAPPED, MAPS, WANTED)))
     for row, number in enumerate(MAPPED):
         queries = wanted(number, positions - 1).flatten(0, 1)
         torch.testing.assert_close(problems.queries[row].double(), queries, rtol=0, atol=1e-4)
@@ -92,11 +92,11 @@ def test_they_are_mapped_where_they_have_no_position_and_ask_from_behind(positio
 
 
 def test_of_some_problems_the_same_are_built():
-    maps = QueryMaps(MAPPED, MAPS)
+    maps = QueryMaps(MAPPED, MAPS, WANTED)
     whole = finish(make().foretell(maps))
     part = finish(make(numbers=range(2, 6)).foretell(maps.part(slice(2, 6))))
     assert torch.equal(part.queries, whole.queries[1:]) and torch.equal(part.retained_lse, whole.retained_lse[1:])
-    assert maps.part(slice(2, 6)).heads == (0, 3)
+    assert maps.part(slice(2, 6)).heads == (0, 3) and maps.part(slice(2, 6)).wanted == WANTED[1:]
 
 
 def curves(maps):
@@ -106,14 +106,14 @@ def curves(maps):
 def test_heads_with_maps_keep_what_a_second_reading_would_look_at_sharply_too():
     problems = make()
     plain = survey(problems, PLAN, "sculpt", "adaptive", EFFORT, calibration=curves(None)).ranking.order
-    mixed = survey(problems, PLAN, "sculpt", "adaptive", EFFORT, calibration=curves(QueryMaps(MAPPED, MAPS)))
+    mixed = survey(problems, PLAN, "sculpt", "adaptive", EFFORT, calibration=curves(QueryMaps(MAPPED, MAPS, WANTED)))
     for number in range(LAYERS * HEADS):
         expected = plain[number]
         if number in MAPPED:
             keys = torch.cat([KEYS[number, SINKS:SPAN], KEYS[number, :SINKS], KEYS[number, SPAN:], EARLIER[number]])
             shares = (wanted(number).flatten(0, 1) @ keys.double().T * SCALE).softmax(-1)[:, : SPAN - SINKS]
             second = shares.pow(SHARPLY).sum(0).argsort(descending=True)
-            expected = interleaved(expected[None], second[None], EVERY)[0]
+            expected = interleaved(expected[None], second[None], [WANTED[MAPPED.index(number)]])[0]
             assert not torch.equal(expected, plain[number])
         assert torch.equal(mixed.ranking.order[number], expected)
 
@@ -121,8 +121,8 @@ def test_heads_with_maps_keep_what_a_second_reading_would_look_at_sharply_too():
 def test_problems_that_do_not_know_what_was_asked_first_are_refused():
     some = make().take(slice(None))
     with pytest.raises(ValueError, match="not known what was asked in the first reading"):
-        survey(some, PLAN, "sculpt", "adaptive", EFFORT, calibration=curves(QueryMaps(MAPPED, MAPS)))
-    nobody = curves(QueryMaps((), MAPS[:0]))
+        survey(some, PLAN, "sculpt", "adaptive", EFFORT, calibration=curves(QueryMaps(MAPPED, MAPS, WANTED)))
+    nobody = curves(QueryMaps((), MAPS[:0], ()))
     mixed = survey(make(), PLAN, "sculpt", "adaptive", EFFORT, calibration=nobody).ranking.order
     assert torch.equal(
         mixed, survey(make(), PLAN, "sculpt", "adaptive", EFFORT, calibration=curves(None)).ranking.order

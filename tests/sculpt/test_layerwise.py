@@ -83,7 +83,7 @@ def calibration(problems):
     return LossCurves(
         tuple(count / PLAN.span_pages for count in found.grid),
         found.curves[::-1].copy(),
-        query_maps=QueryMaps((0, 5, 8), maps),
+        query_maps=QueryMaps((0, 5, 8), maps, (0.2, 0.4, 0.6)),
     )
 
 

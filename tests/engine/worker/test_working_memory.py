@@ -110,7 +110,8 @@ def test_a_solve_takes_no_more_than_is_kept_free(layers_at_once, method, fitted_
 
 def calibration(problems, group, head_size):
     """One by which every head's second reading is foretold."""
-    maps = QueryMaps(tuple(range(problems)), torch.randn(problems, group, head_size + 1, head_size) / head_size)
+    maps = torch.randn(problems, group, head_size + 1, head_size) / head_size
+    maps = QueryMaps(tuple(range(problems)), maps, problems * (0.3,))
     return LossCurves((0.1, 0.5, 1.0), np.outer(np.arange(problems) + 1.0, [1.0, 0.1, 0.0]), query_maps=maps)
 
 
