@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import marshal
 import zipfile
 
 import pytest
@@ -33,7 +34,10 @@ def test_only_python_is_taken_and_only_once(wheel, tmp_path):
     folder = sources(pinned := wheel())
     assert folder == tmp_path / "cache/vllm/9.9/site-packages"
     there = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    compiled = {name: there.pop(name) for name in list(there) if name.endswith(".pyc")}
     assert there == {name: content for name, content in FILES.items() if name.endswith(".py")}
+    code = {marshal.loads(content[16:]).co_filename for content in compiled.values()}
+    assert code == {str(folder / name) for name in there}  # and not where it was compiled
     (tmp_path / "vllm-9.9.whl").unlink()
     assert sources(pinned) == folder
 

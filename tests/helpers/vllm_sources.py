@@ -7,6 +7,7 @@ vLLM's Python and the compiled CPU kernels of the vLLM that is installed.
 from __future__ import annotations
 
 import base64
+import compileall
 import csv
 import hashlib
 import sysconfig
@@ -56,6 +57,8 @@ def sources(wheel: Wheel = NEXT) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as made:
             _fetch(wheel, Path(made))
+            # As pip does: where Python may not write bytecode every process would compile all of it again.
+            compileall.compile_dir(made, quiet=2, stripdir=made, prependdir=folder)
             with suppress(OSError):  # another process was first
                 Path(made).rename(folder)
     return folder
