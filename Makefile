@@ -42,8 +42,9 @@ test: setup ## Run all tests
 lint: $(VENV)/.installed ## Check style, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
-	@next=$$($(NEXT_VLLM)) && MYPYPATH=$$next $(BIN)/mypy --cache-dir .mypy_cache/next
+	@# Types on both vLLMs, side by side: each takes a minute and a half of one core where nothing is cached.
+	@$(BIN)/mypy & own=$$!; next=$$($(NEXT_VLLM)) && MYPYPATH=$$next $(BIN)/mypy --cache-dir .mypy_cache/next; other=$$?; \
+	  wait $$own; own=$$?; exit $$((own || other))
 
 docs: $(VENV)/.installed ## Write the tables of README.md and docs/ anew
 	@cd docs && ../$(BIN)/python -m tables

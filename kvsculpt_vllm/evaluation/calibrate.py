@@ -99,8 +99,8 @@ def calibrate(
             f"--context: got {context}, allowed: at most a quarter of the model's {evaluated.num_positions} positions"
         )
     powers: tuple[RankedBy, ...] = (1, 2) if ranking is None else (ranking,)
-    copied: list[dict[RankedBy, np.ndarray]] = []
-    followed: list[dict[RankedBy, np.ndarray]] = []
+    again: list[dict[RankedBy, np.ndarray]] = []
+    going_on: list[dict[RankedBy, np.ndarray]] = []
     lost = dict.fromkeys(powers, 0.0)
     following = min(FOLLOWING, context)
 
@@ -115,15 +115,15 @@ def calibrate(
         for tokens in progress.track(chosen, description="contexts read twice"):
             reading = SecondReading(evaluated, tokens[:context], len(prefix))
             foreteller.add(reading, whole.span_pages * BLOCK_SIZE, whole.sinks)
-            copied.append(second_curves(evaluated, reading, context, effort, powers))
+            again.append(second_curves(evaluated, reading, context, effort, powers))
         stored = foreteller.maps()
         every = range(evaluated.num_layers), range(foreteller.kv_heads)
         maps = None if stored is None else stored.part(*every)
         for tokens in progress.track(chosen, description="contexts fitted"):
-            followed.append(curves(evaluated, tokens, effort, maps, powers))
+            going_on.append(curves(evaluated, tokens, effort, maps, powers))
         # Of each ranking: what a last segment loses, one that others follow, and one that is read again, (3, L·H, G).
         mean = {
-            power: np.concatenate([np.mean([one[power] for one in kind], axis=0) for kind in (followed, copied)])
+            power: np.concatenate([np.mean([one[power] for one in kind], axis=0) for kind in (going_on, again)])
             for power in powers
         }
         fractions = fractions_of(whole)
@@ -142,8 +142,8 @@ def calibrate(
             for tokens in progress.track(chosen, description="layers compared")
         ]
     near, far, copied = mean[best].reshape(3, evaluated.num_layers, -1, len(fractions))
-    follows, again = np.mean(by_layer, axis=0).T
-    weights, copying = layer_weights(near, fractions, follows), layer_weights(copied, fractions, again)
+    minded, minded_again = np.mean(by_layer, axis=0).T
+    weights, copying = layer_weights(near, fractions, minded), layer_weights(copied, fractions, minded_again)
     copied = copied * copying[:, None, None]
     kinds = [of_readings(kind * weights[:, None, None], copied, second_weight) for kind in (near, far)]
     last, followed = (

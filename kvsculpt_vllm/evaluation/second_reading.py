@@ -110,7 +110,7 @@ class Foreteller:
             ValueError: nothing was learned from.
         """
         wanted, squares = self._learned()
-        num_layers, heads = squares.shape[:2]
+        num_layers, query_heads = squares.shape[:2]
         per_layer = self.kv_heads
         wanted = wanted / self._contexts
         numbers = (wanted >= WANTING).nonzero()[:, 0].tolist()
@@ -119,7 +119,7 @@ class Foreteller:
         ridge = RIDGE * squares.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         unit = torch.eye(squares.shape[-1], dtype=torch.float64, device=squares.device)
         learned = torch.linalg.solve(squares + ridge * unit, self._products)
-        learned = learned.view(num_layers * per_layer, heads // per_layer, *learned.shape[-2:])
+        learned = learned.view(num_layers * per_layer, query_heads // per_layer, *learned.shape[-2:])
         chosen = learned[torch.tensor(numbers, device=learned.device)]
         heads = [divmod(number, per_layer) for number in numbers]
         return StoredMaps.of(heads, chosen.cpu().numpy(), wanted[numbers].tolist())
