@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,15 @@ SHIPPED = Path(__file__).parent / "calibrations"
 AUTO, NONE, MEASURE = "auto", "none", "measure"
 """What the setting may be besides a path. `measure` is `auto`, and where that finds nothing the server's first start
 writes a file, where `auto` finds it, too (`measured_place`)."""
+
+
+class ModelShape(NamedTuple):
+    """What a model and its calibration must have in common."""
+
+    num_layers: int  # those that are compressed
+    num_kv_heads: int  # of each of them
+    group: int  # query heads of each KV head
+    head_size: int
 
 
 class CalibrationError(ValueError):
@@ -150,6 +159,22 @@ class CalibrationFile(BaseModel):
         maps = None if self.query_maps is None else self.query_maps.part(layers, kv_heads, share, shares)
         return LossCurves(self.fractions, chosen(self.losses), followed, self.power, maps)
 
+    def misfit(self, shape: ModelShape) -> str | None:
+        """Say why the file cannot be of a model of that shape; None if it can."""
+        own = self.num_layers, self.num_kv_heads
+        if own != shape[:2]:
+            return (
+                f"is of a model with {own[0]} layers of {own[1]} KV heads, this one has {shape.num_layers} of "
+                f"{shape.num_kv_heads}"
+            )
+        maps = self.query_maps
+        if maps is not None and (maps.group, maps.head_size) != shape[2:]:
+            return (
+                f"has maps of {maps.group} queries of size {maps.head_size} for each KV head, this model has "
+                f"{shape.group} of size {shape.head_size}"
+            )
+        return None
+
     @property
     def whole(self) -> LossCurves:
         """The curves of all heads of the model, layers outermost."""
@@ -185,7 +210,7 @@ def read(path: Path) -> CalibrationFile:
         raise CalibrationError(f"{path} was not written by `kvsculpt calibrate`: {where} {first['msg']}") from None
 
 
-def find(setting: str, model: str, num_layers: int, num_kv_heads: int) -> Path | None:
+def find(setting: str, model: str, shape: ModelShape) -> Path | None:
     """Find the file that the setting `calibration` means for a model (a directory, or a name as on Hugging Face).
 
     `none` means no file, and a path means that file. `auto` and `measure` mean the file in the model's directory, else
@@ -206,14 +231,9 @@ def find(setting: str, model: str, num_layers: int, num_kv_heads: int) -> Path |
     elif (measured := measured_place(model)).is_file():
         path = measured
     else:
-        fits = shipped.is_file() and _shape(read(shipped)) == (num_layers, num_kv_heads)
-        return shipped if fits else None
-    layers, heads = _shape(read(path))
-    if (layers, heads) != (num_layers, num_kv_heads):
-        raise CalibrationError(
-            f"{path} is of a model with {layers} layers of {heads} KV heads, this one has {num_layers} of "
-            f"{num_kv_heads}"
-        )
+        return shipped if shipped.is_file() and read(shipped).misfit(shape) is None else None
+    if (misfit := read(path).misfit(shape)) is not None:
+        raise CalibrationError(f"{path} {misfit}")
     return path.resolve()
 
 
@@ -237,7 +257,3 @@ def _place(model: str) -> tuple[Path | None, str]:
     # vLLM offline: Hugging Face's cache, …/models--organisation--name/snapshots/revision
     in_cache = path.parent.name == "snapshots"
     return path, path.parent.parent.name.rpartition("--")[2] if in_cache else path.name
-
-
-def _shape(file: CalibrationFile) -> tuple[int, int]:
-    return file.num_layers, file.num_kv_heads

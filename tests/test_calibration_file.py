@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoConfig
 
 from kvsculpt_vllm import calibration_file
-from kvsculpt_vllm.calibration_file import FILE, CalibrationError, CalibrationFile, StoredMaps, find, read
+from kvsculpt_vllm.calibration_file import FILE, CalibrationError, CalibrationFile, ModelShape, StoredMaps, find, read
 from kvsculpt_vllm.config import CompressionConfig, ConfigError
 from kvsculpt_vllm.engine.startup.calibration_setting import resolved
 from kvsculpt_vllm.engine.worker.rank_curves import curves_of_rank
@@ -18,9 +18,15 @@ LAYERS, HEADS = 3, 4
 FRACTIONS = (0.1, 0.5, 1.0)
 
 
-def shape(config, heads):
+def shape(config, heads, group, size):
     """What is asked of vLLM's configuration of a model."""
-    return {"hf_text_config": config, "get_sliding_window": lambda: None, "get_total_num_kv_heads": lambda: heads}
+    return {
+        "hf_text_config": config,
+        "get_sliding_window": lambda: None,
+        "get_total_num_kv_heads": lambda: heads,
+        "model_arch_config": SimpleNamespace(total_num_attention_heads=heads * group),
+        "get_head_size": lambda: size,
+    }
 
 
 def loss(layer, head):
@@ -113,17 +119,18 @@ def test_what_is_no_calibration_is_refused(made, tmp_path, change, message):
 
 
 def test_auto_is_the_models_own_before_the_shipped_one_of_its_name_and_shape(made, model):
-    shape = str(model), LAYERS, HEADS
+    layout = ModelShape(LAYERS, HEADS, GROUP, SIZE)
+    shape = str(model), layout
     assert find("auto", *shape) is None
     shipped = calibration_file.SHIPPED / "m.json"
     made.write(shipped)
     assert find("auto", *shape) == shipped
-    assert find("auto", "org/m", LAYERS, HEADS) == shipped
-    assert find("auto", str(model), LAYERS + 1, HEADS) is None  # another model of that name
-    assert find("auto", "org/n", LAYERS, HEADS) is None
+    assert find("auto", "org/m", layout) == shipped
+    assert find("auto", str(model), layout._replace(num_layers=LAYERS + 1)) is None  # another model of that name
+    assert find("auto", "org/n", layout) is None
     cached = model.parent / "models--org--m" / "snapshots" / "abc"
     cached.mkdir(parents=True)
-    assert find("auto", str(cached), LAYERS, HEADS) == shipped
+    assert find("auto", str(cached), layout) == shipped
     measured = calibration_file.measured_place(str(model))
     assert measured != calibration_file.measured_place(str(model.parent / "other" / "m"))
     measured.parent.mkdir(parents=True)
@@ -132,16 +139,23 @@ def test_auto_is_the_models_own_before_the_shipped_one_of_its_name_and_shape(mad
     made.write(model / FILE)
     assert find("auto", *shape) == find("measure", *shape) == model / FILE
     (model / "m.gguf").touch()
-    assert find("auto", str(model / "m.gguf"), LAYERS, HEADS) == model / FILE
+    assert find("auto", str(model / "m.gguf"), layout) == model / FILE
     assert find("none", *shape) is None
     assert find(str(shipped), *shape) == shipped
 
 
 def test_a_file_that_does_not_fit_stops_the_server(made, model):
     made.write(model / FILE)
-    served = SimpleNamespace(model=str(model), **shape(SimpleNamespace(num_hidden_layers=LAYERS), HEADS))
+    served = SimpleNamespace(model=str(model), **shape(SimpleNamespace(num_hidden_layers=LAYERS), HEADS, GROUP, SIZE))
     assert resolved(CompressionConfig(method="sculpt"), served).calibration == str(model / FILE)
     (model / "broken").write_text("{}")
+    made.model_copy(update={"query_maps": StoredMaps.of(MAPPED, maps(), WANTED)}).write(model / "mapped")
+    assert resolved(CompressionConfig(method="sculpt", calibration=str(model / "mapped")), served)
+    served.get_head_size = lambda: 2 * SIZE
+    with pytest.raises(
+        ConfigError, match=f"maps of {GROUP} queries of size {SIZE} for each KV head, this model has 4 "
+    ):
+        resolved(CompressionConfig(method="sculpt", calibration=str(model / "mapped")), served)
     served.get_total_num_kv_heads = lambda: 2
     for given, why in (("auto", "3 layers of 4 KV heads, this one has 3 of 2"), ("broken", ""), ("absent", "No such")):
         with pytest.raises(ConfigError, match=f"--kv-compression-calibration: got .*{given}.*{why}"):
@@ -155,7 +169,7 @@ def test_the_first_start_measures_and_the_next_one_finds_the_file(first_layers_p
     # 2,048 positions: four contexts of 512 tokens.
     config = AutoConfig.from_pretrained(first_layers_path)
     config.max_position_embeddings = 2048
-    served = SimpleNamespace(model=str(first_layers_path), **shape(config, 3))
+    served = SimpleNamespace(model=str(first_layers_path), **shape(config, 3, 3, 64))
     assert resolved(auto, served).calibration == "none"
     path = resolved(measure, served).calibration
     file = read(Path(path))
@@ -167,7 +181,7 @@ def test_the_first_start_measures_and_the_next_one_finds_the_file(first_layers_p
 
 def test_a_model_that_cannot_be_measured_stops_the_server(model, capfd):
     (model / "config.json").write_text("{}")
-    served = SimpleNamespace(model=str(model), **shape(SimpleNamespace(num_hidden_layers=LAYERS), HEADS))
+    served = SimpleNamespace(model=str(model), **shape(SimpleNamespace(num_hidden_layers=LAYERS), HEADS, GROUP, SIZE))
     with pytest.raises(ConfigError, match=r"calibration: got 'measure', allowed: .*none.* cannot be calibrated"):
         resolved(CompressionConfig(method="sculpt", calibration="measure"), served)
     assert "kvsculpt calibrate:" in capfd.readouterr().err

@@ -21,7 +21,7 @@ from kvsculpt_vllm.evaluation.attention import Recorder
 from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer
 from kvsculpt_vllm.evaluation.progress import progress_bar
 from kvsculpt_vllm.evaluation.second_reading import Foreteller, SecondReading
-from kvsculpt_vllm.evaluation.texts import passages, read_text
+from kvsculpt_vllm.evaluation.texts import DOCSTRINGS, passages, read_text
 from kvsculpt_vllm.sculpt.budgets import PagePlan, grid_of, span_sizes
 from kvsculpt_vllm.sculpt.effort import EFFORTS, Effort
 from kvsculpt_vllm.sculpt.foretold import QueryMaps, order_in_slices
@@ -64,6 +64,7 @@ def calibrate(
     device: str,
     console: Console,
     ranking: RankedBy | None = None,
+    known: CalibrationFile | None = None,
 ) -> CalibrationFile:
     """Measure what each head of the model in `directory` loses at every budget, averaged over contexts of the texts:
     once in a segment that the text goes on right behind, and once in one that others follow.
@@ -72,7 +73,8 @@ def calibrate(
     readers: by what really follows in the text (`curves`), and by a second reading (`second_curves`). What a layer
     loses in a reading counts by how much the answers mind it there (`layer_weights`): layers that copy are not those
     that go on. Entries are ranked by the attention that they receive, to the power `ranking`, and those of heads that
-    copy by a foretold second reading, too; what foretells it is learned first (`second_reading.Foreteller`).
+    copy by a foretold second reading, too; what foretells it is learned first (`second_reading.Foreteller`), from as
+    many contexts of prose besides: where it was learned from source code alone, identifiers in prose were lost.
 
     Args:
         context: tokens of each context; three times as many that follow it in the text are read, too.
@@ -80,19 +82,22 @@ def calibrate(
         seed: moves the contexts along the text.
         device: where torch computes: cpu, cuda.
         ranking: the power of the attention that entries are ranked by; None means that with which answers lose less.
+        known: a calibration whose losses and ranking stay as they are, so that only the foretelling is learned.
 
     Raises:
         ValueError, OSError, NotImplementedError: what cannot be done, in words for the user.
     """
     transformers_logging.disable_progress_bar()
     tokenizer, prefix = load_tokenizer(directory)
-    chosen: list[list[int]] = []
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts[Path(text).name] += num_contexts
+
+    def contexts(text: str, length: int, number: int | None = None) -> list[list[int]]:
         tokens = tokenizer(read_text(text), add_special_tokens=False, verbose=False).input_ids
-        read = passages(tokens, LENGTHS * context, 0, num_contexts, seed, prefix)
-        chosen += [passage.context for passage in read]
+        number = min(num_contexts, len(tokens) // (length + 1)) if number is None else number
+        return [passage.context for passage in passages(tokens, length, 0, number, seed, prefix)] if number else []
+
+    chosen = [tokens for text in texts for tokens in contexts(text, LENGTHS * context, num_contexts)]
+    prose = contexts(DOCSTRINGS, context)  # as many as it has
+    counts = Counter(Path(text).name for text in texts for _ in range(num_contexts))
     evaluated = EvaluationModel.load(directory, device)
     if LENGTHS * context > evaluated.num_positions:
         raise ValueError(
@@ -115,8 +120,13 @@ def calibrate(
         for tokens in progress.track(chosen, description="contexts read twice"):
             reading = SecondReading(evaluated, tokens[:context], len(prefix))
             foreteller.add(reading, whole.span_pages * BLOCK_SIZE, whole.sinks)
-            again.append(second_curves(evaluated, reading, context, effort, powers))
+            if known is None:
+                again.append(second_curves(evaluated, reading, context, effort, powers))
+        for tokens in progress.track(prose, description="prose read twice"):
+            foreteller.add(SecondReading(evaluated, tokens, len(prefix)), whole.span_pages * BLOCK_SIZE, whole.sinks)
         stored = foreteller.maps()
+        if known is not None:
+            return known.model_copy(update={"query_maps": stored})
         every = range(evaluated.num_layers), range(foreteller.kv_heads)
         maps = None if stored is None else stored.part(*every)
         for tokens in progress.track(chosen, description="contexts fitted"):

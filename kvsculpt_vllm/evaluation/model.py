@@ -22,8 +22,12 @@ from kvsculpt_vllm.sculpt.rotary import Rotary, rotaries_of, same_queries
 
 def query_numbers(text_config: Any) -> int:
     """Count the numbers that the queries of one position are, in all layers that see everything."""
-    head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    return len(full_layers(text_config)) * text_config.num_attention_heads * head_size
+    return len(full_layers(text_config)) * text_config.num_attention_heads * head_size_of(text_config)
+
+
+def head_size_of(text_config: Any) -> int:
+    """The size of a head, which not every model's configuration names."""
+    return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
 
 
 class EvaluationModel:

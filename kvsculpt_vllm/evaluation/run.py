@@ -15,12 +15,12 @@ from rich.table import Table
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from kvsculpt_vllm.calibration_file import AUTO, NONE, CalibrationFile, find, read
+from kvsculpt_vllm.calibration_file import AUTO, NONE, CalibrationFile, ModelShape, find, read
 from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.evaluation.continuation import Measurement, Trial
 from kvsculpt_vllm.evaluation.harness import ONE_SPAN, Context, is_one_span
 from kvsculpt_vllm.evaluation.methods import METHODS, calibrated
-from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer, model_directory, query_numbers
+from kvsculpt_vllm.evaluation.model import EvaluationModel, head_size_of, load_tokenizer, model_directory, query_numbers
 from kvsculpt_vllm.evaluation.progress import progress_bar
 from kvsculpt_vllm.evaluation.report import write_report
 from kvsculpt_vllm.evaluation.results import Key, Measured, Results, Row, code_version, segment_of
@@ -186,7 +186,9 @@ def calibration_of(directory: Path, setting: str) -> CalibrationFile | None:
         CalibrationError: the file that is meant does not fit the model.
     """
     config = _text_config(directory)
-    path = find(setting, str(directory), len(full_layers(config)), _kv_heads(config))
+    kv_heads = _kv_heads(config)
+    group = config.num_attention_heads // kv_heads
+    path = find(setting, str(directory), ModelShape(len(full_layers(config)), kv_heads, group, head_size_of(config)))
     return None if path is None else read(path)
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import random
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-PYDOC, STDLIB = "pydoc", "stdlib"
+PYDOC, STDLIB, DOCSTRINGS = "pydoc", "stdlib", "docstrings"
 MODULES = (
     *("argparse", "calendar", "configparser", "csv", "difflib", "email.message", "fractions", "heapq", "inspect"),
     *("ipaddress", "json.decoder", "logging", "mailbox", "optparse", "pickle", "random", "smtplib", "statistics"),
     *("tarfile", "textwrap", "typing", "unittest.mock", "urllib.parse", "zipfile"),
 )
 """Those of Python's own whose source, comments and all, is the text ``stdlib``."""
+
+PROSE = 300
+"""A module's docstring with so many characters belongs to the text ``docstrings``."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Passage:
 
 def read_text(name: str) -> str:
     """The text of a UTF-8 file, or ``pydoc``: Python's own help topics, joined in the order of their names, or
-    ``stdlib``: the source of some of its modules.
+    ``stdlib``: the source of some of its modules, or ``docstrings``: what its modules say of themselves, in prose.
 
     Raises:
         OSError: the file cannot be read.
@@ -37,11 +42,21 @@ def read_text(name: str) -> str:
     """
     if name == STDLIB:
         return "\n\n".join(map(_source, MODULES))
+    if name == DOCSTRINGS:
+        return "\n\n".join(docstring for docstring in _docstrings() if len(docstring) >= PROSE)
     if name != PYDOC:
         return Path(name).read_text(encoding="utf-8")
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[topic] for topic in sorted(topics))
+
+
+def _docstrings() -> Iterator[str]:
+    """Those of Python's own modules, in the order of their names."""
+    for module in sorted(sys.stdlib_module_names):
+        spec = find_spec(module)
+        if spec is not None and spec.origin is not None and spec.origin.endswith(".py"):
+            yield ast.get_docstring(ast.parse(_source(module))) or ""
 
 
 def _source(module: str) -> str:

@@ -31,8 +31,9 @@ from kvsculpt_vllm.evaluation.calibrate import (
 )
 from kvsculpt_vllm.evaluation.harness import Context
 from kvsculpt_vllm.evaluation.methods.base import surveyed
-from kvsculpt_vllm.evaluation.model import EvaluationModel
+from kvsculpt_vllm.evaluation.model import EvaluationModel, load_tokenizer
 from kvsculpt_vllm.evaluation.second_reading import Foreteller, SecondReading
+from kvsculpt_vllm.evaluation.texts import DOCSTRINGS, passages, read_text
 from kvsculpt_vllm.sculpt.budgets import PagePlan, grid_of
 from kvsculpt_vllm.sculpt.effort import EFFORTS
 from kvsculpt_vllm.sculpt.loss_curves import LossCurves
@@ -124,7 +125,12 @@ def test_the_command_writes_the_mean_of_the_contexts_where_servers_look(director
     plan = plan_of(CONTEXT)
     for reading in readings:
         foreteller.add(reading, plan.span_pages * plan.block_size, plan.sinks)
-    assert file.query_maps == foreteller.maps()
+    without_prose = foreteller.maps()
+    tokenizer, _ = load_tokenizer(directory)
+    prose = tokenizer(read_text(DOCSTRINGS), add_special_tokens=False).input_ids
+    for passage in passages(prose, CONTEXT, 0, 3, 0):
+        foreteller.add(SecondReading(model, passage.context, 0), plan.span_pages * plan.block_size, plan.sinks)
+    assert file.query_maps == foreteller.maps() != without_prose
     maps = file.whole.query_maps
     assert maps.heads  # heads of random weights do copy
     found = [curves(model, tokens, "balanced", maps) for tokens in contexts]
@@ -182,6 +188,13 @@ def test_a_ranking_may_be_given_and_then_no_other_is_measured(directory, tmp_pat
         written.append(read(path))
     assert [file.power for file in written] == [1, 2]
     assert (written[0].whole.losses != written[1].whole.losses).any()
+    # Losses and ranking are those of another calibration, maps those of these contexts.
+    old = written[0].model_copy(update={"query_maps": None, "losses": written[1].losses})
+    old.write(tmp_path / "old.json")
+    given = ["--losses-of", tmp_path / "old.json", "--out", tmp_path / "new.json", "--ranking", 2]
+    result = CliRunner().invoke(app, list(map(str, [*arguments, *given])))
+    assert result.exit_code == 0, result.output
+    assert read(tmp_path / "new.json") == old.model_copy(update={"query_maps": written[0].query_maps})
 
 
 def test_layers_weigh_by_the_root_of_what_answers_mind_and_those_that_tell_nothing_by_what_the_others_do():
@@ -255,6 +268,7 @@ def test_answers_lose_what_the_evaluation_finds(directory):
         (["--second-reading", "1.5"], "Invalid value for '--second-reading'"),
         (["--ranking", "3"], "Invalid value for '--ranking'"),
         (["--text", "/absent"], "No such file"),
+        (["--losses-of", "/absent"], "/absent cannot be read"),
         (["--model", "/absent"], "--model: /absent is neither"),
         (["--num-contexts", "100000"], "contexts of"),
         (["--device", "cuda"], "--device: got cuda, allowed: cpu"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm.config import ModelConfig
 
-from kvsculpt_vllm.calibration_file import MEASURE, NONE, CalibrationError, find
+from kvsculpt_vllm.calibration_file import MEASURE, NONE, CalibrationError, ModelShape, find
 from kvsculpt_vllm.config import CompressionConfig, ConfigError, WrongSetting, allowed, flag
 from kvsculpt_vllm.engine.shared.groups import compressed_layers
 from kvsculpt_vllm.engine.startup.measured_calibration import measure
@@ -17,9 +17,11 @@ def resolved(config: CompressionConfig, model: ModelConfig) -> CompressionConfig
     Raises:
         ConfigError: that file does not fit the model, or cannot be made.
     """
-    num_layers = len(compressed_layers(model))
+    kv_heads = model.get_total_num_kv_heads()
+    group = model.model_arch_config.total_num_attention_heads // kv_heads
+    shape = ModelShape(len(compressed_layers(model)), kv_heads, group, model.get_head_size())
     try:
-        path = find(config.calibration, model.model, num_layers, model.get_total_num_kv_heads())
+        path = find(config.calibration, model.model, shape)
         if path is None and config.calibration == MEASURE:
             path = measure(model)
     except CalibrationError as error:
