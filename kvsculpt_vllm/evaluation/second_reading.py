@@ -23,7 +23,7 @@ of its entries are wanted. On SmolLM2-135M that is a fifth of the heads, which w
 UNSURE = 32
 """A second reading's first tokens do not tell yet that it is one: maps are not learned from them."""
 
-RIDGE = 3e-3
+RIDGE = 1e-3
 """Of the mean square of a query's numbers, added to each of these squares in the regression."""
 
 
