@@ -56,7 +56,10 @@ def evaluate(
     model: Model = "smollm2-135m",
     text: Annotated[
         str,
-        typer.Option(help="A UTF-8 file, or pydoc (the help topics that come with Python), or stdlib (its source)."),
+        typer.Option(
+            help="A UTF-8 file, pydoc (the help topics that come with Python), stdlib (its source) or docstrings (its "
+            "modules' descriptions)."
+        ),
     ] = "pydoc",
     context: Annotated[int, typer.Option(min=1, help="Tokens whose cache is compressed.")] = 2048,
     continuation: Annotated[int, typer.Option(min=1, help="Tokens scored after each context.")] = 256,
