@@ -90,13 +90,16 @@ def calibrate(
     transformers_logging.disable_progress_bar()
     tokenizer, prefix = load_tokenizer(directory)
 
-    def contexts(text: str, length: int, number: int | None = None) -> list[list[int]]:
-        tokens = tokenizer(read_text(text), add_special_tokens=False, verbose=False).input_ids
-        number = min(num_contexts, len(tokens) // (length + 1)) if number is None else number
-        return [passage.context for passage in passages(tokens, length, 0, number, seed, prefix)] if number else []
+    def tokens_of(text: str) -> list[int]:
+        return tokenizer(read_text(text), add_special_tokens=False, verbose=False).input_ids
 
-    chosen = [tokens for text in texts for tokens in contexts(text, LENGTHS * context, num_contexts)]
-    prose = contexts(DOCSTRINGS, context)  # as many as it has
+    chosen, prose = [], []
+    for text in texts:
+        read = passages(tokens_of(text), LENGTHS * context, 0, num_contexts, seed, prefix)
+        chosen += [passage.context for passage in read]
+    docstrings = tokens_of(DOCSTRINGS)
+    if number := min(num_contexts, len(docstrings) // (context + 1)):  # as many as there are
+        prose = [passage.context for passage in passages(docstrings, context, 0, number, seed, prefix)]
     counts = Counter(Path(text).name for text in texts for _ in range(num_contexts))
     evaluated = EvaluationModel.load(directory, device)
     if LENGTHS * context > evaluated.num_positions:

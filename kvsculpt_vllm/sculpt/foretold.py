@@ -68,7 +68,7 @@ def interleaved(first: Tensor, second: Tensor, wanted: Sequence[float]) -> Tenso
     by_first, by_second = (order.argsort(dim=1) for order in (first, second))
     number = first.shape[1]
     alone = int(FIRST * number)
-    limits = torch.tensor([[int(FOUND_IN * share * number)] for share in wanted], device=first.device)
+    limits = on_device([int(FOUND_IN * share * number) for share in wanted], first.device)[:, None]
     # Places in the mixed order if no entry were early in both. Doubled, so that no two entries have the same one.
     of_first = 2 * (by_first + torch.where(by_first < alone, 0, torch.minimum(by_first, limits)))
     of_second = 2 * (by_second + by_second.clamp_min(alone)) + 1
