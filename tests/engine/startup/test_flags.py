@@ -101,6 +101,7 @@ MODEL = SimpleNamespace(
     model="some/model",
     hf_text_config=SimpleNamespace(num_hidden_layers=2),
     get_total_num_kv_heads=lambda: 3,
+    model_arch_config=SimpleNamespace(total_num_attention_heads=6),
     get_sliding_window=lambda: None,
     dtype=torch.bfloat16,
     get_num_layers=lambda parallel: 2,
