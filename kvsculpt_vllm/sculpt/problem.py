@@ -164,8 +164,7 @@ def retained_attention(
         attend(some, keys, values, scale, seen[None], soft_cap)
         for some, seen in zip(queries.split(step, dim=1), visible.split(step), strict=True)
     ]
-    outs, lses = zip(*parts, strict=True)
-    out, lse = torch.cat(outs, dim=1), torch.cat(lses, dim=1)
+    out, lse = parts[0] if len(parts) == 1 else (torch.cat(of, dim=1) for of in zip(*parts, strict=True))
     if sink_logits is not None:
         out, lse = with_sink(out, lse, sink_logits)
     if earlier is not None:

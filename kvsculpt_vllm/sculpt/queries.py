@@ -185,12 +185,13 @@ def build_in_slices(
         again = (origin + (end - first + REQUEST_TOKENS)).clamp_max(min(covered, default=sys.maxsize) - 1)
         there: Turns = {}
         back: Turns = {}
-        asked_first, nowhere, asked_again = (
-            on_device(places, keys.device) for places in (origin, torch.zeros_like(origin), again)
-        )
+        nowhere = torch.zeros_like(origin)
+        # Both turns at once, which halves the launches: back to no position, and from there to where they ask again.
+        ends = torch.stack([torch.cat([origin, nowhere]), torch.cat([nowhere, again])])
+        before, after = on_device(ends, keys.device)
         for rotary in _distinct(rotaries_of(mapped)):
-            back[rotary, None] = rotary.turn(asked_first, nowhere)
-            there[rotary, None] = rotary.turn(nowhere, asked_again)
+            turns = [half.chunk(2) for half in rotary.turn(before, after)]
+            back[rotary, None], there[rotary, None] = zip(*turns, strict=True)
 
         def ask_again(own: Sequence[int], rows: Tensor) -> Tensor:
             plain = _turned(rows.float(), rotaries_of(own), back, None)

@@ -84,7 +84,8 @@ def rank_in_slices(
         batch = problems.take(own)
         teacher = teach(batch, max_elements, power, answered)
         ranking.order[own] = score(batch, teacher).argsort(dim=1, descending=True)
-        ranking.teacher_out[own], ranking.teacher_lse[own] = teacher.out, teacher.lse
+        if shape[1]:  # copies of nothing are launched, too
+            ranking.teacher_out[own], ranking.teacher_lse[own] = teacher.out, teacher.lse
         yield
     return ranking
 
@@ -162,7 +163,7 @@ def _teach_by_kernel(problems: Problems, power: int | None, answered: Tensor | N
     )
     attention = None if power is None else received(queries, lse, problems.keys, power, problems.soft_cap)
     if answered is not None:
-        there = on_device(answered, queries.device)
+        there = on_device(answered, queries.device) if len(answered) else slice(0)
         out, lse = out[:, there], lse[:, there]
     return Teacher(out, lse, attention)
 

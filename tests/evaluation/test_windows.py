@@ -22,7 +22,7 @@ from transformers import (
 from transformers import MistralForCausalLM as Mistral
 
 from kvsculpt_vllm.evaluation import windows
-from kvsculpt_vllm.evaluation.calibrate import LENGTHS, curves
+from kvsculpt_vllm.evaluation.calibrate import LENGTHS, curves, second_curves
 from kvsculpt_vllm.evaluation.chain import Chain
 from kvsculpt_vllm.evaluation.harness import Context
 from kvsculpt_vllm.evaluation.methods import METHODS
@@ -166,9 +166,13 @@ def test_queries_move_with_the_rotary_embedding_of_the_layers_that_are_compresse
 def test_a_calibration_has_curves_of_the_layers_that_are_compressed(tokens):
     text = [*tokens, *tokens[:1:-1], *tokens, *tokens[::2]]
     model = EvaluationModel(gemma())
-    reading = SecondReading(model, text[: len(text) // LENGTHS], 0)
-    losses = curves(model, text, "fast", reading, None)[1][2]
-    assert losses.shape[:2] == (3, 4) and (losses >= 0).all() and losses.max() > 0
+    length = len(text) // LENGTHS
+    reading = SecondReading(model, text[:length], 0)
+    for kinds, losses in (
+        (2, curves(model, text, "fast", None)[2]),
+        (1, second_curves(model, reading, length, "fast")[2]),
+    ):
+        assert losses.shape[:2] == (kinds, 4) and (losses >= 0).all() and losses.max() > 0
 
 
 def test_layers_without_positions_are_told_from_those_with():
