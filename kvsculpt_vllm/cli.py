@@ -72,8 +72,8 @@ def evaluate(
         typer.Option(
             help="Separated by commas: ours are select, select_fit, sculpt; peers are attention_matching, "
             "attention_matching_omp, attention_matching_our_budgets, expected_attention, keydiff, kvzip, snapkv, "
-            "kvsculpt_paper; sculpt_fp8 and sculpt_rounded_fp8 are of a cache in FP8 (keep ratio 1: FP8 alone); "
-            "random shows how bad it can be."
+            "kvsculpt_paper; of a cache in FP8 (keep ratio 1: FP8 alone) are sculpt_hadamard_fp8, sculpt_fp8 and "
+            "sculpt_rounded_fp8; random shows how bad it can be."
         ),
     ] = "select,select_fit,sculpt",
     budget: Annotated[

@@ -13,7 +13,7 @@ from kvsculpt_vllm.evaluation.attention import RaggedCache
 from kvsculpt_vllm.evaluation.chain import Chain, joined
 from kvsculpt_vllm.evaluation.methods.base import Method, OfContext
 from kvsculpt_vllm.evaluation.methods.biased import BiasedCompressed
-from kvsculpt_vllm.evaluation.methods.fp8 import InFP8, rounded
+from kvsculpt_vllm.evaluation.methods.fp8 import InFP8
 from kvsculpt_vllm.evaluation.model import EvaluationModel
 from kvsculpt_vllm.sculpt.budgets import PagePlan, span_sizes
 from kvsculpt_vllm.sculpt.chain import Piece, pieces
@@ -115,11 +115,11 @@ class Context:
         What serves all ratios of one span is done once; its seconds count in each, as a single request would pay them.
 
         Raises:
-            NotImplementedError: a method that has the context read again cannot make segments.
+            NotImplementedError: a method that is made for a context as a whole cannot make segments.
         """
         if not is_one_span(self.num_tokens, self._window, self._block_size, segment):
             if isinstance(method, OfContext):
-                raise NotImplementedError("a method that has a context read again takes it at once: --segment 0")
+                raise NotImplementedError("a method that is made for a context takes it at once: --segment 0")
             yield from (self._chained(method, budget, self.pieces(ratio, segment)) for ratio in keep_ratios)
             return
         begin = time.perf_counter()
@@ -150,10 +150,8 @@ class Context:
         span = self.span_blocks * self._block_size
         around_keys, around_values = self.recording.keys, self.recording.values
         if isinstance(fitted, InFP8):
-            around_keys, around_values = (
-                torch.stack([rounded(head, scale) for head, scale in zip(whole, scales, strict=True)])
-                for whole, scales in ((around_keys, fitted.key_scales), (around_values, fitted.value_scales))
-            )
+            around_keys = fitted.key_form.rounded(around_keys)
+            around_values = fitted.value_form.rounded(around_values)
         keys, values = (
             [torch.cat([held[: self.sinks], kept, held[span:]]) for held, kept in zip(whole, fitted_part, strict=True)]
             for whole, fitted_part in ((around_keys, fitted.keys), (around_values, fitted.values))

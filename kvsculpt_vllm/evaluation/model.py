@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from kvsculpt_vllm.evaluation.windows import Layers
 from kvsculpt_vllm.layer_kinds import FULL, full_layers
 from kvsculpt_vllm.sculpt.matmul import fast_matmul
 from kvsculpt_vllm.sculpt.rotary import Rotary, rotaries_of, same_queries
+from kvsculpt_vllm.sculpt.turned import centre
 
 
 def query_numbers(text_config: Any) -> int:
@@ -86,6 +88,24 @@ class EvaluationModel:
     @property
     def device(self) -> torch.device:
         return self._model.device
+
+    @cached_property
+    def key_centres(self) -> Tensor:
+        """What all keys of a head have in common (L·H, D), wherever they are (`sculpt.turned.centre`).
+
+        It is read from the biases of key projections, and 0 for layers that have none, that norm keys behind it or that
+        project queries, keys and values at once: there few bits are less precise than they could be.
+        """
+        per_layer = self.record([0], torch.arange(1)).keys.float().unflatten(0, (self.num_layers, -1))[:, :, 0]
+        biases = list(torch.zeros_like(per_layer))
+        for module in self._model.modules():
+            layer = getattr(module, "layer_idx", None)
+            bias = getattr(getattr(module, "k_proj", None), "bias", None)
+            if layer is None or bias is None or self._layers.have_window[layer]:
+                continue
+            if not hasattr(module, "k_norm") and not hasattr(module, "k_layernorm"):
+                biases[self._layers.numbers[layer]] = bias.detach().view_as(per_layer[0])
+        return torch.cat([centre(bias, rotary) for bias, rotary in zip(biases, self.rotaries, strict=True)])
 
     @torch.no_grad()
     def record(

@@ -29,7 +29,7 @@ HARNESS = (
 )
 """The modules of this package that decide numbers, besides its methods and tasks; the others show them."""
 
-CALIBRATED = {(method, "adaptive") for method in ("sculpt", "sculpt_rounded_fp8", "sculpt_fp8")}
+CALIBRATED = {(method, "adaptive") for method in ("sculpt", "sculpt_rounded_fp8", "sculpt_fp8", "sculpt_hadamard_fp8")}
 """The methods and budgets that a calibration decides; what other rows hold is the same with any."""
 
 Key = tuple[str, str, float]  # method, budget, keep ratio

@@ -1,5 +1,7 @@
 """What the evaluation's tests share."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -9,7 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 def tiny_llama():
     """Makes a tiny model, the same one every time it is asked for."""
 
-    def make(layers: int, heads: int, kv_heads: int, vocabulary: int, positions: int) -> LlamaForCausalLM:
+    def make(
+        layers: int, heads: int, kv_heads: int, vocabulary: int, positions: int, **others: Any
+    ) -> LlamaForCausalLM:
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=vocabulary,
@@ -20,6 +24,7 @@ def tiny_llama():
             num_key_value_heads=kv_heads,
             max_position_embeddings=positions,
             initializer_range=0.3,  # attention that is far from even, so that it matters what is kept
+            **others,
         )
         return LlamaForCausalLM(config).eval()
 

@@ -5,10 +5,13 @@ import torch
 
 from kvsculpt_vllm.evaluation.harness import Context
 from kvsculpt_vllm.evaluation.methods import METHODS
-from kvsculpt_vllm.evaluation.methods.fp8 import rounded
+from kvsculpt_vllm.evaluation.methods.fp8 import Form, stored_problems
 from kvsculpt_vllm.evaluation.metrics import compare
 from kvsculpt_vllm.evaluation.model import EvaluationModel
+from kvsculpt_vllm.sculpt.attention import attend, merge
 from kvsculpt_vllm.sculpt.effort import EFFORTS
+from kvsculpt_vllm.sculpt.survey import survey
+from kvsculpt_vllm.sculpt.turned import hadamard
 
 VOCABULARY, BLOCK, WINDOW, SINKS, LENGTH, FOLLOWING = 97, 16, 16, 4, 400, 32
 
@@ -29,7 +32,8 @@ def test_rounding_is_to_the_nearest_number_of_e4m3(scale):
     entries = torch.randn(20, 8, generator=torch.Generator().manual_seed(0)) * 100
     entries[0, :4] = torch.tensor([0.0, 1e4 * scale, 0.003 * scale, -448.0 * scale])
     expected = [[in_fp8(float(element), scale) for element in row] for row in entries]
-    torch.testing.assert_close(rounded(entries, torch.tensor(scale)), torch.tensor(expected), rtol=0, atol=0)
+    form = Form(torch.tensor([scale]))
+    torch.testing.assert_close(form.rounded(entries[None])[0], torch.tensor(expected), rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +58,62 @@ def kl(contexts, method, keep_ratio):
     return lost
 
 
-@pytest.mark.parametrize("method", ["sculpt_fp8", "sculpt_rounded_fp8"])
+METHODS_IN_FP8 = ["sculpt_fp8", "sculpt_hadamard_fp8", "sculpt_rounded_fp8"]
+
+
+@pytest.mark.parametrize("method", METHODS_IN_FP8)
 def test_every_entry_is_what_fp8_can_mean_and_all_of_them_are_the_context_rounded(contexts, method):
     context, _ = contexts[0]
     few, every = context.compress(METHODS[method], "adaptive", [0.4, 1.0])
+    end, exact = context.span_blocks * BLOCK, method != "sculpt_hadamard_fp8"  # a turn back rounds in float32
     for attempt in (few, every):
-        fitted = attempt.fitted
-        for part, scales in ((attempt.cache.keys, fitted.key_scales), (attempt.cache.values, fitted.value_scales)):
-            for entries, scale in zip(part, scales, strict=True):
-                assert torch.equal(rounded(entries, scale), entries)
-                assert float(scale.log2()) == int(scale.log2())
-    for held, whole, scale in zip(every.cache.keys, context.recording.keys, every.fitted.key_scales, strict=True):
-        end = context.span_blocks * BLOCK
-        assert torch.equal(held[:end], rounded(whole[:end], scale))
+        cache, fitted = attempt.cache, attempt.fitted
+        for part, form, recorded in (
+            (cache.keys, fitted.key_form, context.recording.keys),
+            (cache.values, fitted.value_form, context.recording.values),
+        ):
+            whole = form.rounded(recorded)
+            for head, entries in enumerate(part):
+                again = form.of_head(head).rounded(entries[None])[0]
+                torch.testing.assert_close(again, entries, rtol=0, atol=0 if exact else 1e-5)
+                assert float(form.scales[head].log2()) == int(form.scales[head].log2())
+                if attempt is every:
+                    torch.testing.assert_close(entries[:end], whole[head, :end], rtol=0, atol=0 if exact else 1e-5)
+
+
+def test_what_is_fitted_in_the_numbers_of_the_cache_is_the_same_attention(contexts):
+    context, _ = contexts[0]
+    problems, plan = context.problems, context.plan(1.0)
+    centres = torch.randn(problems.num_problems, problems.keys.shape[-1], generator=torch.Generator().manual_seed(2))
+    turn = hadamard(problems.keys.shape[-1])
+    key_form, value_form = Form.of(problems.keys, turn, 5 * centres), Form.of(problems.values, turn)
+    found = survey(problems, plan, "sculpt", "uniform", EFFORTS["fast"])
+    stored, as_stored = stored_problems(problems, found, key_form, value_form)
+
+    of_span, lse = attend(stored.queries, stored.keys, stored.values, stored.scale)
+    out, lse = merge(of_span, lse, stored.retained_out, stored.retained_lse)
+    torch.testing.assert_close(lse, as_stored.ranking.teacher_lse, rtol=0, atol=1e-4)
+    torch.testing.assert_close(out, as_stored.ranking.teacher_out, rtol=1e-4, atol=1e-4)
+    back = torch.stack([value_form.meant(head, numbers) for head, numbers in enumerate(out)])
+    torch.testing.assert_close(back, found.ranking.teacher_out, rtol=1e-4, atol=1e-4)
+
+
+def test_what_all_keys_share_is_not_rounded_and_a_loud_channel_is_spread(tiny_llama):
+    plain = tiny_llama(2, 4, 2, VOCABULARY, 512)
+    model = tiny_llama(2, 4, 2, VOCABULARY, 512, attention_bias=True)
+    model.load_state_dict(plain.state_dict(), strict=False)
+    for layer in model.model.layers:
+        for name, projection in layer.self_attn.named_children():
+            projection.bias.data.zero_()
+            if name == "k_proj":
+                projection.bias.data[7] = 300.0  # of the slowest pair of the first head's channels
+    evaluated = EvaluationModel(model)
+    heads = evaluated.key_centres.view(2, 2, 16)
+    assert (heads[:, 0, 7] > 250).all()
+    assert (heads[:, 1] == 0).all() and (heads[:, 0].abs() > 1).sum() <= 2 * 2
+    text = torch.randint(VOCABULARY, (LENGTH + FOLLOWING,), generator=torch.Generator().manual_seed(1)).tolist()
+    pair = Context(evaluated, text[:LENGTH], FOLLOWING, EFFORTS["balanced"], BLOCK, WINDOW, SINKS), text[LENGTH:]
+    assert kl([pair], "sculpt_hadamard_fp8", 1.0) < 0.1 * kl([pair], "sculpt_fp8", 1.0)
 
 
 def test_a_fit_that_knows_of_fp8_loses_less_than_one_that_is_rounded_afterwards(contexts):

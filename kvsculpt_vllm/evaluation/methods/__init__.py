@@ -7,6 +7,8 @@ name it in `METHODS`.
 
 from __future__ import annotations
 
+from functools import partial
+
 from kvsculpt_vllm.evaluation.methods.attention_matching import (
     attention_matching,
     attention_matching_omp,
@@ -14,7 +16,7 @@ from kvsculpt_vllm.evaluation.methods.attention_matching import (
 )
 from kvsculpt_vllm.evaluation.methods.base import Method, OfContext, surveyed
 from kvsculpt_vllm.evaluation.methods.expected_attention import expected_attention
-from kvsculpt_vllm.evaluation.methods.fp8 import Fp8
+from kvsculpt_vllm.evaluation.methods.fp8 import Fp8, in_hadamard_basis
 from kvsculpt_vllm.evaluation.methods.keydiff import keydiff
 from kvsculpt_vllm.evaluation.methods.kvsculpt_paper import kvsculpt_paper
 from kvsculpt_vllm.evaluation.methods.kvzip import kvzip
@@ -33,6 +35,7 @@ METHODS: dict[str, Method | OfContext] = {
     "kvsculpt_paper": kvsculpt_paper,
     "kvzip": OfContext(kvzip),
     "sculpt_fp8": Fp8(fits=True),
+    "sculpt_hadamard_fp8": OfContext(in_hadamard_basis),
     "sculpt_rounded_fp8": Fp8(fits=False),
     "snapkv": snapkv,
     "random": random_choice,
@@ -45,4 +48,5 @@ def calibrated(curves: LossCurves) -> dict[str, Method | OfContext]:
         "sculpt": surveyed("sculpt", calibration=curves),
         "sculpt_rounded_fp8": Fp8(fits=False, calibration=curves),
         "sculpt_fp8": Fp8(fits=True, calibration=curves),
+        "sculpt_hadamard_fp8": OfContext(partial(in_hadamard_basis, calibration=curves)),
     }

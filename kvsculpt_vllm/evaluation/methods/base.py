@@ -29,7 +29,7 @@ Method = Callable[[Problems, PagePlan, str, Effort], ToPages]
 
 @dataclass(frozen=True)
 class OfContext:
-    """A method that has the model read a context again before it compresses it."""
+    """A method that is made for a context: it has the model read that again, or needs to know the model."""
 
     of: Callable[[Context], Method]
 
