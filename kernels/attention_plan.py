@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvsculpt_vllm.kernels.checks import check_tensors
-from kvsculpt_vllm.kernels.pages import FLOATS, Pages
+from kvsculpt_vllm.kernels.pages import FLOATS, FP8, Pages
 
 TILE = 64
 """Entries that the size of a chunk is a multiple of: those that a program multiplies at once."""
@@ -136,7 +136,7 @@ def _check(pages: Pages, prefixes: Prefixes, rows: BatchRows, most: int) -> None
     slots, layers, heads = prefixes.starts.shape
     if most < 1:
         raise ValueError(f"most: {most} given, at least 1 is needed")
-    check_tensors(buffer, FLOATS, buffer=(buffer, (None, None)))
+    check_tensors(buffer, (*FLOATS, FP8), buffer=(buffer, (None, None)))
     check_tensors(
         buffer,
         torch.int32,

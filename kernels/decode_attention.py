@@ -240,8 +240,7 @@ def _attend(
                 )  # fmt: skip
                 k = tl.load(buffer + at, mask=there[:, None] & wide, other=0.0)
                 v = tl.load(buffer + at + value_offset, mask=there[:, None] & wide, other=0.0)
-                if widen:
-                    k, v = k.to(tl.float32), v.to(tl.float32)
+                k, v = k.to(q.dtype), v.to(q.dtype)  # of a cache in FP8, and for the interpreter
                 logits = logits_of(q, k, scale, cap)
                 logits = tl.where(there[None, :], logits, float("-inf"))
                 higher = tl.maximum(peak, tl.max(logits, 1))  # finite: a tile has an entry

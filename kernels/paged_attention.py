@@ -34,7 +34,7 @@ from torch import Tensor
 from kvsculpt_vllm.kernels.attention_plan import BatchRows, Plan, Prefixes
 from kvsculpt_vllm.kernels.checks import check_head_size, check_tensors
 from kvsculpt_vllm.kernels.decode_attention import decode_attention, launch_of
-from kvsculpt_vllm.kernels.pages import Pages
+from kvsculpt_vllm.kernels.pages import FLOATS, FP8, Pages
 from kvsculpt_vllm.kernels.prefill_attention import prefill_attention
 
 
@@ -110,12 +110,15 @@ def paged_attention(
     """Attend from `query` to the cache, which holds the new tokens' entries already.
 
     bfloat16, float16 and float32, the same for query, buffer and output; products accumulate in float32 (float32 input
-    by three TF32 products).
+    by three TF32 products). The buffer may be float8_e4m3fn with any of them, which holds every one of its numbers
+    exactly: what a scale or another basis makes of them is the caller's business.
 
     Raises:
         ValueError: a shape, dtype, device or stride that does not fit, or a cap below 0.
     """
-    check_tensors(pages.buffer, pages.buffer.dtype, query=(query, (None,) * 3), out=(out, query.shape))
+    dtypes = FLOATS if pages.buffer.dtype == FP8 else pages.buffer.dtype
+    check_tensors(pages.buffer, dtypes, query=(query, (None,) * 3))
+    check_tensors(pages.buffer, query.dtype, out=(out, query.shape))
     _, heads, head_size = query.shape
     check_head_size(head_size)
     if heads % num_kv_heads:

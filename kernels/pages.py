@@ -17,6 +17,9 @@ from kvsculpt_vllm.kernels.checks import check_head_size, check_tensors
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
+FP8 = torch.float8_e4m3fn
+"""Three bits of mantissa, the numbers of vLLM's `--kv-cache-dtype fp8`. Copies move it as it is."""
+
 TILE = 2048
 """Elements of keys that a program of `store` takes."""
 
@@ -137,7 +140,7 @@ def store(
 
 def _check(pages: Pages, index: Tensor, head_size: int) -> None:
     check_head_size(head_size)
-    check_tensors(pages.buffer, FLOATS, buffer=(pages.buffer, (None, None)))
+    check_tensors(pages.buffer, (*FLOATS, FP8), buffer=(pages.buffer, (None, None)))
     if pages.buffer.stride(1) != 1:
         raise ValueError(f"buffer: strides {pages.buffer.stride()} given, the last must be 1")
     check_tensors(pages.buffer, torch.int64, index=(index, (None,) * index.dim()))

@@ -5,7 +5,7 @@ import torch
 
 from kvsculpt_vllm.kernels.attention_plan import BatchRows, Prefixes, plan_attention, prefill_tile, prefill_tiles
 from kvsculpt_vllm.kernels.paged_attention import paged_attention, paged_attention_twin
-from kvsculpt_vllm.kernels.pages import Pages
+from kvsculpt_vllm.kernels.pages import FP8, Pages
 
 LAYERS, BLOCK = 2, 16
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -187,6 +187,20 @@ def test_groups_head_sizes_and_dtypes(group, head_size, dtype, device):
     rows = [(1, 70, (1, 2)), (4, 33, ())]
     case, _ = make_case(rows, 1, group, head_size, dtype, device)
     check(*case, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("group", "head_size"), [(6, 128), (3, 96)])
+def test_a_cache_in_fp8_is_read_as_the_numbers_that_it_holds(group, head_size, dtype, device):
+    (query, pages, prefixes, rows), _ = make_case([(1, 70, (1, 2)), (4, 33, ())], 2, group, head_size, dtype, device)
+    in_fp8 = pages._replace(buffer=pages.buffer.to(FP8))
+    assert not in_fp8.buffer.float().nan_to_num().equal(pages.buffer.float().nan_to_num())
+    check(query, in_fp8, prefixes, rows, 2)  # the twin reads it in float64
+    with pytest.raises(ValueError, match="out: dtype"):
+        plan = plan_attention(in_fp8, prefixes, rows, 1)
+        paged_attention(query, query.double(), in_fp8, prefixes, rows, plan, 0, 2, 1.0)
+    with pytest.raises(ValueError, match=r"query: dtype torch\.float64 given"):
+        paged_attention(query.double(), query, in_fp8, prefixes, rows, plan, 0, 2, 1.0)
 
 
 def test_what_does_not_fit_is_named(device):
