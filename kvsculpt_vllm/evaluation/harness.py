@@ -150,8 +150,7 @@ class Context:
         span = self.span_blocks * self._block_size
         around_keys, around_values = self.recording.keys, self.recording.values
         if isinstance(fitted, InFP8):
-            around_keys = fitted.key_form.rounded(around_keys)
-            around_values = fitted.value_form.rounded(around_values)
+            around_keys, around_values = fitted.forms[0].rounded(around_keys), fitted.forms[1].rounded(around_values)
         keys, values = (
             [torch.cat([held[: self.sinks], kept, held[span:]]) for held, kept in zip(whole, fitted_part, strict=True)]
             for whole, fitted_part in ((around_keys, fitted.keys), (around_values, fitted.values))

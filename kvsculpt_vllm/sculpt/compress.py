@@ -18,6 +18,7 @@ from kvsculpt_vllm.sculpt.problem import Problems
 from kvsculpt_vllm.sculpt.selection import Ranking
 from kvsculpt_vllm.sculpt.slices import Slices, at_once, within
 from kvsculpt_vllm.sculpt.solve import judged_after, solve
+from kvsculpt_vllm.sculpt.storage import Storage
 from kvsculpt_vllm.sculpt.survey import Budgets, Survey, survey_in_slices
 from kvsculpt_vllm.sculpt.transfer import on_device
 
@@ -54,7 +55,7 @@ class FittedBatch:
 
     numbers: list[int]  # ascending: which of all problems they are
     entries: list[int]  # how many each has
-    keys: Tensor  # (b, m, D) in the cache's dtype, padded to the longest
+    keys: Tensor  # (b, m, D) of `Storage.result_dtype`, padded to the longest
     values: Tensor  # (b, m, D)
 
 
@@ -68,7 +69,7 @@ class Supply(Protocol):
 
     num_fitted_to: int  # query rows of each problem that are not held out
     num_entries: int  # of each problem's span
-    dtype: torch.dtype  # of the cache
+    storage: Storage  # of all problems
     device: torch.device
 
     def entries(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
@@ -87,7 +88,7 @@ class InMemory:
 
     def __post_init__(self) -> None:
         self.num_fitted_to, self.num_entries = int((~self.every.held_out).sum()), self.every.num_entries
-        self.dtype, self.device = self.every.keys.dtype, self.every.keys.device
+        self.storage, self.device = Storage(self.every.keys.dtype), self.every.keys.device
 
     def entries(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
         """See `Supply`."""
@@ -134,17 +135,17 @@ def fit_in_slices(
     method: str,
     effort: Effort,
     limit: int | None = None,
-    dtype: torch.dtype | None = None,
+    storage: Storage | None = None,
 ) -> Slices[Compressed]:
     """Fit every problem to the queries of about `effort.fitted_on` positions, with the budgets that the survey `found`
-    gives it. What is fitted will be stored in `dtype`, and is judged so; None means that of the problems' entries.
+    gives it. What is fitted will be in `storage`, and is judged so; None means one of the problems' own dtype.
 
     Raises:
         ValueError: the plan's total cannot be given out.
     """
     budgets = found.budgets(plan)
     supply = InMemory(*thinned(problems, found.ranking, effort))
-    supply.dtype = dtype or supply.dtype
+    supply.storage = storage or supply.storage
     keys, values = [problems.keys[0]] * problems.num_problems, [problems.values[0]] * problems.num_problems
 
     def write(fitted: FittedBatch, _pages: list[int]) -> None:
@@ -200,18 +201,20 @@ def fit_batches_in_slices(
     for numbers in map(sorted, groups):
         sizes = [kept[b] for b in numbers]
         order += numbers
+        storage = supply.storage.take(numbers)
         if sizes[0] == supply.num_entries:  # everything fits: copied, nothing to fit
-            keys, values = (part.to(supply.dtype) for part in supply.entries(numbers))
+            keys, values = supply.entries(numbers)
+            keys, values = storage.coarse_keys(keys), storage.coarse_values(values)
             nothing = torch.zeros(len(numbers), device=device)
             none = torch.zeros(len(numbers), dtype=torch.long, device=device)
             trace = nothing.expand(len(judged_after(key_steps)) if key_steps else 0, 2, -1)
             judged.append(Judged(nothing, nothing, none, none, trace))
         else:
             problems, ranking = yield from supply.problems(numbers)
-            fitting = solve(problems, ranking, sizes, method, key_steps, supply.dtype, both_starts=effort.plain_start)
+            fitting = solve(problems, ranking, sizes, method, key_steps, storage, both_starts=effort.plain_start)
             del problems, ranking  # the solver lets go of them when it can
             done = yield from within(fast_matmul, fitting)
-            keys, values = done.keys.to(supply.dtype), done.values.to(supply.dtype)
+            keys, values = done.keys.to(storage.result_dtype), done.values.to(storage.result_dtype)
             judged.append(Judged(done.start_error, done.error, done.steps, done.failed_solves, done.trace))
             del fitting, done
         write(FittedBatch(numbers, sizes, keys, values), budgets.pages)

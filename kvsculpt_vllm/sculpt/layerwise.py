@@ -24,6 +24,7 @@ from kvsculpt_vllm.sculpt.problem import Problems
 from kvsculpt_vllm.sculpt.segment_source import SegmentSource
 from kvsculpt_vllm.sculpt.selection import Ranking, taught_in_slices
 from kvsculpt_vllm.sculpt.slices import Slices, at_once, within
+from kvsculpt_vllm.sculpt.storage import Storage
 from kvsculpt_vllm.sculpt.survey import give_out, survey_in_slices
 from kvsculpt_vllm.sculpt.transfer import on_device
 
@@ -110,7 +111,7 @@ class BuiltAgain:
         self._count = effort.fitted_on(self.num_entries)
         held_out = source.held_out(self._count)
         self.num_queries, self.num_fitted_to = len(held_out), int((~held_out).sum())
-        self.dtype, self.device = source.keys.dtype, source.device
+        self.storage, self.device = Storage(source.keys.dtype), source.device
 
     def entries(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
         """See `compress.Supply`."""

@@ -15,6 +15,7 @@ from kvsculpt_vllm.sculpt.objective import Target
 from kvsculpt_vllm.sculpt.problem import Problems
 from kvsculpt_vllm.sculpt.selection import Ranking
 from kvsculpt_vllm.sculpt.slices import Slices
+from kvsculpt_vllm.sculpt.storage import Storage
 from kvsculpt_vllm.sculpt.transfer import on_device
 from kvsculpt_vllm.sculpt.values import ValueFit
 
@@ -49,14 +50,14 @@ def judged_after(key_steps: int) -> list[int]:
 class _Best:
     """Per problem, the candidate with the least held-out loss so far; a non-finite candidate never wins.
 
-    Candidates are judged as they will be stored: rounding to the cache's dtype is part of the answer.
+    Candidates are judged as they will be stored: what the cache makes of them is part of the answer.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, held_out: Target, valid: Tensor, storage: torch.dtype) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, held_out: Target, valid: Tensor, storage: Storage) -> None:
         """Begin with plain selection: `keys` and `values` (B, m, D) of the cache."""
-        self.keys, self.values = keys, values
+        self.keys, self.values = storage.coarse_keys(keys), storage.coarse_values(values)
         self.held_out, self.valid, self.storage = held_out, valid, storage
-        self.start_error = self.error = held_out.loss(keys, values, valid)
+        self.start_error = self.error = held_out.loss(self.keys, self.values, valid)
         self.steps = torch.zeros(len(keys), dtype=torch.long, device=keys.device)
         self.failed_solves = torch.zeros_like(self.steps)
 
@@ -64,7 +65,7 @@ class _Best:
         """Judge several `values` (R, B, m, D) for the same keys before any key step: the least loss (B,) of each
         problem, infinite if no loss is a number, and which values (B,) have it.
         """
-        keys, values = self._stored(keys), self._stored(values)
+        keys, values = self.storage.keys(keys), self.storage.values(values)
         least, choice = self.held_out.losses(keys, values, self.valid).nan_to_num(nan=torch.inf).min(0)
         improved = (least < self.error)[:, None, None]
         self.keys = torch.where(improved, keys, self.keys)
@@ -74,11 +75,12 @@ class _Best:
 
     def offer(self, keys: Tensor, values: Tensor, step: int, index: Tensor | None) -> tuple[Tensor, Tensor]:
         """Judge candidates for the problems in `index` (all if None): who improved (bool), and their losses."""
-        keys, values = self._stored(keys), self._stored(values)
+        storage, held_out, valid = self.storage, self.held_out, self.valid
         if index is None:
-            index, held_out, valid = torch.arange(len(keys), device=keys.device), self.held_out, self.valid
+            index = torch.arange(len(keys), device=keys.device)
         else:
-            held_out, valid = self.held_out.take(index), self.valid[index]
+            storage, held_out, valid = storage.take(index), held_out.take(index), valid[index]
+        keys, values = storage.keys(keys), storage.values(values)
         error = held_out.loss(keys, values, valid)
         improved = error < self.error[index]
         self.keys[index] = torch.where(improved[:, None, None], keys, self.keys[index])
@@ -86,9 +88,6 @@ class _Best:
         self.error[index] = torch.where(improved, error, self.error[index])
         self.steps[index] = torch.where(improved, step, self.steps[index])
         return improved, error
-
-    def _stored(self, entries: Tensor) -> Tensor:
-        return entries.to(self.storage).float()
 
 
 @dataclass
@@ -126,7 +125,7 @@ def solve(
     sizes: Sequence[int],  # B numbers of entries to keep
     method: str,
     key_steps: int,
-    storage: torch.dtype,
+    storage: Storage,
     both_starts: bool = False,
 ) -> Slices[Fit]:
     """Fit B problems together. `method` is select, select_fit or sculpt; what follows it counts for sculpt only.
@@ -142,7 +141,7 @@ def solve(
     del problems, ranking  # as large as the two targets, and not needed any more
     best = _Best(selected, originals, held_out, valid, storage)
     if method == "select_fit":
-        yield from _fit_start(best, selected, ValueFit(train, selected, originals, valid))
+        yield from _fit_start(best, selected, ValueFit(train, storage.coarse_keys(selected), originals, valid))
     trace = best.error.new_zeros(0, 2, len(sizes))
     if method == "sculpt":
         weights = train.weights(selected, valid)
@@ -150,13 +149,14 @@ def solve(
         yield
         plain = None
         if both_starts:  # first, because it may write over the weights
-            fit = ValueFit(train, selected, originals, valid, weights)
+            stored = storage.coarse_keys(selected)
+            fit = ValueFit(train, stored, originals, valid, weights if stored is selected else None)
             del weights  # as large as a temporary may be: not while there are factors
             plain = yield from _fit_start(best, selected, fit)
             del fit
         else:
             del weights
-        start = yield from _fit_start(best, keys, ValueFit(train, keys, originals, valid))
+        start = yield from _fit_start(best, keys, ValueFit(train, storage.coarse_keys(keys), originals, valid))
         if key_steps:
             begin = start.chosen() if plain is None else better(start, plain)
             del start, plain
@@ -190,6 +190,8 @@ def _sculpt_keys(
 ) -> Slices[list[Tensor]]:
     """Alternate L-BFGS steps on the keys with closed-form values (KVSculpt), each problem until it stops improving.
 
+    Values are fitted to keys as they will be stored, where that is coarse.
+
     It begins with `keys` and the `values` that `ridge` gives; `originals` are those to shrink towards; `selected` are
     the keys before anything moved them, and moving far from them counts as part of the training loss
     (`Target.foreign_weight`). Returns the trace: (2, B) losses, training and held-out, at every judgement; a problem
@@ -213,7 +215,7 @@ def _sculpt_keys(
     x = torch.bmm(keys, to_white).flatten(1)
     optimizer = BatchedLBFGS(x, *evaluate(x))
     trace = [torch.stack([optimizer.loss, best.held_out.loss(keys, values, best.valid)])]
-    everyone = torch.arange(len(keys), device=keys.device)
+    everyone, storage = torch.arange(len(keys), device=keys.device), best.storage
     index = None  # the problems that are left, None for all
     stale = torch.zeros_like(everyone)
     judgements = judged_after(key_steps)
@@ -222,7 +224,7 @@ def _sculpt_keys(
             optimizer.step(evaluate)
             yield
         current = unpack(optimizer.x)
-        refit = ValueFit(train, current, originals, valid)
+        refit = ValueFit(train, storage.coarse_keys(current), originals, valid)
         values = refit.solve(ridge)
         best.failed_solves[everyone if index is None else index] += refit.failed
         del refit  # it may hold weights, and the steps to come make their own
@@ -244,7 +246,7 @@ def _sculpt_keys(
             stale, ridge, valid = stale[alive], ridge[alive], valid[alive]
             values, originals, selected, foreign = values[alive], originals[alive], selected[alive], foreign[alive]
             to_white, from_white = to_white[alive], from_white[alive]
-            train = train.take(alive)
+            train, storage = train.take(alive), storage.take(alive)
             optimizer.keep(alive)
     return trace
 

@@ -23,6 +23,7 @@ from kvsculpt_vllm.sculpt.problem import Problems
 from kvsculpt_vllm.sculpt.selection import Ranking, Score, by_attention, rank_in_slices, selection_errors
 from kvsculpt_vllm.sculpt.slices import Slices, at_once, within
 from kvsculpt_vllm.sculpt.solve import solve
+from kvsculpt_vllm.sculpt.storage import Storage
 
 POWERS = {"select": 1, "select_fit": 1, "sculpt": 2}
 """Entries are ranked by Σ_q p^power over the queries: by the attention they accumulate (KVSculpt, H2O), or by its root
@@ -164,13 +165,13 @@ def pilot(
         return losses * norm[:, None]
     rows = problems.thin_rows(effort.pilot_positions * problems.group)
     few, ranking = problems.with_rows(rows), ranking.with_rows(rows)
-    errors = []
+    errors, storage = [], Storage(problems.keys.dtype)
     for size in sizes[:-1]:
         per_batch = max(1, limit // (size * len(rows)))
         parts = []
         for index in torch.arange(problems.num_problems, device=problems.keys.device).split(per_batch):
             sizes_of = [size] * len(index)
-            done = yield from solve(few.take(index), ranking.take(index), sizes_of, method, 0, problems.keys.dtype)
+            done = yield from solve(few.take(index), ranking.take(index), sizes_of, method, 0, storage)
             parts.append(done.error)
             yield
         errors.append(torch.cat(parts))

@@ -5,35 +5,13 @@ import torch
 
 from kvsculpt_vllm.evaluation.harness import Context
 from kvsculpt_vllm.evaluation.methods import METHODS
-from kvsculpt_vllm.evaluation.methods.fp8 import Form, stored_problems
 from kvsculpt_vllm.evaluation.metrics import compare
 from kvsculpt_vllm.evaluation.model import EvaluationModel
-from kvsculpt_vllm.sculpt.attention import attend, merge
 from kvsculpt_vllm.sculpt.effort import EFFORTS
-from kvsculpt_vllm.sculpt.survey import survey
-from kvsculpt_vllm.sculpt.turned import hadamard
 
 VOCABULARY, BLOCK, WINDOW, SINKS, LENGTH, FOLLOWING = 97, 16, 16, 4, 400, 32
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def in_fp8(number, scale):
-    """The nearest number of three bits of mantissa, bit by bit; subnormal below 2^-6, at most 448."""
-    if number == 0:
-        return 0.0
-    sign, size = (-1 if number < 0 else 1), abs(number) / scale
-    step = 2.0 ** max(torch.tensor(size).log2().floor().item(), -6) / 8
-    return sign * min(round(size / step) * step, 448.0) * scale
-
-
-@pytest.mark.parametrize("scale", [0.25, 1.0, 16.0])
-def test_rounding_is_to_the_nearest_number_of_e4m3(scale):
-    entries = torch.randn(20, 8, generator=torch.Generator().manual_seed(0)) * 100
-    entries[0, :4] = torch.tensor([0.0, 1e4 * scale, 0.003 * scale, -448.0 * scale])
-    expected = [[in_fp8(float(element), scale) for element in row] for row in entries]
-    form = Form(torch.tensor([scale]))
-    torch.testing.assert_close(form.rounded(entries[None])[0], torch.tensor(expected), rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")
@@ -69,33 +47,16 @@ def test_every_entry_is_what_fp8_can_mean_and_all_of_them_are_the_context_rounde
     for attempt in (few, every):
         cache, fitted = attempt.cache, attempt.fitted
         for part, form, recorded in (
-            (cache.keys, fitted.key_form, context.recording.keys),
-            (cache.values, fitted.value_form, context.recording.values),
+            (cache.keys, fitted.forms[0], context.recording.keys),
+            (cache.values, fitted.forms[1], context.recording.values),
         ):
             whole = form.rounded(recorded)
             for head, entries in enumerate(part):
-                again = form.of_head(head).rounded(entries[None])[0]
+                again = form.take(slice(head, head + 1)).rounded(entries[None])[0]
                 torch.testing.assert_close(again, entries, rtol=0, atol=0 if exact else 1e-5)
                 assert float(form.scales[head].log2()) == int(form.scales[head].log2())
                 if attempt is every:
                     torch.testing.assert_close(entries[:end], whole[head, :end], rtol=0, atol=0 if exact else 1e-5)
-
-
-def test_what_is_fitted_in_the_numbers_of_the_cache_is_the_same_attention(contexts):
-    context, _ = contexts[0]
-    problems, plan = context.problems, context.plan(1.0)
-    centres = torch.randn(problems.num_problems, problems.keys.shape[-1], generator=torch.Generator().manual_seed(2))
-    turn = hadamard(problems.keys.shape[-1])
-    key_form, value_form = Form.of(problems.keys, turn, 5 * centres), Form.of(problems.values, turn)
-    found = survey(problems, plan, "sculpt", "uniform", EFFORTS["fast"])
-    stored, as_stored = stored_problems(problems, found, key_form, value_form)
-
-    of_span, lse = attend(stored.queries, stored.keys, stored.values, stored.scale)
-    out, lse = merge(of_span, lse, stored.retained_out, stored.retained_lse)
-    torch.testing.assert_close(lse, as_stored.ranking.teacher_lse, rtol=0, atol=1e-4)
-    torch.testing.assert_close(out, as_stored.ranking.teacher_out, rtol=1e-4, atol=1e-4)
-    back = torch.stack([value_form.meant(head, numbers) for head, numbers in enumerate(out)])
-    torch.testing.assert_close(back, found.ranking.teacher_out, rtol=1e-4, atol=1e-4)
 
 
 def test_what_all_keys_share_is_not_rounded_and_a_loud_channel_is_spread(tiny_llama):
