@@ -51,6 +51,7 @@ UNIFORM = (
     Measured("Select+Fit", "select_fit", "uniform"),
     Measured("Attention Matching", "attention_matching", "uniform"),
     Measured("sculpt", "sculpt", "uniform"),
+    Measured("sculpt, calibrated: entries in the order of foretold queries", "sculpt", "uniform", calibrated=True),
 )
 
 

@@ -29,8 +29,9 @@ HARNESS = (
 )
 """The modules of this package that decide numbers, besides its methods and tasks; the others show them."""
 
-CALIBRATED = {(method, "adaptive") for method in ("sculpt", "sculpt_rounded_fp8", "sculpt_fp8", "sculpt_hadamard_fp8")}
-"""The methods and budgets that a calibration decides; what other rows hold is the same with any."""
+CALIBRATED = {"sculpt", "sculpt_rounded_fp8", "sculpt_fp8", "sculpt_hadamard_fp8"}
+"""The methods that follow a calibration: in adaptive budgets, and in the order of entries with any budgets. What rows
+of others hold is the same with any calibration."""
 
 Key = tuple[str, str, float]  # method, budget, keep ratio
 
@@ -59,8 +60,8 @@ class Results:
     Single measurements wait in `<file>.parts` until a row has all its contexts, so that a killed run goes on where
     it stopped. A row counts as done only if its `settings` are the ones asked for; they name the code that measured
     it (`code_version`), so that a changed method is measured anew. Rows of other settings stay in the file; rows of
-    the same settings but other code are replaced. Only `CALIBRATED` rows name a calibration, and only rows of our own
-    methods the length of a segment: the peers compress a context at once.
+    the same settings but other code are replaced. Only rows of `CALIBRATED` methods name a calibration, and only those
+    of our own methods the length of a segment: the peers compress a context at once.
     """
 
     def __init__(self, path: Path | None, settings: dict[str, Any], num_contexts: int, kind: type[Measured]) -> None:
@@ -109,7 +110,7 @@ class Results:
             _parts(self._path).unlink(missing_ok=True)
 
     def _settings_of(self, key: Key) -> dict[str, Any]:
-        calibration = {} if key[:2] in CALIBRATED else {"calibration": NONE}
+        calibration = {} if key[0] in CALIBRATED else {"calibration": NONE}
         return self._settings | calibration | {"segment": segment_of(key[0], self._settings.get("segment", ONE_SPAN))}
 
     def _finish(self, key: Key, numbers: Row) -> None:

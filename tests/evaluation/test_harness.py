@@ -364,5 +364,5 @@ def test_only_rows_that_follow_a_calibration_are_measured_again_with_another(tri
     for key in keys:
         first.add(key, 0, one)
     second = Results(tmp_path / "out.json", {"calibration": "second"}, 1, Measurement)
-    assert [second.missing(key) for key in keys] == [[0], [], []]
-    assert [first.row(key)["settings"]["calibration"] for key in keys] == ["first", "none", "none"]
+    assert [second.missing(key) for key in keys] == [[0], [0], []]
+    assert [first.row(key)["settings"]["calibration"] for key in keys] == ["first", "first", "none"]
