@@ -29,6 +29,7 @@ def selftest(
     head_size: Annotated[int | None, Number] = None,
     block_size: Annotated[int, typer.Option(min=1)] = 16,
     dtype: Annotated[str | None, typer.Option(show_default=False, help=f"One of: {', '.join(DTYPES)}.")] = None,
+    fp8: Annotated[bool, typer.Option("--fp8", help="A KV cache in FP8, as with --kv-cache-dtype fp8.")] = False,
     layout: Annotated[str, typer.Option(help=f"Of the KV cache: {' or '.join(LAYOUTS)}.")] = LAYOUTS[0],
     json: Annotated[bool, typer.Option("--json", help="Print everything that was compared as JSON.")] = False,
 ) -> None:
@@ -59,6 +60,7 @@ def selftest(
         raise typer.BadParameter(str(error), param_hint="--model") from None
     given: dict[str, Any] = {"layers": layers, "query_heads": heads, "kv_heads": kv_heads, "head_size": head_size}
     given["dtype"] = dtype and getattr(torch, dtype)
+    given["cache_dtype"] = torch.float8_e4m3fn if fp8 else None
     numbers = replace(numbers, **{name: number for name, number in given.items() if number is not None})
     if numbers.query_heads % numbers.kv_heads:
         raise typer.BadParameter(f"{numbers.query_heads} are no multiple of {numbers.kv_heads}", param_hint="--heads")

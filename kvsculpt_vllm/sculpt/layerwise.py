@@ -39,6 +39,7 @@ def compress_segment_in_slices(
     limit: int | None = None,
     calibration: LossCurves | None = None,
     group_bytes: int | None = None,
+    storage: Storage | None = None,
 ) -> Slices[Compressed]:
     """Compress all problems of `source`: give out the pages by the rule `budget`, fit every problem by `method`, and
     hand each batch of problems to `write` when it is done. What was written must not be used before all has been. What
@@ -54,6 +55,7 @@ def compress_segment_in_slices(
         limit: the largest temporary, in floats; None means the device's (`memory.max_elements`).
         calibration: what adaptive budgets follow; None means a pilot on these problems.
         group_bytes: what a group of layers may take; None means the device's (`memory.GROUP_BYTES`).
+        storage: what the cache makes of entries; None means that it has the dtype of the source's.
 
     Raises:
         ValueError: an unknown method or budget rule, a total that cannot be given out, no query to fit or judge on, or
@@ -93,6 +95,7 @@ def compress_segment_in_slices(
     else:
         supply = again = BuiltAgain(source, torch.cat(orders), effort, limit)
         most = max(1, group_bytes // (COPIES * again.num_queries * source.head_size * 4))
+    supply.storage = storage or supply.storage
     del ready, orders
     judged = yield from fit_batches_in_slices(supply, plan, budgets, method, effort, write, limit, most)
     difficulty = on_device(budgets.difficulty, source.device)

@@ -17,6 +17,12 @@ ROOM = 2.0
 """What is stored later may be so many times as large as the largest of what scales were chosen for."""
 
 
+def in_fp8(numbers: Tensor) -> Tensor:
+    """The nearest numbers of FP8; what is too large becomes the largest one."""
+    most = torch.finfo(FP8).max
+    return numbers.clamp(-most, most).to(FP8)
+
+
 @dataclass(frozen=True)
 class Form:
     """How a cache of FP8 holds the keys, or the values, of B heads.
@@ -43,9 +49,8 @@ class Form:
         return Form(self.scales[index], self.turn, None if self.centres is None else self.centres[index])
 
     def numbers(self, entries: Tensor) -> Tensor:
-        """What the cache holds of `entries` (…, B, m, D), in FP8. What is too large becomes the largest number."""
-        most = torch.finfo(FP8).max
-        return self._scaled(entries).clamp(-most, most).to(FP8)
+        """What the cache holds of `entries` (…, B, m, D), in FP8."""
+        return in_fp8(self._scaled(entries))
 
     def meant(self, numbers: Tensor) -> Tensor:
         """The entries (…, B, m, D) that `numbers` in the cache are, float32."""

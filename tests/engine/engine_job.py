@@ -176,12 +176,14 @@ def use_gpu_path(self_test: bool) -> None:
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    from kvsculpt_vllm.engine.startup.refusals import cache
     from kvsculpt_vllm.engine.worker import worker
     from kvsculpt_vllm.engine.worker.worker_cpu import SculptCPUWorker
     from kvsculpt_vllm.engine.worker.worker_gpu import SculptGPUWorker
 
     if not self_test:
         worker.test_at_start_up = lambda subject, ranks: None
+    cache.fp8_unread = lambda config: False  # that a GPU reads
 
     # Under the only name that vLLM's CPU platform asks for.
     SculptCPUWorker.attention_backend = (AttentionBackendEnum.CPU_ATTN, SculptGPUWorker.attention_backend[1])

@@ -424,6 +424,15 @@ def test_the_command_tells_programs_and_people(monkeypatch, tmp_path):
     assert "on: device cpu, kernels interpreted, torch" in result.output
 
 
+def test_the_command_tests_a_cache_in_fp8(monkeypatch):
+    checks = {"page copies": page_check.check, "attention": attention_check.against_twin}
+    monkeypatch.setattr(run, "CHECKS", checks | {"recorded": attention_check.as_recorded})
+    told = json.loads(selftest(*SMALL, "--fp8", "--json").output)
+    compared = {each["kernel"] for each in told["measured"]}
+    assert told["passed"] and {"store", "gather", "scatter", "paged attention", "recorded attention"} <= compared
+    assert (told["subject"]["dtype"], told["subject"]["cache"]) == ("float32", "float8_e4m3fn")
+
+
 def test_the_command_takes_a_models_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "CHECKS", {})
     config = {"num_hidden_layers": 3, "num_attention_heads": 6, "hidden_size": 96, "torch_dtype": "float16"}

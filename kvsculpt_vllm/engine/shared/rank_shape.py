@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from kvsculpt_vllm.engine.shared.cache_dtype import is_fp8
 from kvsculpt_vllm.engine.shared.groups import compressed_layers, has_windows
 
 
@@ -18,7 +19,8 @@ class RankShape:
     num_kv_heads: int
     num_query_heads: int
     head_size: int
-    element_bytes: int  # of a query, and of an entry of the cache
+    element_bytes: int  # of a query
+    in_fp8: bool = False  # what the cache holds
 
     @classmethod
     def of(cls, vllm_config: Any) -> RankShape:
@@ -32,7 +34,13 @@ class RankShape:
             num_query_heads=model.get_num_attention_heads(parallel),
             head_size=model.get_head_size(),
             element_bytes=model.dtype.itemsize,
+            in_fp8=is_fp8(vllm_config),
         )
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of an element of an entry that a solve has read: FP8 is read as float32."""
+        return 4 if self.in_fp8 else self.element_bytes
 
     @property
     def query_numbers(self) -> int:

@@ -29,6 +29,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from kvsculpt_vllm.engine.shared.cache_dtype import IN_FP8
 from kvsculpt_vllm.engine.worker.capture import CaptureRows
 from kvsculpt_vllm.engine.worker.pages import TokenPages
 from kvsculpt_vllm.kernels import checks
@@ -59,9 +60,10 @@ class SculptMetadata(AttentionMetadata):
 
 
 class SculptTritonBackend(AttentionBackend):
-    """Plain causal attention of decoders over keys and values that are not quantised."""
+    """Plain causal attention of decoders, over keys and values of the model's dtype or in FP8."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", *IN_FP8]
     forward_includes_kv_cache_update = False
 
     @staticmethod
@@ -177,6 +179,8 @@ class SculptTritonImpl(AttentionImpl[SculptMetadata]):
     ) -> None:
         """Write the step's keys and values into the tail's pages."""
         if (bound := self.bound) is not None:
+            if (form := bound.state.cache_form) is not None:
+                key, value = form.key_numbers(bound.index, key), form.value_numbers(value)
             store(_pages(bound), bound.index, slot_mapping, key, value)
 
     def forward(
@@ -204,9 +208,11 @@ class SculptTritonImpl(AttentionImpl[SculptMetadata]):
             attn_metadata.plan = plan_attention(pages, prefixes, rows, attn_metadata.chunks)
         assert attn_metadata.plan is not None  # layers are computed in their order
         tokens = slice(attn_metadata.num_tokens)
+        query, out, form = query[tokens], output.view(query.shape)[tokens], bound.state.cache_form
+        answers = out if form is None else torch.empty_like(query, memory_format=torch.contiguous_format)
         paged_attention(
-            query[tokens],
-            output.view(query.shape)[tokens],
+            query if form is None else form.turned(query),
+            answers,
             pages,
             prefixes,
             rows,
@@ -218,6 +224,8 @@ class SculptTritonImpl(AttentionImpl[SculptMetadata]):
             None if self.sinks is None else self.sinks.float(),
             self.logits_soft_cap or 0.0,
         )
+        if form is not None:
+            out.copy_(form.turned(answers))
         return output
 
 

@@ -119,6 +119,7 @@ class Compressor:
             write,
             # It was measured with sculpt's fits.
             calibration=self.calibration if config.method == "sculpt" else None,
+            storage=state.storage,
         )
         judged = self._judged(fitted, extremes)
         shape = (geometry.num_layers, geometry.num_heads)
@@ -200,7 +201,9 @@ class Compressor:
         keys, values = state.pages.read(state.geometry.block_pages(blocks))
         keys = keys.flatten(0, 1)[:, : end - first]
         values = values.flatten(0, 1)[:, : end - first]
-        position_bytes = state.geometry.num_layers * state.num_query_heads * state.pages.head_size * keys.element_size()
+        position_bytes = (
+            state.geometry.num_layers * state.num_query_heads * state.pages.head_size * state.dtype.itemsize
+        )
         positions, recent = sample_positions(first, end, effort.positions_for(position_bytes))
         return SegmentSource(
             queries=sample.at(positions),

@@ -9,7 +9,7 @@ first of them into the rest. What no embedding explains is refused.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ from kvsculpt_vllm.sculpt.queries import FUTURE_TOKENS
 from kvsculpt_vllm.sculpt.rotary import Rotary, rotaries_of, same_queries
 
 
-def rotary_of_layers(runner: Any, layers: dict[str, nn.Module]) -> list[Rotary | None]:
+def rotary_of_layers(runner: Any, layers: Mapping[str, nn.Module]) -> list[Rotary | None]:
     """The rotary embedding of each attention layer, None for those whose queries do not depend on the position.
 
     Args:
@@ -60,26 +60,38 @@ def probed_positions(context: int, device: torch.device) -> tuple[Tensor, Tensor
     return torch.where(far < 64, far, 0), far
 
 
-@torch.inference_mode()
-def asked_at(runner: Any, layers: dict[str, nn.Module], positions: Tensor) -> dict[str, Tensor]:
+def asked_at(runner: Any, layers: Mapping[str, nn.Module], positions: Tensor) -> dict[str, Tensor]:
     """What each of these attention layers is asked (N, heads, D) at `positions` (N,), all of one content."""
+    return {name: query for name, (query, _) in seen_at(runner, layers, positions).items()}
+
+
+@torch.inference_mode()
+def seen_at(
+    runner: Any, layers: Mapping[str, nn.Module], positions: Tensor, content: float | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Queries (N, heads, D) and keys (N, KV heads, D) that each of these attention layers is given at `positions` (N,),
+    all of one content: random, or in every element the number `content`.
+    """
     hidden_size = runner.vllm_config.model_config.get_hidden_size()
-    content = torch.randn(hidden_size, generator=torch.Generator().manual_seed(0)).to(positions.device)
-    asked: dict[str, Tensor] = {}
+    drawn = torch.randn(hidden_size, generator=torch.Generator().manual_seed(0)).to(positions.device)
+    given = drawn if content is None else torch.full_like(drawn, content)
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def same_content(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Else learned position embeddings would look like a rotation that is not understood."""
 
         def replaced(value: Any) -> Any:
             hidden = isinstance(value, Tensor) and value.is_floating_point() and value.shape[-1] == hidden_size
-            return content.to(value.dtype).expand_as(value).contiguous() if hidden else value
+            return given.to(value.dtype).expand_as(value).contiguous() if hidden else value
 
         return tuple(map(replaced, args)), {name: replaced(value) for name, value in kwargs.items()}
 
     def keep(name: str, layer: Any) -> Callable[..., Tensor]:
         def forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            asked[name] = query.reshape(len(positions), -1, layer.head_size).clone()
-            return torch.zeros_like(query)
+            nothing = torch.zeros_like(query)
+            query, key = (each.reshape(len(positions), -1, layer.head_size).clone() for each in (query, key))
+            seen[name] = query, key
+            return nothing
 
         return forward
 
@@ -97,7 +109,7 @@ def asked_at(runner: Any, layers: dict[str, nn.Module], positions: Tensor) -> di
     finally:
         for hook in hooks:
             hook.remove()
-    return asked
+    return seen
 
 
 @contextmanager
@@ -123,7 +135,7 @@ class Candidates:
     A layer's are near it: beside it, or beside something that it is part of. So those of a vision tower are none.
     """
 
-    def __init__(self, runner: Any, layers: dict[str, nn.Module]) -> None:
+    def __init__(self, runner: Any, layers: Mapping[str, nn.Module]) -> None:
         self._config, self._device = runner.vllm_config.model_config, runner.device
         self._parents = parents_of(runner.get_model())
         self._known: dict[nn.Module, Rotary] = {}  # how a module was read for another layer

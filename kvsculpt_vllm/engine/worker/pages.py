@@ -11,6 +11,8 @@ from torch import Tensor
 
 from kvsculpt_vllm.kernels import pages as kernel
 from kvsculpt_vllm.kernels.dispatch import use_triton
+from kvsculpt_vllm.sculpt.storage import in_fp8
+from kvsculpt_vllm.sculpt.turned import hadamard
 
 if TYPE_CHECKING:
     from kvsculpt_vllm.engine.worker.directory import Chains
@@ -156,9 +158,12 @@ class TokenPages:
     """Page content of vLLM's GPU kernels: token by token, each its key and then its value."""
 
     def __init__(self, buffer: Tensor, geometry: PageGeometry) -> None:
-        """`buffer` is (pages, N · 2 · D) in the cache's dtype."""
+        """`buffer` is (pages, N · 2 · D) in the cache's dtype. Entries of FP8 are read and written in float32, and are
+        in the cache as `cache_form` says.
+        """
         width = buffer.shape[1] // geometry.block_size
         self.buffer, self.head_size = buffer, width // 2
+        self._turn = hadamard(self.head_size).to(buffer.device) if buffer.dtype == kernel.FP8 else None
         self.kernel_pages = kernel.Pages(
             buffer=buffer,
             cell_pages=geometry.cell_pages,
@@ -170,11 +175,22 @@ class TokenPages:
 
     def read(self, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (..., n · N, D) of pages (..., n)."""
+        keys, values = self.numbers(pages)
+        return (keys, values) if self._turn is None else (keys.float() @ self._turn, values.float() @ self._turn)
+
+    def write(self, pages: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Fill pages (n,) with keys and values (n · N, D), in the dtype that they are read in."""
+        if self._turn is not None:
+            keys, values = (in_fp8(entries.float() @ self._turn) for entries in (keys, values))
+        self.write_numbers(pages, keys, values)
+
+    def numbers(self, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (..., n · N, D) of pages (..., n) as they are in the cache."""
         gather = kernel.gather if use_triton(self.buffer) else kernel.gather_twin
         return gather(self.kernel_pages, pages, self.head_size)
 
-    def write(self, pages: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Fill pages (n,) with keys and values (n · N, D), in the cache's dtype."""
+    def write_numbers(self, pages: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Fill pages (n,) with keys and values (n · N, D), in the cache's dtype and as they are to be in it."""
         scatter = kernel.scatter if use_triton(self.buffer) else kernel.scatter_twin
         scatter(self.kernel_pages, pages, keys, values)
 

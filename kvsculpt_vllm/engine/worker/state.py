@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -13,9 +14,11 @@ from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.compat.worker import row_request_ids
 from kvsculpt_vllm.engine.shared import spans
 from kvsculpt_vllm.engine.shared.commands import SampleCommand
+from kvsculpt_vllm.engine.worker.cache_form import CacheForm
 from kvsculpt_vllm.engine.worker.capture import CaptureRows, Piece, QuerySample
 from kvsculpt_vllm.engine.worker.directory import Directory
 from kvsculpt_vllm.engine.worker.pages import PageFormat, PageGeometry
+from kvsculpt_vllm.sculpt.storage import FP8, Storage
 
 if TYPE_CHECKING:
     from kvsculpt_vllm.engine.shared.record import CompressionRecord
@@ -40,11 +43,13 @@ class CompressionState:
         layer_views: list[Tensor],  # per layer: (blocks, heads, block_size, 2D)
         num_query_heads: int,
         max_num_seqs: int,
+        dtype: torch.dtype,  # of the model, and so of its queries
     ) -> None:
-        self.config, self.runner = config, runner
+        self.config, self.runner, self.dtype = config, runner, dtype
         self.geometry, buffer = PageGeometry.of(layer_views)
         self.pages = page_format(buffer, self.geometry)
         self.num_query_heads = num_query_heads
+        self.cache_form = CacheForm(self.pages.head_size, dtype, buffer.device) if buffer.dtype == FP8 else None
         self.block_bytes = self.geometry.num_cells * buffer[0].nbytes
         num_blocks = layer_views[0].shape[0]
         self.directory = Directory(
@@ -60,6 +65,14 @@ class CompressionState:
         self._configs: dict[str, CompressionConfig] = {}
         self._expected: dict[str, Piece] = {}  # the queries that this step is to keep
         self._computed: dict[str, int] = {}  # tokens of each request of this step that were computed before it
+
+    @property
+    def storage(self) -> Storage:
+        """What the cache makes of the entries of all heads."""
+        if self.cache_form is None:
+            return Storage(self.dtype)
+        form = self.cache_form.of(self.geometry.num_cells)
+        return Storage(self.dtype, (form, form))
 
     def begin_step(self, output: SchedulerOutput) -> None:
         """Follow requests coming, going, losing their blocks and coming back, before the step's forward pass."""
@@ -80,9 +93,8 @@ class CompressionState:
         """Keep some of the queries that this step computes."""
         if command.request_id not in self.samples:
             layers, head_size = self.geometry.num_layers, self.pages.head_size
-            self.samples[command.request_id] = QuerySample(
-                layers, self.num_query_heads, head_size, like=self.pages.buffer
-            )
+            like = torch.empty(0, dtype=self.dtype, device=self.pages.buffer.device)
+            self.samples[command.request_id] = QuerySample(layers, self.num_query_heads, head_size, like)
         if (piece := self.samples[command.request_id].expect(command.first, command.end)) is not None:
             self._expected[command.request_id] = piece
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 import vllm
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
@@ -17,12 +18,14 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from kvsculpt_vllm import __version__
 from kvsculpt_vllm.engine.compat.worker import BlockRows, block_table_columns
+from kvsculpt_vllm.engine.shared.cache_dtype import is_fp8
 from kvsculpt_vllm.engine.shared.capacity import server_settings
 from kvsculpt_vllm.engine.shared.groups import compressed_layers, full_group
 from kvsculpt_vllm.engine.shared.ledger import Ledger
 from kvsculpt_vllm.engine.shared.stores import PATIENCE_SECONDS, opened
 from kvsculpt_vllm.engine.startup.refusals.layers import check_attention_layers
 from kvsculpt_vllm.engine.worker.agreement import Ranks
+from kvsculpt_vllm.engine.worker.cache_form import key_centres
 from kvsculpt_vllm.engine.worker.compressor import Compressor
 from kvsculpt_vllm.engine.worker.model_rotary import rotary_of_layers
 from kvsculpt_vllm.engine.worker.pages import PageFormat, TokenPages
@@ -34,6 +37,7 @@ from kvsculpt_vllm.engine.worker.selftest.subject import Subject
 from kvsculpt_vllm.engine.worker.softmax import have_sinks, sink_logits_of, soft_cap_of
 from kvsculpt_vllm.engine.worker.state import BoundLayer, CompressionState
 from kvsculpt_vllm.engine.worker.stored import StoredSegments
+from kvsculpt_vllm.sculpt.storage import FP8
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker
@@ -70,7 +74,11 @@ class SculptWorkerMixin(Worker):
         by_name = get_layers_from_vllm_config(self.vllm_config, Attention, group.layer_names)
         layers = [by_name[name] for name in group.layer_names]
         check_attention_layers(by_name)
-        self._layer_views = [layer.kv_cache for layer in layers]
+        views = [layer.kv_cache for layer in layers]
+        # vLLM has bytes where the cache holds FP8.
+        self._layer_views = [view.view(FP8) for view in views] if is_fp8(self.vllm_config) else views
+        dtype = self.model_config.dtype
+        assert isinstance(dtype, torch.dtype)  # and no name any more: vLLM has resolved it
         state = CompressionState(
             server_settings(self.vllm_config),
             self.model_runner,
@@ -78,9 +86,11 @@ class SculptWorkerMixin(Worker):
             self._layer_views,
             layers[0].num_heads,
             self.scheduler_config.max_num_seqs,
+            dtype,
         )
         ranks = Ranks()
-        rotaries = rotary_of_layers(self.model_runner, dict(zip(group.layer_names, layers, strict=True)))
+        named = dict(zip(group.layer_names, layers, strict=True))
+        rotaries = rotary_of_layers(self.model_runner, named)
         curves = curves_of_rank(
             state.config,
             group.layer_names,
@@ -91,6 +101,9 @@ class SculptWorkerMixin(Worker):
         )
         impls = [layer.impl for layer in layers]
         self._softmax = soft_cap_of(impls[0]), have_sinks(impls)
+        # A soft cap and a learned sink would notice that keys are moved.
+        if state.cache_form is not None and self._softmax == (None, False):
+            state.cache_form.set_centres(key_centres(self.model_runner, named, rotaries))
         sink_logits = partial(sink_logits_of, impls, state.num_query_heads, state.pages.buffer.device)
         compressor = Compressor(state, rotaries, impls[0].scale, curves, sink_logits, soft_cap_of(impls[0]))
         block_rows = BlockRows(self.model_runner, self._group)
@@ -119,6 +132,7 @@ class SculptWorkerMixin(Worker):
                 block_table_columns(self.model_runner, self._group),
                 current_platform.num_compute_units(state.pages.buffer.device.index or 0),
                 *self._softmax,
+                query_dtype=state.dtype,
             )
             self.self_tested = test_at_start_up(subject, self.kv_compression.ranks)
         return super().compile_or_warm_up_model()

@@ -92,7 +92,7 @@ def _solve(rank: RankShape, config: CompressionConfig, max_model_len: int, sizes
         fitted_on=min((effort.fit_positions for effort in efforts if effort.key_steps), default=sampled),
         segment_tokens=tokens,
         context_tokens=max_model_len,
-        cache_bytes=rank.element_bytes,
+        cache_bytes=rank.entry_bytes,
         largest_temporary=sizes.temporary,
         group_bytes=sizes.group,
     )

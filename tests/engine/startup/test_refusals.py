@@ -9,6 +9,7 @@ import pytest
 import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -35,12 +36,14 @@ def supported() -> SimpleNamespace:
         kv_transfer_config=None,
         kv_events_config=None,
         diffusion_config=None,
+        additional_config={"kv_compression": "sculpt"},
         aux_output_config=SimpleNamespace(enabled=False),
         attention_config=SimpleNamespace(hisparse_config=None, use_non_causal=False),
         device_config=SimpleNamespace(device_type="cpu"),
         cache_config=SimpleNamespace(
             block_size=32,
             cache_dtype="auto",
+            kv_cache_dtype_skip_layers=[],
             kv_offloading_size=None,
             kv_sharing_fast_prefill=False,
             prefix_match_unit=None,
@@ -95,7 +98,8 @@ CASES = [
     (f"{TEXT}.num_kv_shared_layers", 2, "share a KV cache"),
     ("cache_config.kv_sharing_fast_prefill", True, "share a KV cache"),
     ("model_config.is_encoder_decoder", True, "encoder-decoder"),
-    ("cache_config.cache_dtype", "fp8_e4m3", "quantised KV cache"),
+    ("cache_config.cache_dtype", "fp8_e4m3", "quantised KV cache on this device"),
+    ("cache_config.cache_dtype", "fp8_e5m2", "quantised KV cache of this kind"),
     ("cache_config.cache_dtype", "float16", "another dtype"),
     ("cache_config.cache_dtype", "int8_per_token_head", "quantised KV cache"),
     (f"{TEXT}.param_sink_number", 128, "attention sinks have keys"),
@@ -156,7 +160,6 @@ def windowed() -> SimpleNamespace:
     config.model_config.hf_text_config.layer_types = ["sliding_attention", "full_attention"]
     config.scheduler_config = SimpleNamespace(disable_hybrid_kv_cache_manager=False)
     config.parallel_config.pipeline_parallel_size = 1
-    config.additional_config = {"kv_compression": "sculpt"}
     return config
 
 
@@ -178,6 +181,39 @@ def test_what_goes_without_windows_only_is_refused(path, value, feature):
     assert feature in refused(STOCK_ARGS, config)
 
 
+def in_fp8() -> SimpleNamespace:
+    """On a GPU, whose kernels read FP8."""
+    config = windowed()
+    config.model_config.get_sliding_window = lambda: None
+    config.device_config.device_type, config.cache_config.cache_dtype = "cuda", "fp8"
+    return config
+
+
+IN_FP8 = [
+    ("model_config.get_sliding_window", lambda: 512, "cache of a model with sliding windows"),
+    ("cache_config.kv_cache_dtype_skip_layers", ["0"], "leaves out"),
+    ("additional_config", {"kv_compression": {"method": "sculpt", "store": "/a/directory"}}, "with a quantised"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "feature"), IN_FP8)
+def test_what_goes_without_fp8_only_is_refused(monkeypatch, path, value, feature):
+    monkeypatch.setattr(type(current_platform), "has_device_capability", staticmethod(lambda least: True))
+    config = in_fp8()
+    check_config(STOCK_ARGS, config)
+    put(config, path, value)
+    assert feature in refused(STOCK_ARGS, config)
+
+
+def test_a_gpu_that_does_not_compute_with_fp8_is_refused(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        type(current_platform), "has_device_capability", staticmethod(lambda least: asked.append(least) or False)
+    )
+    assert "on this device" in refused(STOCK_ARGS, in_fp8())
+    assert asked == [89]
+
+
 def test_windows_alone_are_refused():
     config = windowed()
     config.model_config.hf_text_config.layer_types = ["sliding_attention"]
@@ -185,7 +221,7 @@ def test_windows_alone_are_refused():
 
 
 def test_every_rule_has_a_case():
-    tested = [feature for _, _, feature in CASES + ENVIRONMENT + ARGUMENTS + WINDOWED]
+    tested = [feature for _, _, feature in CASES + ENVIRONMENT + ARGUMENTS + WINDOWED + IN_FP8]
     for rule in RULES:
         assert any(feature in rule.refusal.feature for feature in tested), rule.refusal.feature
 
@@ -317,7 +353,7 @@ def test_plain_kv_cache_passes():
         (kv_cache(spec(attention_chunk_size=64)), "attention_chunk_size=64"),
         (kv_cache(spec(head_size_v=32)), "head_size_v=32"),
         (kv_cache(spec(page_size_padded=1 << 20)), "page_size_padded"),
-        (kv_cache(spec(kv_quant_mode=KVQuantMode.FP8_PER_TENSOR)), "kv_quant_mode"),
+        (kv_cache(spec(kv_quant_mode=KVQuantMode.FP8_PER_TOKEN_HEAD)), "kv_quant_mode"),
         (kv_cache(spec(non_causal=True)), "non_causal"),
         (kv_cache(spec(), layout="LBNHC"), "layout LBNHC"),
     ],
@@ -366,7 +402,7 @@ def test_plain_layers_pass():
         (layer(use_mm_prefix=True), "non-causal"),
         (layer(kv_cache_update_bypass=True), "the model writes itself"),
         (layer(head_size_v=32), "values of another size"),
-        (layer(kv_cache_dtype="fp8"), "quantised"),
+        (layer(kv_cache_dtype="fp8_e5m2"), "quantised"),
         (layer(impl=implementation(alibi_slopes=torch.ones(1))), "ALiBi"),
         (layer(impl=implementation(logits_soft_cap=30.0)), "several soft caps on attention"),
         (layer(type("ChunkedAttention", (Attention,), {})), "ChunkedAttention"),

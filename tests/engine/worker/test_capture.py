@@ -113,6 +113,7 @@ def test_a_request_whose_compression_failed_in_this_step_is_sampled_no_more(monk
         SimpleNamespace(num_layers=LAYERS),
         SimpleNamespace(head_size=HEAD_SIZE, buffer=torch.zeros(1)),
     )
+    own.dtype = torch.float32
     own.runner, own.num_query_heads, own.samples, own._expected = None, HEADS, {}, {}
     own._computed = {"failed": 8, "other": 8}
     for request_id in ("failed", "other"):

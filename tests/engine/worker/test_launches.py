@@ -17,6 +17,7 @@ from kvsculpt_vllm.engine.worker.pages import PageGeometry, TokenPages
 from kvsculpt_vllm.kernels.dispatch import VARIABLE
 from kvsculpt_vllm.sculpt import memory
 from kvsculpt_vllm.sculpt.rotary import Rotary
+from kvsculpt_vllm.sculpt.storage import Storage
 from launches import Launches
 
 LAYERS, KV_HEADS, HEADS, HEAD_SIZE, BLOCK = 28, 2, 12, 128, 16  # Qwen2.5-1.5B
@@ -41,6 +42,8 @@ def counted(tokens, effort, calibrated):
             geometry=geometry,
             pages=TokenPages(buffer, geometry),
             num_query_heads=HEADS,
+            dtype=buffer.dtype,
+            storage=Storage(buffer.dtype),
             directory=Directory(400, 8, LAYERS, KV_HEADS, device),
             samples={"r": sample},
             config_of=lambda request_id: CompressionConfig(method="sculpt", keep_ratio=0.3, effort=effort),

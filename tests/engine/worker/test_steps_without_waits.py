@@ -67,7 +67,7 @@ class Worker(SculptWorkerMixin, ForwardPass):
         self.runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=[]))
         views = list(empty(LAYERS, BLOCKS, KV_HEADS, BLOCK, 2 * HEAD_SIZE).unbind(0))
         config = CompressionConfig(method="sculpt")
-        self.state = state = CompressionState(config, self.runner, TokenPages, views, HEADS, 4)
+        self.state = state = CompressionState(config, self.runner, TokenPages, views, HEADS, 4, views[0].dtype)
         ranks = SimpleNamespace(gather=lambda value: [[value]], is_first=True, is_heard=True)
         self.rows = {}
         block_rows = SimpleNamespace(replace=self.rows.__setitem__)

@@ -48,7 +48,8 @@ def make_state(page_format=VectorPages, layout="LBHNC", dtype=torch.bfloat16):
     shape = (LAYERS, BLOCKS) if layout == "LBHNC" else (BLOCKS, LAYERS)
     raw = torch.full((*shape, HEADS, SIZE, 2 * WIDTH), UNTOUCHED, dtype=dtype)
     views = list(raw) if layout == "LBHNC" else list(raw.unbind(1))
-    return CompressionState(CompressionConfig(method="sculpt"), None, page_format, views, 4, max_num_seqs=1)
+    config = CompressionConfig(method="sculpt")
+    return CompressionState(config, None, page_format, views, 4, max_num_seqs=1, dtype=dtype)
 
 
 def segment(label, pages=((2, 1, 3, 1, 4, 1)), dtype=torch.bfloat16, width=WIDTH, entries=None, shape=(LAYERS, HEADS)):

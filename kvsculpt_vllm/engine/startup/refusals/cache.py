@@ -8,6 +8,10 @@ import vllm.envs as envs
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
+from kvsculpt_vllm.config import CompressionConfig
+from kvsculpt_vllm.engine.shared.cache_dtype import is_fp8
+from kvsculpt_vllm.engine.shared.groups import has_windows
+from kvsculpt_vllm.engine.shared.stores import NO_STORE
 from kvsculpt_vllm.engine.startup.refusals.refusal import Refusal, Rule
 
 if TYPE_CHECKING:
@@ -42,13 +46,58 @@ def _fine_prefix_match(config: VllmConfig) -> bool:
     return config.cache_config.prefix_match_unit not in (None, config.cache_config.block_size)
 
 
+def _other_quantised(config: VllmConfig) -> bool:
+    return is_quantized_kv_cache(config.cache_config.cache_dtype) and not is_fp8(config)
+
+
+def fp8_unread(config: VllmConfig) -> bool:
+    """Whether no kernel here reads FP8 in the form that entries are sculpted for."""
+    from vllm.platforms import current_platform
+
+    if not is_fp8(config):
+        return False
+    return config.device_config.device_type != "cuda" or not current_platform.has_device_capability(89)
+
+
 DTYPES = (
     Rule(
-        lambda c: is_quantized_kv_cache(c.cache_config.cache_dtype),
+        _other_quantised,
         Refusal(
-            "a quantised KV cache",
+            "a quantised KV cache of this kind",
             "optimised keys and values have no scales to be stored with",
+            "use --kv-cache-dtype fp8, or leave it out",
+        ),
+    ),
+    Rule(
+        lambda c: fp8_unread(c),
+        Refusal(
+            "a quantised KV cache on this device",
+            "sculpted FP8 is read by the plugin's own kernels, on GPUs that compute with it (compute capability 8.9)",
             "leave out --kv-cache-dtype",
+        ),
+    ),
+    Rule(
+        lambda c: is_fp8(c) and has_windows(c),
+        Refusal(
+            "a quantised KV cache of a model with sliding windows",
+            "those layers' entries are not stored in the basis that FP8 is sculpted in",
+            "leave out --kv-cache-dtype",
+        ),
+    ),
+    Rule(
+        lambda c: is_fp8(c) and bool(c.cache_config.kv_cache_dtype_skip_layers),
+        Refusal(
+            "layers that a quantised KV cache leaves out",
+            "pages of all layers lie in the same blocks",
+            "leave out --kv-cache-dtype-skip-layers",
+        ),
+    ),
+    Rule(
+        lambda c: is_fp8(c) and CompressionConfig.from_additional_config(c.additional_config).store != NO_STORE,
+        Refusal(
+            "a store of segments (--kv-compression-store) with a quantised KV cache",
+            "what is stored does not say in which basis its entries are",
+            "leave out one of them",
         ),
     ),
     Rule(

@@ -18,7 +18,7 @@ def check_kv_cache_config(config: KVCacheConfig) -> None:
     Raises:
         UnsupportedFeature: as soon as a page is anything but `[block_size, K|V]` of one head.
     """
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, SlidingWindowSpec
 
     specs = [group.kv_cache_spec for group in config.kv_cache_groups]
     if not specs:
@@ -41,6 +41,8 @@ def check_kv_cache_config(config: KVCacheConfig) -> None:
     # They say how requests share the cache among ranks and what it is aligned to, not what is in a page.
     # `is_draft` (vLLM 0.33) names a drafter's layers; speculative decoding has a refusal of its own.
     free = {"dcp_sharded", "max_tp_shards", "block_stride_alignment", "is_draft"}
+    if spec.kv_quant_mode == KVQuantMode.FP8_PER_TENSOR:  # bytes, which the worker takes for FP8
+        free |= {"kv_quant_mode"}
     odd = [
         name for name in plain.__dataclass_fields__ if name not in free and getattr(spec, name) != getattr(plain, name)
     ]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
+from kvsculpt_vllm.engine.shared.cache_dtype import IN_FP8
 from kvsculpt_vllm.engine.startup.refusals.refusal import OTHER_MODEL, Refusal, UnsupportedFeature, refuse
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def _odd_attention(layer: Attention) -> Iterable[str]:
         yield "a KV cache that the model writes itself"
     if layer.head_size_v != layer.head_size:
         yield "values of another size than keys"
-    if is_quantized_kv_cache(layer.kv_cache_dtype):
+    if is_quantized_kv_cache(layer.kv_cache_dtype) and layer.kv_cache_dtype not in IN_FP8:
         yield "a quantised KV cache"
     if getattr(layer.impl, "alibi_slopes", None) is not None:
         yield "ALiBi"

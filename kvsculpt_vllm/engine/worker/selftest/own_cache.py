@@ -24,9 +24,10 @@ class Numbers:
     query_heads: int
     kv_heads: int
     head_size: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # of queries
     soft_cap: float | None = None
     has_sinks: bool = False
+    cache_dtype: torch.dtype | None = None  # where it is not that of queries
 
     @classmethod
     def of_model(cls, directory: Path) -> Numbers:
@@ -65,12 +66,13 @@ def subject_of(numbers: Numbers, block_size: int, layout: str, device: torch.dev
     """The subject with an empty cache of its own, in the layout LBHNC or BLHNC."""
     views = own_cache(numbers, block_size, layout, device)
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
-    return Subject.of(views, numbers.query_heads, 0, processors, numbers.soft_cap, numbers.has_sinks)
+    others = numbers.soft_cap, numbers.has_sinks, numbers.dtype
+    return Subject.of(views, numbers.query_heads, 0, processors, *others)
 
 
 def own_cache(numbers: Numbers, block_size: int, layout: str, device: torch.device) -> list[Tensor]:
     """An empty cache as vLLM would make it: of each layer a view (blocks, KV heads, block_size, 2D) of one buffer."""
     blocks, page = 2 * END_BLOCKS + MIDDLE_BLOCKS, (block_size, 2 * numbers.head_size)
     in_order = (numbers.layers, blocks) if layout == "LBHNC" else (blocks, numbers.layers)
-    cache = torch.zeros(*in_order, numbers.kv_heads, *page, dtype=numbers.dtype, device=device)
+    cache = torch.zeros(*in_order, numbers.kv_heads, *page, dtype=numbers.cache_dtype or numbers.dtype, device=device)
     return list(cache.unbind(0 if layout == "LBHNC" else 1))

@@ -31,7 +31,8 @@ def _stored(subject: Subject, notes: Notes, layer: int, joined: bool, generator:
     last = (subject.num_blocks - 1) * size
     # Where -1 could end up, the first slot of all and the last, must stay empty beside padding.
     slots = [1, -1, size - 1, last, last + size - 2] if joined else [0, last + size - 1]
-    both = subject.normal(len(slots) + 1, 2 * heads, head_size, generator=generator)  # a token more than slots
+    shape = len(slots) + 1, 2 * heads, head_size  # a token more than slots
+    both = subject.normal(*shape, generator=generator, dtype=subject.cache_dtype)
     keys, values = both.split(heads, dim=1)
     if not joined:
         keys, values = keys.contiguous(), values.contiguous()
@@ -59,7 +60,8 @@ def _scattered(subject: Subject, notes: Notes, generator: torch.Generator) -> No
     # A head's pages may begin anywhere in the list of a segment's: addresses that are aligned, and such as are not.
     for first in (0, 1):
         some = index[first:]
-        keys, values = (subject.normal(len(some) * size, head_size, generator=generator) for _ in range(2))
+        shape = len(some) * size, head_size
+        keys, values = (subject.normal(*shape, generator=generator, dtype=subject.cache_dtype) for _ in range(2))
         subject.clear()
         wanted = subject.content()
         for number, (layer, head, block) in enumerate(cells[first:]):
@@ -68,7 +70,7 @@ def _scattered(subject: Subject, notes: Notes, generator: torch.Generator) -> No
             page[:, :head_size], page[:, head_size:] = keys[own], values[own]
 
         def call(some: Tensor = some, keys: Tensor = keys, values: Tensor = values) -> tuple[Tensor]:
-            subject.pages.write(some, keys, values)
+            subject.pages.write_numbers(some, keys, values)
             return (subject.content(),)
 
         case = f"pages {some.tolist()}"
@@ -85,7 +87,7 @@ def _gathered(subject: Subject, notes: Notes, generator: torch.Generator) -> Non
         some = index[first:]
         wanted = torch.cat([content[layer, block, head] for layer, head, block in cells[first:]])
         case = f"pages {some.tolist()}"
-        found = notes.twice("gather", case, partial(subject.pages.read, some))
+        found = notes.twice("gather", case, partial(subject.pages.numbers, some))
         notes.same("gather", case, torch.cat(found, dim=1), wanted)
 
 

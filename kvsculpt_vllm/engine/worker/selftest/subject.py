@@ -26,6 +26,7 @@ class Subject:
     processors: int  # of the device, by which attention is cut into chunks
     soft_cap: float | None = None  # of the model's logits
     has_sinks: bool = False  # whether the model has learned sinks
+    query_dtype: torch.dtype | None = None  # of queries where it is not the cache's
 
     @classmethod
     def of(
@@ -36,6 +37,7 @@ class Subject:
         processors: int,
         soft_cap: float | None = None,
         has_sinks: bool = False,
+        query_dtype: torch.dtype | None = None,
     ) -> Subject:
         """The subject with this cache.
 
@@ -44,7 +46,7 @@ class Subject:
         """
         geometry, buffer = PageGeometry.of(views)
         pages = TokenPages(buffer, geometry)
-        return cls(views, geometry, pages, num_query_heads, table_columns, processors, soft_cap, has_sinks)
+        return cls(views, geometry, pages, num_query_heads, table_columns, processors, soft_cap, has_sinks, query_dtype)
 
     @property
     def num_blocks(self) -> int:
@@ -75,7 +77,12 @@ class Subject:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The cache's and the queries'."""
+        """The queries'."""
+        return self.query_dtype or self.cache_dtype
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The cache's."""
         return self.views[0].dtype
 
     @property
@@ -115,7 +122,8 @@ class Subject:
     def fill(self, generator: torch.Generator, null_block: bool = False) -> None:
         """Write random entries into all of `blocks`, whatever layout the cache has; into the null block on request."""
         index = self._index[0 if null_block else 1 :]
-        entries = self.normal(len(index), *self.views[0].shape[1:], generator=generator)
+        shape = len(index), *self.views[0].shape[1:]
+        entries = self.normal(*shape, generator=generator, dtype=self.cache_dtype)
         for layer, view in enumerate(self.views):
             view[index] = entries.roll(layer, 0)  # drawing them anew for each layer would take seconds
 
@@ -125,13 +133,14 @@ class Subject:
             view[self._index] = 0
 
     def normal(self, *shape: int, generator: torch.Generator, dtype: torch.dtype | None = None) -> Tensor:
-        """Random numbers, in the cache's dtype by default. Drawn on the host, they are the same on every device."""
+        """Random numbers, in the queries' dtype by default. Drawn on the host, they are the same on every device."""
         return torch.randn(*shape, generator=generator).to(self.device, dtype or self.dtype)
 
     def described(self) -> dict[str, int | str]:
         """What kernels are compiled for, for people."""
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
+            **({} if self.cache_dtype == self.dtype else {"cache": str(self.cache_dtype).removeprefix("torch.")}),
             "layers": len(self.views),
             "query_heads": self.num_query_heads,
             "kv_heads": self.geometry.num_heads,
