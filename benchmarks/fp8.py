@@ -1,8 +1,8 @@
 """KL against bytes: a cache in 16 bits or FP8, whole or sculpted: `python benchmarks/fp8.py --help`.
 
-Reads result files of `kvsculpt eval --methods sculpt,sculpt_fp8,sculpt_rounded_fp8`, prints a table, draws it, and ends
-with one JSON line. Bytes are of the context, as a fraction of what it takes in 16 bits; the scales of FP8, two numbers
-a KV head, are left out.
+Reads result files of `kvsculpt eval` by the methods sculpt, sculpt_hadamard_fp8, sculpt_fp8 and sculpt_rounded_fp8,
+prints a table, draws it, and ends with one JSON line. Bytes are of the context, as a fraction of what it takes in 16
+bits; the scales of FP8, two numbers a KV head, are left out.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ WAYS = {
     "sculpt": "16 bits, sculpt",
     "sculpt_rounded_fp8": "FP8, sculpt rounded afterwards",
     "sculpt_fp8": "FP8, sculpt fitted to it",
+    "sculpt_hadamard_fp8": "FP8 turned, sculpt fitted to it",
 }
-ALONE = "FP8 alone"
-BYTES = {"sculpt": 1.0, "sculpt_fp8": 0.5, "sculpt_rounded_fp8": 0.5}
+ALONE = {"sculpt_fp8": "FP8 alone", "sculpt_hadamard_fp8": "FP8 turned, alone"}
+BYTES = {"sculpt": 1.0, "sculpt_fp8": 0.5, "sculpt_rounded_fp8": 0.5, "sculpt_hadamard_fp8": 0.5}
 
 
 class Point(NamedTuple):
@@ -55,9 +56,9 @@ def read(folder: Path = FOLDER) -> list[Point]:
 
 def _points(rows: dict[tuple[str, str, float], list[Row]]) -> Iterable[Point]:
     for (model, method, ratio), found in rows.items():
-        if ratio == 1 and method != "sculpt_rounded_fp8":  # nothing is fitted: the same twice, and a copy of everything
+        if ratio == 1 and method not in ALONE:  # nothing is fitted: the same twice, and a copy of everything
             continue
-        way = ALONE if ratio == 1 else WAYS[method]
+        way = ALONE[method] if ratio == 1 else WAYS[method]
         size = BYTES[method] * mean(row["kept_fraction"] for row in found)
         kl, p99 = mean(row["kl_mean"] for row in found), max(row["kl_p99"] for row in found)
         yield Point(model.removesuffix("-Instruct"), way, ratio, size, kl, p99)
@@ -87,9 +88,11 @@ def draw(points: list[Point], path: Path) -> None:
     models = sorted({point.model for point in points})
     figure, panels = plt.subplots(1, len(models), figsize=(5.5 * len(models), 4.2), layout="constrained", squeeze=False)
     for axes, model in zip(panels[0], models, strict=True):
-        for way, form in ((ALONE, "k*"), *zip(WAYS.values(), ("o-", "^:", "s-"), strict=True)):
+        alone = zip(ALONE.values(), ("kx", "k*"), strict=True)
+        for way, form in (*alone, *zip(WAYS.values(), ("o-", "^:", "s:", "s-"), strict=True)):
             mine = sorted((p.bytes, p.kl) for p in points if (p.model, p.way) == (model, way))
-            axes.plot([size for size, _ in mine], [kl for _, kl in mine], form, label=way)
+            if mine:
+                axes.plot([size for size, _ in mine], [kl for _, kl in mine], form, label=way)
         axes.set(title=model, yscale="log", xlabel="bytes of the context, of those in 16 bits", ylabel="KL, nats")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
