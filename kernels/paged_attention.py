@@ -59,12 +59,12 @@ def paged_attention_twin(
         for h in range(num_kv_heads):
             key_rows, value_rows, positions = [], [], list[int]()
             for page, position, count in _row_pages(pages, prefixes, block_table[r], length, layer, h, num_kv_heads):
-                content = pages.buffer[page]
+                content = pages.buffer[page].double()
                 for at in range(0, count * pages.entry_stride, pages.entry_stride):
                     key_rows.append(content[at : at + head_size])
                     value_rows.append(content[at + pages.value_offset : at + pages.value_offset + head_size])
                 positions += [-1] * size if position < 0 else range(position, position + count)
-            keys, values = torch.stack(key_rows).double(), torch.stack(value_rows).double()
+            keys, values = torch.stack(key_rows), torch.stack(value_rows)
             for t in range(first, last):
                 hidden = torch.tensor(positions) > length - (last - t)
                 for g in range(h * group, (h + 1) * group):

@@ -73,7 +73,7 @@ class Supply(Protocol):
     device: torch.device
 
     def entries(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
-        """Give the keys and values (b, n, D) of some problems, in the cache's dtype."""
+        """Give the keys and values (b, n, D) of some problems, as they were read from the cache."""
 
     def problems(self, numbers: list[int]) -> Slices[tuple[Problems, Ranking]]:
         """Give some problems, every tensor in float32, and their rankings."""

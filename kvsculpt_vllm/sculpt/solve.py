@@ -214,8 +214,10 @@ def _sculpt_keys(
 
     x = torch.bmm(keys, to_white).flatten(1)
     optimizer = BatchedLBFGS(x, *evaluate(x))
-    trace = [torch.stack([optimizer.loss, best.held_out.loss(keys, values, best.valid)])]
-    everyone, storage = torch.arange(len(keys), device=keys.device), best.storage
+    storage = best.storage
+    started = storage.coarse_keys(keys), storage.coarse_values(values)
+    trace = [torch.stack([optimizer.loss, best.held_out.loss(*started, best.valid)])]
+    everyone = torch.arange(len(keys), device=keys.device)
     index = None  # the problems that are left, None for all
     stale = torch.zeros_like(everyone)
     judgements = judged_after(key_steps)

@@ -31,6 +31,15 @@ def hadamard(size: int) -> Tensor:
     return torch.block_diag(*[matrix / block**0.5] * (size // block))
 
 
+def centre_of_first(keys: Tensor, rotary: Rotary | None) -> Tensor:
+    """The same as `centre`, of `keys` (KV heads, D) that were turned at the first position, as a model gives them."""
+    if rotary is None:
+        return keys.float()
+    positions = torch.arange(rotary.num_positions, device=rotary.cache.device)
+    cos, sin = (each.mean(0, keepdim=True) for each in rotary.turn(torch.zeros_like(positions), positions))
+    return rotary.turned(keys[None], (cos, sin))[0]
+
+
 def centre(bias: Tensor, rotary: Rotary | None) -> Tensor:
     """Say what the keys of a layer have in common wherever they are: the mean (KV heads, D) of their projection's
     `bias` (KV heads, D) over all positions of the model, after their rotary embedding.

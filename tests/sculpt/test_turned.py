@@ -5,7 +5,7 @@ import torch
 from scipy.linalg import hadamard as of_scipy
 
 from kvsculpt_vllm.sculpt.rotary import Rotary
-from kvsculpt_vllm.sculpt.turned import centre, hadamard
+from kvsculpt_vllm.sculpt.turned import centre, centre_of_first, hadamard
 
 
 @pytest.mark.parametrize("size", [1, 2, 64, 256])
@@ -40,3 +40,6 @@ def test_a_centre_is_the_mean_of_the_bias_at_every_position(neox, rotary_dim):
         expected += turned / 50
     torch.testing.assert_close(centre(bias, rotary).double(), expected, rtol=0, atol=1e-6)
     assert torch.equal(centre(bias, None), bias)
+    at_first = rotary.turned(bias[None], tuple(each[None, None] for each in rotary.cache[0].split(rotary_dim // 2)))[0]
+    torch.testing.assert_close(centre_of_first(at_first, rotary).double(), expected, rtol=0, atol=1e-6)
+    assert torch.equal(centre_of_first(bias, None), bias)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvsculpt_vllm.engine.startup.refusals.layers import unseen_queries
 from kvsculpt_vllm.engine.worker.model_rotary import seen_at
 from kvsculpt_vllm.sculpt.rotary import Rotary
 from kvsculpt_vllm.sculpt.storage import Form
-from kvsculpt_vllm.sculpt.turned import centre, hadamard
+from kvsculpt_vllm.sculpt.turned import centre_of_first, hadamard
 
 
 class CacheForm:
@@ -52,13 +53,20 @@ class CacheForm:
 
 def key_centres(runner: Any, layers: Mapping[str, Any], rotaries: list[Rotary | None]) -> Tensor:
     """What all keys of a head have in common wherever they are (L, KV heads, D): the keys of a content that is nothing
-    to any projection, which are those of the biases, averaged over all positions.
+    to any projection, which are those of the biases, averaged over all positions. It is 0 where a random content's key
+    is not smaller without it: of a norm behind the projection, say.
+
+    Raises:
+        UnsupportedFeature: the model fails when it is run to see its keys.
     """
-    nothing = torch.zeros(1, dtype=torch.long, device=runner.device)
-    seen = seen_at(runner, layers, nothing, content=0.0)
-    return torch.stack(
-        [
-            centre(key.view(-1, layer.head_size).float(), rotary)
-            for (_, key), layer, rotary in zip(seen.values(), layers.values(), rotaries, strict=True)
-        ]
-    )
+    first = torch.zeros(1, dtype=torch.long, device=runner.device)
+    try:
+        common, drawn = seen_at(runner, layers, first, content=0.0), seen_at(runner, layers, first)
+    except Exception as error:  # whatever a model or a layer raises
+        raise unseen_queries(next(iter(layers)), error) from error
+    centres = []
+    for name, rotary in zip(layers, rotaries, strict=True):
+        own, other = common[name][1][0].float(), drawn[name][1][0].float()  # (KV heads, D)
+        is_there = (other - own).square().sum(1, keepdim=True) < other.square().sum(1, keepdim=True)
+        centres.append(torch.where(is_there, centre_of_first(own, rotary), 0.0))
+    return torch.stack(centres)

@@ -176,13 +176,23 @@ class TokenPages:
     def read(self, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (..., n · N, D) of pages (..., n)."""
         keys, values = self.numbers(pages)
-        return (keys, values) if self._turn is None else (keys.float() @ self._turn, values.float() @ self._turn)
+        return (keys, values) if self._turn is None else (self._decoded(keys), self._decoded(values))
 
     def write(self, pages: Tensor, keys: Tensor, values: Tensor) -> None:
         """Fill pages (n,) with keys and values (n · N, D), in the dtype that they are read in."""
         if self._turn is not None:
             keys, values = (in_fp8(entries.float() @ self._turn) for entries in (keys, values))
         self.write_numbers(pages, keys, values)
+
+    def _decoded(self, numbers: Tensor) -> Tensor:
+        """The entries (..., D) that numbers in the cache are. A layer at a time: of a large model all of them would be
+        there twice.
+        """
+        assert self._turn is not None
+        entries = torch.empty(numbers.shape, dtype=torch.float32, device=numbers.device)
+        for own, coded in zip(entries, numbers, strict=True) if numbers.dim() > 2 else [(entries, numbers)]:
+            torch.matmul(coded.float(), self._turn, out=own)
+        return entries
 
     def numbers(self, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (..., n · N, D) of pages (..., n) as they are in the cache."""

@@ -23,6 +23,7 @@ from kvsculpt_vllm.engine.shared.capacity import server_settings
 from kvsculpt_vllm.engine.shared.groups import compressed_layers, full_group
 from kvsculpt_vllm.engine.shared.ledger import Ledger
 from kvsculpt_vllm.engine.shared.stores import PATIENCE_SECONDS, opened
+from kvsculpt_vllm.engine.startup.refusals.cache import check_cache_dtype
 from kvsculpt_vllm.engine.startup.refusals.layers import check_attention_layers
 from kvsculpt_vllm.engine.worker.agreement import Ranks
 from kvsculpt_vllm.engine.worker.cache_form import key_centres
@@ -74,6 +75,7 @@ class SculptWorkerMixin(Worker):
         by_name = get_layers_from_vllm_config(self.vllm_config, Attention, group.layer_names)
         layers = [by_name[name] for name in group.layer_names]
         check_attention_layers(by_name)
+        check_cache_dtype(self.vllm_config)
         views = [layer.kv_cache for layer in layers]
         # vLLM has bytes where the cache holds FP8.
         self._layer_views = [view.view(FP8) for view in views] if is_fp8(self.vllm_config) else views

@@ -95,6 +95,7 @@ def _solve(rank: RankShape, config: CompressionConfig, max_model_len: int, sizes
         cache_bytes=rank.entry_bytes,
         largest_temporary=sizes.temporary,
         group_bytes=sizes.group,
+        decoded=rank.in_fp8,
     )
 
 
@@ -111,6 +112,7 @@ def solve_bytes(
     cache_bytes: int,  # of one element of the cache
     largest_temporary: int,  # bytes
     group_bytes: int,  # that a group of layers may take
+    decoded: bool = False,  # whether entries are read from FP8, which is there as well meanwhile
 ) -> int:
     """Estimate from above the bytes that the solve of one segment takes (`sculpt.layerwise`), its sample aside. A test
     holds it to what a solve takes on the CPU.
@@ -127,4 +129,5 @@ def solve_bytes(
     fitting = FIT_COPIES * group * layer + STEP_COPIES * entries * head_size * 4
     made = group * num_kv_heads * segment_tokens * pair
     whole = num_layers * num_kv_heads * segment_tokens * pair
-    return whole + made + max(building, fitting) + int(TEMPORARIES * largest_temporary)
+    reading = whole // 4 if decoded else 0
+    return whole + max(reading, made + max(building, fitting)) + int(TEMPORARIES * largest_temporary)

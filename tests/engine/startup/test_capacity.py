@@ -19,7 +19,9 @@ def engine(blocks=126, caching=True, engines=1, kinds=None, layers=30, **setting
     """What of vLLM's configuration tells how much memory there is; the null block is one of the blocks."""
     return SimpleNamespace(
         additional_config={"kv_compression": {"method": "sculpt", "segment": 1024, **settings}},
-        cache_config=SimpleNamespace(block_size=BLOCK, enable_prefix_caching=caching, num_gpu_blocks=blocks),
+        cache_config=SimpleNamespace(
+            block_size=BLOCK, cache_dtype="auto", enable_prefix_caching=caching, num_gpu_blocks=blocks
+        ),
         model_config=SimpleNamespace(
             max_model_len=LONGEST,
             get_sliding_window=lambda: None if kinds is None else 512,

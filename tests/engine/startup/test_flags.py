@@ -123,7 +123,7 @@ class StockArgs:
     def stock(self) -> SimpleNamespace:
         return SimpleNamespace(
             additional_config=self.additional_config,
-            cache_config=SimpleNamespace(block_size=self.block_size or 128),
+            cache_config=SimpleNamespace(block_size=self.block_size or 128, cache_dtype="auto"),
             parallel_config=SimpleNamespace(worker_cls="stock"),
             scheduler_config=SimpleNamespace(scheduler_cls=None, async_scheduling=self.async_scheduling),
             model_config=MODEL,
@@ -201,7 +201,9 @@ def test_wrong_configuration_stops_before_vllm_makes_its_own(log):
 
 
 def server(additional_config: dict) -> SimpleNamespace:
-    return SimpleNamespace(additional_config=additional_config, cache_config=SimpleNamespace(block_size=32))
+    return SimpleNamespace(
+        additional_config=additional_config, cache_config=SimpleNamespace(block_size=32, cache_dtype="auto")
+    )
 
 
 @pytest.mark.parametrize("extra_args", [None, {}, {"other": 1}])

@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
+from kvsculpt_vllm.engine.startup.refusals.cache import check_cache_dtype
 from kvsculpt_vllm.engine.startup.refusals.configuration import RULES, check_attention_backend, check_config
 from kvsculpt_vllm.engine.startup.refusals.device import check_platform, failed_self_test
 from kvsculpt_vllm.engine.startup.refusals.groups import check_kv_cache_config
@@ -212,6 +213,15 @@ def test_a_gpu_that_does_not_compute_with_fp8_is_refused(monkeypatch):
     )
     assert "on this device" in refused(STOCK_ARGS, in_fp8())
     assert asked == [89]
+
+
+def test_fp8_that_a_checkpoint_chose_is_looked_at_once_more(monkeypatch):
+    config = in_fp8()
+    monkeypatch.setattr(type(current_platform), "has_device_capability", staticmethod(lambda least: True))
+    check_cache_dtype(config)
+    config.device_config.device_type = "cpu"
+    with pytest.raises(UnsupportedFeature, match="on this device"):
+        check_cache_dtype(config)
 
 
 def test_windows_alone_are_refused():

@@ -226,7 +226,7 @@ class GPUWorker(SculptGPUWorker):
     """On a device with so much memory for the KV cache, once vLLM has made it."""
 
     def __init__(self, user_gave: int | None) -> None:
-        self.cache_config = SimpleNamespace(kv_cache_memory_bytes=user_gave)
+        self.cache_config = SimpleNamespace(kv_cache_memory_bytes=user_gave, cache_dtype="auto")
         self.model_config = SimpleNamespace(
             dtype=torch.bfloat16,
             max_model_len=32_768,
@@ -238,6 +238,7 @@ class GPUWorker(SculptGPUWorker):
             get_head_size=lambda: 128,
         )
         self.vllm_config = SimpleNamespace(
+            cache_config=self.cache_config,
             additional_config={"kv_compression": {"method": "sculpt", "segment": 2048}},
             model_config=self.model_config,
             parallel_config=None,

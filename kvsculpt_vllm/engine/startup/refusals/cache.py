@@ -12,7 +12,7 @@ from kvsculpt_vllm.config import CompressionConfig
 from kvsculpt_vllm.engine.shared.cache_dtype import is_fp8
 from kvsculpt_vllm.engine.shared.groups import has_windows
 from kvsculpt_vllm.engine.shared.stores import NO_STORE
-from kvsculpt_vllm.engine.startup.refusals.refusal import Refusal, Rule
+from kvsculpt_vllm.engine.startup.refusals.refusal import Refusal, Rule, refuse
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -65,7 +65,7 @@ DTYPES = (
         Refusal(
             "a quantised KV cache of this kind",
             "optimised keys and values have no scales to be stored with",
-            "use --kv-cache-dtype fp8, or leave it out",
+            "use --kv-cache-dtype fp8 on CUDA, or the model's own dtype",
         ),
     ),
     Rule(
@@ -73,7 +73,7 @@ DTYPES = (
         Refusal(
             "a quantised KV cache on this device",
             "sculpted FP8 is read by the plugin's own kernels, on GPUs that compute with it (compute capability 8.9)",
-            "leave out --kv-cache-dtype",
+            "use --kv-cache-dtype bfloat16, or whichever dtype the model has",
         ),
     ),
     Rule(
@@ -81,7 +81,7 @@ DTYPES = (
         Refusal(
             "a quantised KV cache of a model with sliding windows",
             "those layers' entries are not stored in the basis that FP8 is sculpted in",
-            "leave out --kv-cache-dtype",
+            "use --kv-cache-dtype bfloat16, or whichever dtype the model has",
         ),
     ),
     Rule(
@@ -109,6 +109,17 @@ DTYPES = (
         ),
     ),
 )
+
+
+def check_cache_dtype(config: VllmConfig) -> None:
+    """Refuse what the KV cache's dtype is not compressed with, once the model is loaded: a checkpoint may have chosen
+    FP8 by then, where nobody asked for another dtype.
+
+    Raises:
+        UnsupportedFeature: with every reason.
+    """
+    refuse(rule.refusal for rule in DTYPES if rule.found(config))
+
 
 BLOCKS = (
     Rule(

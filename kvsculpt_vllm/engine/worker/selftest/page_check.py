@@ -20,6 +20,8 @@ def check(subject: Subject, notes: Notes) -> None:
             _stored(subject, notes, layer, joined, generator)
     _scattered(subject, notes, generator)
     _gathered(subject, notes, generator)
+    if subject.cache_dtype != subject.dtype:
+        _decoded(subject, notes, generator)
     subject.clear()
 
 
@@ -89,6 +91,21 @@ def _gathered(subject: Subject, notes: Notes, generator: torch.Generator) -> Non
         case = f"pages {some.tolist()}"
         found = notes.twice("gather", case, partial(subject.pages.numbers, some))
         notes.same("gather", case, torch.cat(found, dim=1), wanted)
+
+
+def _decoded(subject: Subject, notes: Notes, generator: torch.Generator) -> None:
+    """Entries of FP8 that are read, and written as they were read, are what they were."""
+    subject.fill(generator, null_block=True)
+    index, _ = _corners(subject)
+    for before, after in zip(subject.pages.numbers(index), _written_as_read(subject, index), strict=True):
+        notes.same("FP8, written as it was read", f"pages {index.tolist()}", after.float(), before.float())
+
+
+def _written_as_read(subject: Subject, index: Tensor) -> tuple[Tensor, Tensor]:
+    keys, values = subject.pages.read(index)
+    subject.clear()
+    subject.pages.write(index, keys, values)
+    return subject.pages.numbers(index)
 
 
 def _corners(subject: Subject) -> tuple[Tensor, list[tuple[int, int, int]]]:

@@ -66,7 +66,7 @@ def _each_size(subject: Subject) -> Iterator[tuple[Size, Problems]]:
 
 
 def make_problems(subject: Subject, size: Size, generator: torch.Generator) -> Problems:
-    """Two heads' problems in the cache's dtype: of each entry, and of the rest of the context."""
+    """Two heads' problems in the queries' dtype: of each entry, and of the rest of the context."""
 
     def normal(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return subject.normal(*shape, generator=generator, dtype=dtype)

@@ -113,11 +113,11 @@ class Subject:
     def content(self) -> Tensor:
         """A copy of what `corners` hold: (L, corners, KV heads, block_size, 2D)."""
         index = torch.tensor(self.corners, device=self.device)
-        return torch.stack([view[index] for view in self.views])
+        return torch.stack([_bytes(view)[index] for view in self.views]).view(self.cache_dtype)
 
     def holds_something(self) -> bool:
         """Whether any of `blocks` is not empty."""
-        return any(bool(view[self._index].any()) for view in self.views)
+        return any(bool(_bytes(view)[self._index].any()) for view in self.views)
 
     def fill(self, generator: torch.Generator, null_block: bool = False) -> None:
         """Write random entries into all of `blocks`, whatever layout the cache has; into the null block on request."""
@@ -125,12 +125,12 @@ class Subject:
         shape = len(index), *self.views[0].shape[1:]
         entries = self.normal(*shape, generator=generator, dtype=self.cache_dtype)
         for layer, view in enumerate(self.views):
-            view[index] = entries.roll(layer, 0)  # drawing them anew for each layer would take seconds
+            _bytes(view)[index] = _bytes(entries).roll(layer, 0)  # drawing them anew for each layer would take seconds
 
     def clear(self) -> None:
         """Empty `blocks`."""
         for view in self.views:
-            view[self._index] = 0
+            _bytes(view)[self._index] = 0
 
     def normal(self, *shape: int, generator: torch.Generator, dtype: torch.dtype | None = None) -> Tensor:
         """Random numbers, in the queries' dtype by default. Drawn on the host, they are the same on every device."""
@@ -151,3 +151,8 @@ class Subject:
             **({} if self.soft_cap is None else {"soft_cap": f"{self.soft_cap:g}"}),
             **({"sinks": "learned"} if self.has_sinks else {}),
         }
+
+
+def _bytes(entries: Tensor) -> Tensor:
+    """The same memory as bytes: much of what torch does on a GPU it does not do with FP8."""
+    return entries.view(torch.uint8)
