@@ -89,7 +89,7 @@ def draw(points: list[Point], path: Path) -> None:
     figure, panels = plt.subplots(1, len(models), figsize=(5.5 * len(models), 4.2), layout="constrained", squeeze=False)
     for axes, model in zip(panels[0], models, strict=True):
         alone = zip(ALONE.values(), ("kx", "k*"), strict=True)
-        for way, form in (*alone, *zip(WAYS.values(), ("o-", "^:", "s:", "s-"), strict=True)):
+        for way, form in (*alone, *zip(WAYS.values(), ("C0o-", "C1^:", "C2s:", "C3s-"), strict=True)):
             mine = sorted((p.bytes, p.kl) for p in points if (p.model, p.way) == (model, way))
             if mine:
                 axes.plot([size for size, _ in mine], [kl for _, kl in mine], form, label=way)
