@@ -27,7 +27,9 @@ class Worker(worker.SculptWorkerMixin, Stock):
         self._softmax = 30.0, True
         self._layer_views = list(torch.zeros(2, 40, 3, 16, 32).unbind(0))
         geometry, buffer = PageGeometry.of(self._layer_views)
-        state = SimpleNamespace(geometry=geometry, pages=TokenPages(buffer, geometry), num_query_heads=6)
+        state = SimpleNamespace(
+            geometry=geometry, pages=TokenPages(buffer, geometry), num_query_heads=6, dtype=buffer.dtype
+        )
         self.kv_compression = SimpleNamespace(state=state, ranks="ranks")
         table = SimpleNamespace(get_device_tensor=lambda rows: torch.zeros(rows, 77))
         self.model_runner = SimpleNamespace(input_batch=SimpleNamespace(block_table=[table]))

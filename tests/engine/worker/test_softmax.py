@@ -35,7 +35,9 @@ def test_attention_on_a_gpu_passes_on_what_its_layer_has(monkeypatch):
     query, step = torch.zeros(3, 4, 64), SimpleNamespace(captures=[], rows=None, plan="made", num_tokens=3)
     for odd in ({"sinks": weights, "logits_soft_cap": 30.0}, {}):
         impl = attention_triton.SculptTritonImpl(4, 64, 0.125, **odd)
-        impl.bound = SimpleNamespace(index=1, state=SimpleNamespace(directory=SimpleNamespace(prefixes=None)))
+        impl.bound = SimpleNamespace(
+            index=1, state=SimpleNamespace(directory=SimpleNamespace(prefixes=None), cache_form=None)
+        )
         impl.forward(None, query, None, None, None, step, torch.zeros(3, 4, 64))
     (sinks, cap), none = given
     assert none == (None, 0.0) and cap == 30.0
