@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from random_models import save
+from random_models import SMALL, save
 
 NURSERY = Path(__file__).with_name("nursery.py")
 
@@ -101,22 +101,9 @@ class Nursery:
 
 @pytest.fixture(scope="session")
 def small_path(model_path, tmp_path_factory):
-    """A Llama of two layers with random weights that make what is attended to decide, and a real tokenizer. It knows a
-    twelfth of the tokens: a product with all of them would take longer than all else.
-    """
+    """A Llama of two layers with random weights, and a real tokenizer."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4032,
-        hidden_size=192,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=64,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        initializer_range=0.15,
-    )
+    config = LlamaConfig(**SMALL, head_dim=64, max_position_embeddings=8192, tie_word_embeddings=True)
     return save(LlamaForCausalLM(config), tmp_path_factory.mktemp("small"), model_path)
 
 

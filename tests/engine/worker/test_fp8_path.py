@@ -11,7 +11,7 @@ from jobs import on, request
 from kvsculpt_vllm.evaluation.model import EvaluationModel
 from kvsculpt_vllm.sculpt.storage import Form
 from kvsculpt_vllm.sculpt.turned import hadamard
-from random_models import save
+from random_models import SMALL, save
 
 LENGTH, ANSWER = 200, 7
 CHAIN = on(min_tokens=64, window=32, max_stall_ms=60_000, segment=64, decode=64)
@@ -21,18 +21,7 @@ CHAIN = on(min_tokens=64, window=32, max_stall_ms=60_000, segment=64, decode=64)
 def biased_path(model_path, tmp_path_factory):
     """A model whose keys have far more in common than they differ, as some of Qwen2's layers."""
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=4032,
-        hidden_size=192,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        max_position_embeddings=512,
-        initializer_range=0.15,
-        use_sliding_window=False,
-    )
-    model = Qwen2ForCausalLM(config)
+    model = Qwen2ForCausalLM(Qwen2Config(**SMALL, max_position_embeddings=512, use_sliding_window=False))
     for layer in model.model.layers:
         bias = torch.zeros(3, 32)
         bias[:, [13, 15, 31]] = torch.tensor([-60.0, 150.0, 90.0])  # of the slowest pairs of channels
@@ -61,7 +50,7 @@ def prompt_of(model_path):
     topics = pydoc_data.topics.topics
     text = " ".join(topics[name] for name in sorted(topics))[:60000]
     tokenizer = Tokenizer.from_file(str(model_path / "tokenizer.json"))
-    return [token % 4032 for token in tokenizer.encode(text).ids[:LENGTH]]
+    return [token % SMALL["vocab_size"] for token in tokenizer.encode(text).ids[:LENGTH]]
 
 
 def lost(model, cache, tokens):
