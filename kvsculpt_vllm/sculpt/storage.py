@@ -8,10 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvsculpt_vllm.kernels.pages import FP8
 from kvsculpt_vllm.sculpt.transfer import on_device
-
-FP8 = torch.float8_e4m3fn
-"""Three bits of mantissa, as vLLM's `--kv-cache-dtype fp8`."""
 
 ROOM = 2.0
 """What is stored later may be so many times as large as the largest of what scales were chosen for."""

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kvsculpt_vllm.sculpt.storage import FP8, Form, Storage
+from kvsculpt_vllm.kernels.pages import FP8
+from kvsculpt_vllm.sculpt.storage import Form, Storage
 from kvsculpt_vllm.sculpt.turned import hadamard
 
 

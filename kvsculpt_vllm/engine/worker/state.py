@@ -18,7 +18,8 @@ from kvsculpt_vllm.engine.worker.cache_form import CacheForm
 from kvsculpt_vllm.engine.worker.capture import CaptureRows, Piece, QuerySample
 from kvsculpt_vllm.engine.worker.directory import Directory
 from kvsculpt_vllm.engine.worker.pages import PageFormat, PageGeometry
-from kvsculpt_vllm.sculpt.storage import FP8, Storage
+from kvsculpt_vllm.kernels.pages import FP8
+from kvsculpt_vllm.sculpt.storage import Storage
 
 if TYPE_CHECKING:
     from kvsculpt_vllm.engine.shared.record import CompressionRecord

@@ -38,7 +38,7 @@ from kvsculpt_vllm.engine.worker.selftest.subject import Subject
 from kvsculpt_vllm.engine.worker.softmax import have_sinks, sink_logits_of, soft_cap_of
 from kvsculpt_vllm.engine.worker.state import BoundLayer, CompressionState
 from kvsculpt_vllm.engine.worker.stored import StoredSegments
-from kvsculpt_vllm.sculpt.storage import FP8
+from kvsculpt_vllm.kernels.pages import FP8
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker
